@@ -1,0 +1,711 @@
+package natsx
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// Bounds of what a route accepts.
+const (
+	// MaxSubjectLength is the longest subject in bytes that natsx takes. A
+	// server closes the connection on a protocol line above 4,096 bytes, which
+	// holds the subject, the reply and the sizes.
+	MaxSubjectLength = 1024
+	// MaxNameLength is the longest name of a stream or durable in bytes, the
+	// server's JSMaxNameLen.
+	MaxNameLength = 255
+	// MinAckWait is the shortest lease that can be kept alive in time.
+	MinAckWait = 100 * time.Millisecond
+)
+
+// Defaults of a route.
+const (
+	DefaultAckWait    = 30 * time.Second
+	DefaultBackoffMin = time.Second
+	DefaultBackoffMax = time.Minute
+	// DefaultMaxAckPending leaves room for deep pulls and for tens of thousands
+	// of messages that wait for their retry. A stream's own consumer limit
+	// lowers it.
+	DefaultMaxAckPending = 65536
+)
+
+// option is one bit for each setter, so that an option set to its zero value is
+// told from one that was not set.
+type option uint32
+
+const (
+	optQueue option = 1 << iota
+	optDurable
+	optStream
+	optDeliver
+	optRetry
+	optBackoff
+	optTimeout
+	optAckWait
+	optConcurrency
+	optOrderedBy
+	optBatch
+	optRate
+	optBreaker
+	optMaxAckPending
+	optConfirmAcks
+	optDLQ
+)
+
+// RouteBuilder describes where messages come from and what becomes of them. It
+// is a small comparable value: each setter returns a changed copy, so a base
+// route can be kept, shared between goroutines and forked. Setters never fail;
+// [Spec.Validate] reports every fault. A terminal ([RouteBuilder.Handle],
+// [RouteBuilder.HandleBatch], [RouteBuilder.Reply]) ends the chain.
+type RouteBuilder struct {
+	set option
+
+	filter  string
+	queue   string
+	durable string
+	stream  string
+	dlq     string
+
+	deliver   jetstream.DeliverPolicy
+	startSeq  uint64
+	startSec  int64 // of DeliverFromTime, split since a time.Time holds a pointer
+	startNano int64
+
+	retry         int
+	backoffMin    time.Duration
+	backoffMax    time.Duration
+	timeout       time.Duration
+	ackWait       time.Duration
+	concurrency   int
+	order         OrderKey
+	batch         int
+	batchWait     time.Duration
+	rate          float64
+	breakerAfter  int
+	breakerRest   time.Duration
+	maxAckPending int
+}
+
+// Route starts a route for the messages whose subject matches filter, which may
+// hold the wildcards * and >. Without [RouteBuilder.Durable] it is a core NATS
+// subscription: at most once.
+func Route(filter string) RouteBuilder { return RouteBuilder{filter: filter} }
+
+// Queue makes a core subscription a member of a queue group: each message goes
+// to one member. It excludes Durable.
+func (r RouteBuilder) Queue(group string) RouteBuilder {
+	r.set |= optQueue
+	r.queue = group
+	return r
+}
+
+// Durable consumes through a durable JetStream pull consumer of this name: at
+// least once, shared by all processes that use the same name. It is created when
+// it is missing. An existing one is adopted when its filter, acknowledgement and
+// delivery are those of the route; settings that the server can change are
+// brought to those of the route.
+func (r RouteBuilder) Durable(name string) RouteBuilder {
+	r.set |= optDurable
+	r.durable = name
+	return r
+}
+
+// Stream names the stream of the durable. Without it the stream is looked up by
+// the filter, and exactly one must match.
+func (r RouteBuilder) Stream(name string) RouteBuilder {
+	r.set |= optStream
+	r.stream = name
+	return r
+}
+
+// DeliverNew starts a new durable after the last stored message. An existing
+// durable goes on where it is, with this and every other deliver option. The
+// last one called holds; default is all messages.
+func (r RouteBuilder) DeliverNew() RouteBuilder {
+	r.set |= optDeliver
+	r.deliver = jetstream.DeliverNewPolicy
+	return r
+}
+
+// DeliverLast starts a new durable with the last stored message of the filter.
+func (r RouteBuilder) DeliverLast() RouteBuilder {
+	r.set |= optDeliver
+	r.deliver = jetstream.DeliverLastPolicy
+	return r
+}
+
+// DeliverLastPerSubject starts a new durable with the last message of each subject.
+func (r RouteBuilder) DeliverLastPerSubject() RouteBuilder {
+	r.set |= optDeliver
+	r.deliver = jetstream.DeliverLastPerSubjectPolicy
+	return r
+}
+
+// DeliverFromSequence starts a new durable at a stream sequence, at least 1.
+func (r RouteBuilder) DeliverFromSequence(seq uint64) RouteBuilder {
+	r.set |= optDeliver
+	r.deliver = jetstream.DeliverByStartSequencePolicy
+	r.startSeq = seq
+	return r
+}
+
+// DeliverFromTime starts a new durable with the first message stored at or after t.
+func (r RouteBuilder) DeliverFromTime(t time.Time) RouteBuilder {
+	r.set |= optDeliver
+	r.deliver = jetstream.DeliverByStartTimePolicy
+	r.startSec, r.startNano = t.Unix(), int64(t.Nanosecond())
+	return r
+}
+
+// Retry allows n retries after the first attempt, so n+1 attempts; 0 is none.
+// Without it a failing message is retried until it succeeds.
+func (r RouteBuilder) Retry(n int) RouteBuilder {
+	r.set |= optRetry
+	r.retry = n
+	return r
+}
+
+// Backoff sets the delay before retry k to low*2^(k-1), at most high, spread by a
+// random ±20 %. Default is 1 s to 1 min. Both are above zero.
+func (r RouteBuilder) Backoff(low, high time.Duration) RouteBuilder {
+	r.set |= optBackoff
+	r.backoffMin, r.backoffMax = low, high
+	return r
+}
+
+// Timeout ends the handler's context d after it was started; the attempt then
+// failed with an error that wraps [context.DeadlineExceeded]. Default is none:
+// a running handler keeps its message for as long as it takes.
+func (r RouteBuilder) Timeout(d time.Duration) RouteBuilder {
+	r.set |= optTimeout
+	r.timeout = d
+	return r
+}
+
+// AckWait is the server's lease on an unsettled message, after which another
+// process gets it. natsx renews it while a message waits or runs, so it need not
+// be longer than a handler takes: it is how soon a crashed process is noticed.
+// Default is 30 s, at least [MinAckWait].
+func (r RouteBuilder) AckWait(d time.Duration) RouteBuilder {
+	r.set |= optAckWait
+	r.ackWait = d
+	return r
+}
+
+// Concurrency limits the handlers of this route that run at once. Default is
+// the pool's size, which also is its upper bound; see [WithWorkers].
+func (r RouteBuilder) Concurrency(n int) RouteBuilder {
+	r.set |= optConcurrency
+	r.concurrency = n
+	return r
+}
+
+// OrderedBy runs messages with one key one after another in stream order.
+func (r RouteBuilder) OrderedBy(key OrderKey) RouteBuilder {
+	r.set |= optOrderedBy
+	r.order = key
+	return r
+}
+
+// Batch hands up to n messages, or what came within wait, to a batch handler.
+func (r RouteBuilder) Batch(n int, wait time.Duration) RouteBuilder {
+	r.set |= optBatch
+	r.batch, r.batchWait = n, wait
+	return r
+}
+
+// Rate limits the handlers started in a second.
+func (r RouteBuilder) Rate(perSecond float64) RouteBuilder {
+	r.set |= optRate
+	r.rate = perSecond
+	return r
+}
+
+// Breaker stops pulling for cooldown after so many failures in a row, then
+// tries one message.
+func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder {
+	r.set |= optBreaker
+	r.breakerAfter, r.breakerRest = failures, cooldown
+	return r
+}
+
+// MaxAckPending is the server's cap on messages that are delivered to the
+// durable and not settled, over all its processes and with those that wait for a
+// retry. Default is [DefaultMaxAckPending].
+func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
+	r.set |= optMaxAckPending
+	r.maxAckPending = n
+	return r
+}
+
+// ConfirmAcks has each acknowledgement acknowledged by the server before the
+// worker goes on: a message that was handled is then not delivered again after a
+// leader change. It costs a round trip a message.
+func (r RouteBuilder) ConfirmAcks() RouteBuilder {
+	r.set |= optConfirmAcks
+	return r
+}
+
+// DLQ sends dead messages to this subject, which a stream must capture and the
+// route's own filter must not match.
+func (r RouteBuilder) DLQ(subject string) RouteBuilder {
+	r.set |= optDLQ
+	r.dlq = subject
+	return r
+}
+
+// Handle ends the chain with the function that handles each message.
+func (r RouteBuilder) Handle(fn Handler) Spec { return Spec{route: r, handler: fn} }
+
+// HandleBatch ends a chain that has Batch.
+func (r RouteBuilder) HandleBatch(fn BatchHandler) Spec {
+	return Spec{route: r, kind: kindBatch, batch: fn}
+}
+
+// Reply ends the chain of a core route whose messages are requests.
+func (r RouteBuilder) Reply(fn Responder) Spec {
+	return Spec{route: r, kind: kindReply, responder: fn}
+}
+
+// OrderKey tells which part of a message [RouteBuilder.OrderedBy] compares.
+type OrderKey struct {
+	kind  orderKind
+	index int
+	name  string
+}
+
+type orderKind uint8
+
+const (
+	orderNone orderKind = iota
+	orderSubject
+	orderToken
+	orderHeader
+)
+
+// SubjectKey orders by the whole subject.
+func SubjectKey() OrderKey { return OrderKey{kind: orderSubject} }
+
+// SubjectToken orders by the i-th token of the subject, counted from 0.
+func SubjectToken(i int) OrderKey { return OrderKey{kind: orderToken, index: i} }
+
+// HeaderKey orders by the first value of a header. Messages without it share a key.
+func HeaderKey(name string) OrderKey { return OrderKey{kind: orderHeader, name: name} }
+
+// String gives the key as it was made, such as SubjectToken(1).
+func (k OrderKey) String() string {
+	switch k.kind {
+	case orderSubject:
+		return "SubjectKey()"
+	case orderToken:
+		return fmt.Sprintf("SubjectToken(%d)", k.index)
+	case orderHeader:
+		return fmt.Sprintf("HeaderKey(%q)", k.name)
+	}
+	return "OrderKey{}"
+}
+
+type specKind uint8
+
+const (
+	kindHandle specKind = iota
+	kindBatch
+	kindReply
+)
+
+// Spec is a complete route: a builder's chain with its function. It is a value
+// and safe to share; [Broker.Run] takes specs.
+type Spec struct {
+	route     RouteBuilder
+	kind      specKind
+	handler   Handler
+	batch     BatchHandler
+	responder Responder
+}
+
+// String names the route by its filter and, when it has one, its durable.
+func (s Spec) String() string {
+	if s.route.durable != "" {
+		return fmt.Sprintf("route %q durable %q", s.route.filter, s.route.durable)
+	}
+	return fmt.Sprintf("route %q", s.route.filter)
+}
+
+// Validate reports every fault of the route as joined [*RouteError]s, without a
+// server. [Validate] also compares routes with each other.
+func (s Spec) Validate() error { return errors.Join(s.faults()...) }
+
+// Validate reports every fault of every spec, and what does not fit between
+// them, as joined [*RouteError]s, without a server: [errors.Is] finds each
+// sentinel and [errors.As] the first fault. Without specs it returns
+// [ErrNoRoutes].
+//
+// What only the server can tell (whether a stream exists, whether two filters
+// belong to one stream) is judged by [Broker.Run].
+func Validate(specs ...Spec) error {
+	if len(specs) == 0 {
+		return ErrNoRoutes
+	}
+	var faults []error
+	for _, s := range specs {
+		faults = append(faults, s.faults()...)
+	}
+	for i, s := range specs {
+		for _, earlier := range specs[:i] {
+			if s.sharesDurable(earlier) {
+				faults = append(faults, s.duplicateOf(earlier))
+				break
+			}
+		}
+	}
+	return errors.Join(faults...)
+}
+
+// sharesDurable tells whether both routes certainly use one durable of one
+// stream: it is named the same, or looked up by filters that overlap.
+func (s Spec) sharesDurable(o Spec) bool {
+	a, b := s.route, o.route
+	if a.durable == "" || a.durable != b.durable {
+		return false
+	}
+	if a.stream != "" && b.stream != "" {
+		return a.stream == b.stream
+	}
+	return subjectsOverlap(a.filter, b.filter)
+}
+
+func (s Spec) duplicateOf(earlier Spec) error {
+	return s.fault("durable", strconv.Quote(s.route.durable),
+		fmt.Sprintf("is already used by route %q of the same stream", earlier.route.filter), ErrDuplicateDurable)
+}
+
+func (s Spec) fault(field, value, reason string, err error) *RouteError {
+	return &RouteError{Route: s.route.filter, Durable: s.route.durable, Field: field, Value: value, Reason: reason, Err: err}
+}
+
+func (s Spec) faults() []error {
+	r := s.route
+	var faults []error
+	add := func(field, value, reason string, err error) {
+		faults = append(faults, s.fault(field, value, reason, err))
+	}
+	has := func(o option) bool { return r.set&o != 0 }
+
+	if reason := filterFault(r.filter); reason != "" {
+		add("subject", strconv.Quote(r.filter), reason, ErrInvalidSubject)
+	}
+	if s.handler == nil && s.batch == nil && s.responder == nil {
+		add("handler", "nil", "a route needs a function", ErrNoHandler)
+	}
+	if has(optQueue) {
+		if reason := groupFault(r.queue); reason != "" {
+			add("queue", strconv.Quote(r.queue), reason, ErrInvalidName)
+		}
+		if has(optDurable) {
+			add("queue", strconv.Quote(r.queue), "does not fit with a durable, whose processes share messages anyway", ErrOptionConflict)
+		}
+	}
+	if has(optDurable) {
+		if reason := nameFault(r.durable); reason != "" {
+			add("durable", strconv.Quote(r.durable), reason, ErrInvalidName)
+		}
+		if s.kind == kindReply {
+			add("reply", "", "does not fit with a durable: a requester waits on core NATS", ErrOptionConflict)
+		}
+	} else {
+		for _, o := range durableOptions {
+			if has(o.opt) {
+				add(o.field, o.value(r), "needs a durable", ErrOptionConflict)
+			}
+		}
+	}
+	if has(optStream) {
+		if reason := nameFault(r.stream); reason != "" {
+			add("stream", strconv.Quote(r.stream), reason, ErrInvalidName)
+		}
+	}
+	if has(optDeliver) {
+		switch {
+		case r.deliver == jetstream.DeliverByStartSequencePolicy && r.startSeq == 0:
+			add("deliverFromSequence", "0", "sequences start at 1", ErrOutOfRange)
+		case r.deliver == jetstream.DeliverByStartTimePolicy && r.startTime().IsZero():
+			add("deliverFromTime", "", "must not be the zero time", ErrOutOfRange)
+		}
+	}
+	if has(optRetry) && r.retry < 0 {
+		add("retry", strconv.Itoa(r.retry), "must not be negative", ErrOutOfRange)
+	}
+	if has(optBackoff) {
+		value := r.backoffMin.String() + " to " + r.backoffMax.String()
+		switch {
+		case r.backoffMin <= 0 || r.backoffMax <= 0:
+			add("backoff", value, "both must be above zero", ErrOutOfRange)
+		case r.backoffMax < r.backoffMin:
+			add("backoff", value, "the maximum is below the minimum", ErrOutOfRange)
+		}
+	}
+	if has(optTimeout) && r.timeout <= 0 {
+		add("timeout", r.timeout.String(), "must be above zero", ErrOutOfRange)
+	}
+	if has(optAckWait) && r.ackWait < MinAckWait {
+		add("ackWait", r.ackWait.String(), "must be at least "+MinAckWait.String(), ErrOutOfRange)
+	}
+	if has(optConcurrency) && r.concurrency < 1 {
+		add("concurrency", strconv.Itoa(r.concurrency), "must be at least 1", ErrOutOfRange)
+	}
+	if has(optMaxAckPending) {
+		switch {
+		case r.maxAckPending < 1:
+			add("maxAckPending", strconv.Itoa(r.maxAckPending), "must be at least 1", ErrOutOfRange)
+		case has(optConcurrency) && r.concurrency > r.maxAckPending:
+			add("maxAckPending", strconv.Itoa(r.maxAckPending),
+				fmt.Sprintf("is below the concurrency of %d, which it would cap", r.concurrency), ErrOptionConflict)
+		}
+	}
+	s.futureFaults(has, add)
+	if has(optDLQ) {
+		if reason := publishFault(r.dlq); reason != "" {
+			add("dlq", strconv.Quote(r.dlq), reason, ErrInvalidSubject)
+		} else if subjectMatches(r.filter, r.dlq) {
+			add("dlq", strconv.Quote(r.dlq), "is matched by the route's own filter: dead letters would come back", ErrDLQLoop)
+		}
+	}
+	return faults
+}
+
+// futureFaults judges the options whose engine does not exist yet, and refuses
+// those that are sound.
+func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason string, err error)) {
+	r := s.route
+	const later = "is not supported by this version"
+	if has(optOrderedBy) {
+		switch {
+		case r.order.kind == orderNone:
+			add("orderedBy", r.order.String(), "needs SubjectKey, SubjectToken or HeaderKey", ErrOutOfRange)
+		case r.order.kind == orderToken && r.order.index < 0:
+			add("orderedBy", r.order.String(), "tokens are counted from 0", ErrOutOfRange)
+		case r.order.kind == orderHeader && headerNameFault(r.order.name) != "":
+			add("orderedBy", r.order.String(), headerNameFault(r.order.name), ErrInvalidName)
+		default:
+			add("orderedBy", r.order.String(), later, ErrNotSupported)
+		}
+	}
+	if has(optBatch) {
+		value := fmt.Sprintf("%d within %s", r.batch, r.batchWait)
+		switch {
+		case r.batch < 1:
+			add("batch", value, "needs at least 1 message", ErrOutOfRange)
+		case r.batchWait <= 0:
+			add("batch", value, "the wait must be above zero", ErrOutOfRange)
+		case s.kind != kindBatch:
+			add("batch", value, "needs HandleBatch", ErrOptionConflict)
+		case has(optOrderedBy):
+			add("batch", value, "does not fit with an order key", ErrOptionConflict)
+		default:
+			add("batch", value, later, ErrNotSupported)
+		}
+	} else if s.kind == kindBatch {
+		add("handleBatch", "", "needs Batch", ErrOptionConflict)
+	}
+	if has(optRate) {
+		value := strconv.FormatFloat(r.rate, 'g', -1, 64)
+		if !(r.rate > 0) || math.IsInf(r.rate, 0) {
+			add("rate", value, "must be above zero and finite", ErrOutOfRange)
+		} else {
+			add("rate", value, later, ErrNotSupported)
+		}
+	}
+	if has(optBreaker) {
+		value := fmt.Sprintf("%d for %s", r.breakerAfter, r.breakerRest)
+		switch {
+		case r.breakerAfter < 1:
+			add("breaker", value, "needs at least 1 failure", ErrOutOfRange)
+		case r.breakerRest <= 0:
+			add("breaker", value, "the cool-down must be above zero", ErrOutOfRange)
+		default:
+			add("breaker", value, later, ErrNotSupported)
+		}
+	}
+}
+
+// durableOptions are those that mean nothing on a core subscription.
+var durableOptions = []struct {
+	opt   option
+	field string
+	value func(RouteBuilder) string
+}{
+	{optStream, "stream", func(r RouteBuilder) string { return strconv.Quote(r.stream) }},
+	{optDeliver, "deliver", func(r RouteBuilder) string { return r.deliver.String() }},
+	{optRetry, "retry", func(r RouteBuilder) string { return strconv.Itoa(r.retry) }},
+	{optBackoff, "backoff", func(r RouteBuilder) string { return r.backoffMin.String() + " to " + r.backoffMax.String() }},
+	{optAckWait, "ackWait", func(r RouteBuilder) string { return r.ackWait.String() }},
+	{optOrderedBy, "orderedBy", func(r RouteBuilder) string { return r.order.String() }},
+	{optBatch, "batch", func(r RouteBuilder) string { return strconv.Itoa(r.batch) }},
+	{optBreaker, "breaker", func(r RouteBuilder) string { return strconv.Itoa(r.breakerAfter) }},
+	{optMaxAckPending, "maxAckPending", func(r RouteBuilder) string { return strconv.Itoa(r.maxAckPending) }},
+	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
+	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
+}
+
+func (r RouteBuilder) startTime() time.Time { return time.Unix(r.startSec, r.startNano).UTC() }
+
+// attempts is the number of times a message may be handled, 0 for no limit.
+func (r RouteBuilder) attempts() int {
+	if r.set&optRetry == 0 {
+		return 0
+	}
+	return r.retry + 1
+}
+
+func (r RouteBuilder) backoff() (low, high time.Duration) {
+	if r.set&optBackoff == 0 {
+		return DefaultBackoffMin, DefaultBackoffMax
+	}
+	return r.backoffMin, r.backoffMax
+}
+
+func (r RouteBuilder) lease() time.Duration {
+	if r.set&optAckWait == 0 {
+		return DefaultAckWait
+	}
+	return r.ackWait
+}
+
+// filterFault tells why a subject may not be subscribed to, or nothing. A
+// wildcard is a token of its own, and > the last one.
+func filterFault(subject string) string {
+	if reason := subjectFault(subject); reason != "" {
+		return reason
+	}
+	tokens := strings.Split(subject, ".")
+	for i, token := range tokens {
+		switch {
+		case token == "*", token == ">" && i == len(tokens)-1:
+		case token == ">":
+			return "has > before its last token"
+		case strings.ContainsAny(token, "*>"):
+			return fmt.Sprintf("has a wildcard inside the token %q", token)
+		}
+	}
+	return ""
+}
+
+// publishFault tells why a subject may not be published to, or nothing.
+func publishFault(subject string) string {
+	if reason := subjectFault(subject); reason != "" {
+		return reason
+	}
+	if strings.ContainsAny(subject, "*>") {
+		return "has a wildcard"
+	}
+	if subject[0] == '$' {
+		return "starts with $, which belongs to the server"
+	}
+	return ""
+}
+
+// subjectFault holds for subscribing and publishing alike.
+func subjectFault(subject string) string {
+	switch {
+	case subject == "":
+		return "must not be empty"
+	case len(subject) > MaxSubjectLength:
+		return fmt.Sprintf("is longer than %d bytes", MaxSubjectLength)
+	case !utf8.ValidString(subject):
+		return "is not valid UTF-8"
+	case strings.ContainsFunc(subject, unicode.IsSpace):
+		return "has white space"
+	case strings.ContainsFunc(subject, unicode.IsControl):
+		return "has a control character"
+	case subject[0] == '.', subject[len(subject)-1] == '.', strings.Contains(subject, ".."):
+		return "has an empty token"
+	}
+	return ""
+}
+
+// nameFault tells why a stream or durable may not have this name, or nothing
+// (ADR-6).
+func nameFault(name string) string {
+	switch {
+	case name == "":
+		return "must not be empty"
+	case len(name) > MaxNameLength:
+		return fmt.Sprintf("is longer than %d bytes", MaxNameLength)
+	case !utf8.ValidString(name):
+		return "is not valid UTF-8"
+	case strings.ContainsAny(name, ".*>/\\"):
+		return `must not hold any of . * > / \`
+	case strings.ContainsFunc(name, unicode.IsSpace):
+		return "has white space"
+	case strings.ContainsFunc(name, func(c rune) bool { return !unicode.IsPrint(c) }):
+		return "has a character that does not print"
+	}
+	return ""
+}
+
+// groupFault tells why a queue group may not have this name, or nothing.
+func groupFault(name string) string {
+	switch {
+	case name == "":
+		return "must not be empty"
+	case len(name) > MaxNameLength:
+		return fmt.Sprintf("is longer than %d bytes", MaxNameLength)
+	}
+	return subjectFault(name)
+}
+
+// headerNameFault tells why a header may not have this name, or nothing: it
+// would not survive the wire.
+func headerNameFault(name string) string {
+	if name == "" {
+		return "must not be empty"
+	}
+	for i := range len(name) {
+		if c := name[i]; c <= ' ' || c >= 0x7f || c == ':' {
+			return "must be printable ASCII without a colon or space"
+		}
+	}
+	return ""
+}
+
+// subjectMatches tells whether filter selects every subject that other selects.
+func subjectMatches(filter, other string) bool {
+	for {
+		f, fRest, fMore := strings.Cut(filter, ".")
+		o, oRest, oMore := strings.Cut(other, ".")
+		switch {
+		case f == ">":
+			return true
+		case o == ">", f != "*" && f != o:
+			return false
+		case !fMore || !oMore:
+			return fMore == oMore
+		}
+		filter, other = fRest, oRest
+	}
+}
+
+// subjectsOverlap tells whether some subject is selected by both filters.
+func subjectsOverlap(a, b string) bool {
+	for {
+		at, aRest, aMore := strings.Cut(a, ".")
+		bt, bRest, bMore := strings.Cut(b, ".")
+		switch {
+		case at == ">" || bt == ">":
+			return true
+		case at != bt && at != "*" && bt != "*":
+			return false
+		case !aMore || !bMore:
+			return aMore == bMore
+		}
+		a, b = aRest, bRest
+	}
+}

@@ -1,0 +1,173 @@
+package natsx
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// Faults of a specification. [Validate] and [Broker.Run] report them inside a
+// [*RouteError], which names the route, the option and the value.
+var (
+	// ErrInvalidSubject is a subject that breaks the grammar of the package
+	// documentation, or one that may not be published to.
+	ErrInvalidSubject = errors.New("natsx: invalid subject")
+	// ErrInvalidName is a durable, stream, queue or service name that the
+	// server would refuse.
+	ErrInvalidName = errors.New("natsx: invalid name")
+	// ErrOutOfRange is a number, duration or time outside its documented bounds.
+	ErrOutOfRange = errors.New("natsx: value out of range")
+	// ErrNoHandler is a terminal that was given no function.
+	ErrNoHandler = errors.New("natsx: no handler")
+	// ErrNoRoutes is a call to [Validate] or [Broker.Run] without a route.
+	ErrNoRoutes = errors.New("natsx: no routes")
+	// ErrOptionConflict is an option that does not fit the rest of its route.
+	ErrOptionConflict = errors.New("natsx: options do not fit together")
+	// ErrDuplicateDurable is one durable used by two routes of one stream.
+	ErrDuplicateDurable = errors.New("natsx: durable used twice on one stream")
+	// ErrDLQLoop is a dead letter subject that the route itself consumes.
+	ErrDLQLoop = errors.New("natsx: dead letters would come back to their route")
+	// ErrNotSupported is an option that this version knows and cannot serve.
+	ErrNotSupported = errors.New("natsx: not supported by this version")
+)
+
+// RouteError is one fault of one route. [Validate] joins all of them with
+// [errors.Join], each on a line of its own.
+type RouteError struct {
+	Route   string // the filter subject given to [Route]
+	Durable string // the durable, empty for a core route
+	Field   string // the option at fault, by its setter's name in lower camel case
+	Value   string // the value as it was given, quoted when it is a string
+	Reason  string // what is wrong with it
+	Err     error  // the sentinel or the cause
+}
+
+// Error gives the fault on one line that names route, durable and option.
+func (e *RouteError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "natsx: route %q", e.Route)
+	if e.Durable != "" {
+		fmt.Fprintf(&b, " durable %q", e.Durable)
+	}
+	if e.Field != "" {
+		b.WriteString(": " + e.Field)
+		if e.Value != "" {
+			b.WriteString(" " + e.Value)
+		}
+	}
+	reason := e.Reason
+	if reason == "" && e.Err != nil {
+		reason = strings.TrimPrefix(e.Err.Error(), "natsx: ")
+	}
+	b.WriteString(": " + reason)
+	return b.String()
+}
+
+// Unwrap returns the sentinel or cause in Err.
+func (e *RouteError) Unwrap() error { return e.Err }
+
+type retryAfterError struct {
+	delay time.Duration
+	err   error
+}
+
+func (e *retryAfterError) Error() string { return text(e.err, "retry later") }
+func (e *retryAfterError) Unwrap() error { return e.err }
+
+type permanentError struct{ err error }
+
+func (e *permanentError) Error() string { return text(e.err, "permanent failure") }
+func (e *permanentError) Unwrap() error { return e.err }
+
+type discardError struct{ err error }
+
+func (e *discardError) Error() string { return text(e.err, "discarded") }
+func (e *discardError) Unwrap() error { return e.err }
+
+func text(err error, none string) string {
+	if err == nil {
+		return none
+	}
+	return err.Error()
+}
+
+// RetryAfter returns an error that asks for the next attempt after d instead of
+// the route's backoff. It counts as an attempt. A d below zero counts as zero.
+// The chain of err stays visible to [errors.Is] and [errors.As]; err may be nil.
+func RetryAfter(d time.Duration, err error) error {
+	return &retryAfterError{delay: max(d, 0), err: err}
+}
+
+// Permanent returns an error that no retry can mend: the message is dead at
+// once. The chain of err stays visible; err may be nil.
+func Permanent(err error) error { return &permanentError{err} }
+
+// Discard returns an error that drops the message on purpose: it is terminated
+// and logged, without a retry and without a dead letter. The chain of err stays
+// visible; err may be nil.
+func Discard(err error) error { return &discardError{err} }
+
+// PanicError is what a handler's panic becomes: a failed attempt like any other
+// error. Its stack goes to the log and into the dead letter.
+type PanicError struct {
+	Value any    // what the handler panicked with
+	Stack []byte // the goroutine's stack at that moment
+}
+
+// Error gives the panic's value without the stack.
+func (e *PanicError) Error() string { return fmt.Sprintf("natsx: handler panicked: %v", e.Value) }
+
+// Unwrap returns the panic's value when that is an error, else nil.
+func (e *PanicError) Unwrap() error {
+	err, _ := e.Value.(error)
+	return err
+}
+
+// DecodeError is a payload that a typed handler's codec could not read. It is a
+// permanent failure: the same bytes will not decode on the next attempt.
+type DecodeError struct {
+	Subject     string // of the message
+	ContentType string // of the codec
+	Err         error  // what the codec said
+}
+
+// Error names the subject and the codec.
+func (e *DecodeError) Error() string {
+	return fmt.Sprintf("natsx: decode %s from %q: %v", e.ContentType, e.Subject, e.Err)
+}
+
+// Unwrap returns the codec's error.
+func (e *DecodeError) Unwrap() error { return e.Err }
+
+// Failures of a request, of publishing and of a running broker.
+var (
+	// ErrNoStream is a subject or name that no stream captures or has.
+	ErrNoStream = errors.New("natsx: no stream")
+	// ErrAmbiguousStream is a filter that several streams match; name one with Stream.
+	ErrAmbiguousStream = errors.New("natsx: several streams match")
+	// ErrNoResponders is a request to a subject that nobody listens on.
+	ErrNoResponders = errors.New("natsx: no responders")
+	// ErrTimeout is a request that was not answered in time. It comes together
+	// with [context.DeadlineExceeded].
+	ErrTimeout = errors.New("natsx: timeout")
+	// ErrWouldLose is a route whose dead messages would be deleted: it has Retry
+	// and no DLQ on a work-queue or interest stream.
+	ErrWouldLose = errors.New("natsx: dead messages would be lost")
+	// ErrBadDLQ is a dead letter subject whose stream cannot keep letters.
+	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
+	// ErrConsumerConflict is an existing durable that the route cannot adopt.
+	ErrConsumerConflict = errors.New("natsx: durable exists with other settings")
+	// ErrConsumerDeleted is a durable that was deleted while its route ran.
+	ErrConsumerDeleted = errors.New("natsx: consumer deleted")
+	// ErrStreamDeleted is a stream that was deleted while its route ran.
+	ErrStreamDeleted = errors.New("natsx: stream deleted")
+	// ErrPermission is a permission of the server that a route lacks.
+	ErrPermission = errors.New("natsx: permission denied")
+	// ErrConnectionClosed is a connection that was closed for good.
+	ErrConnectionClosed = errors.New("natsx: connection closed")
+	// ErrDrainTimeout is a shutdown that did not end in time; see [DrainError].
+	ErrDrainTimeout = errors.New("natsx: drain timeout")
+	// ErrAlreadyRun is a second Run of one broker.
+	ErrAlreadyRun = errors.New("natsx: broker was already run")
+)

@@ -1,0 +1,167 @@
+// Package natsx runs message handlers over NATS and JetStream.
+package natsx
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Handler handles one message. What it returns decides what becomes of a
+// JetStream message; see the package documentation. A handler is called by many
+// goroutines at once, up to the route's concurrency.
+//
+// The context carries the message ([MsgFrom]), ends at the route's Timeout and
+// when a shutdown passes its drain timeout.
+type Handler func(ctx context.Context, m *Msg) error
+
+// BatchHandler handles several messages at once. Its result counts for each.
+type BatchHandler func(ctx context.Context, ms []*Msg) error
+
+// Responder answers one request. The bytes are the reply's payload, and
+// [Msg.ReplyHeader] its headers. An error is answered too: see [Fail].
+type Responder func(ctx context.Context, m *Msg) ([]byte, error)
+
+// Middleware wraps every handler of a broker; see [WithMiddleware].
+type Middleware func(Handler) Handler
+
+// Msg is a received message. It belongs to its handler, which may keep and
+// change it; it is not safe for concurrent use while it is changed.
+type Msg struct {
+	Subject string
+	Data    []byte
+	Header  nats.Header // nil when the message has none
+
+	reply   string
+	stream  string
+	durable string
+	seq     uint64
+	attempt uint64
+	time    int64 // Unix nanoseconds, 0 for a core message
+	answer  nats.Header
+}
+
+// Attempt counts the deliveries of the message to this durable: 1 on the first.
+// It is 1 for every message that is not from a durable.
+func (m *Msg) Attempt() int { return max(int(m.attempt), 1) }
+
+// Stream is the name of the stream the message is from, empty for core NATS.
+func (m *Msg) Stream() string { return m.stream }
+
+// Durable is the name of the durable consumer, empty for core NATS and replays.
+func (m *Msg) Durable() string { return m.durable }
+
+// Sequence is the message's sequence in its stream, 0 for core NATS.
+func (m *Msg) Sequence() uint64 { return m.seq }
+
+// Time is when the stream stored the message, the zero time for core NATS.
+func (m *Msg) Time() time.Time {
+	if m.time == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, m.time)
+}
+
+// Token returns the i-th token of the subject, counted from 0, and the empty
+// string when there is no such token.
+func (m *Msg) Token(i int) string { return subjectToken(m.Subject, i) }
+
+// ReplyHeader is what a [Responder] may fill to send headers with its answer.
+// It is never nil; for a message that is not a request it is not sent.
+func (m *Msg) ReplyHeader() nats.Header {
+	if m.answer == nil {
+		m.answer = nats.Header{}
+	}
+	return m.answer
+}
+
+func subjectToken(subject string, i int) string {
+	if i < 0 {
+		return ""
+	}
+	for ; i > 0; i-- {
+		dot := strings.IndexByte(subject, '.')
+		if dot < 0 {
+			return ""
+		}
+		subject = subject[dot+1:]
+	}
+	token, _, _ := strings.Cut(subject, ".")
+	return token
+}
+
+// delivery is a message in the hands of a handler. It is also the handler's
+// context, which saves an allocation for each message.
+type delivery struct {
+	context.Context
+	msg       Msg
+	created   int64         // the stream's creation in Unix nanoseconds, 0 when unknown
+	published atomic.Uint64 // envelopes published with this context so far
+}
+
+type deliveryKey struct{}
+
+// Value finds the delivery itself and else asks the parent.
+func (d *delivery) Value(key any) any {
+	if key == (deliveryKey{}) {
+		return d
+	}
+	return d.Context.Value(key)
+}
+
+func deliveryFrom(ctx context.Context) *delivery {
+	d, _ := ctx.Value(deliveryKey{}).(*delivery)
+	return d
+}
+
+// MsgFrom returns the message that is handled with ctx, or nil when ctx is not,
+// and does not derive from, a handler's context. A typed handler finds subject,
+// headers and attempt this way.
+func MsgFrom(ctx context.Context) *Msg {
+	if d := deliveryFrom(ctx); d != nil {
+		return &d.msg
+	}
+	return nil
+}
+
+// Connect is [nats.Connect] with defaults for production ahead of opts: the
+// executable's name as connection name, reconnecting for ever with a wait of
+// 500 ms and a jitter of up to 500 ms (TLS: 2 s), a retry when the first connect
+// fails, a drain timeout of 30 s, and asynchronous errors, disconnects and
+// reconnects logged to [slog.Default]. Every default can be overridden by opts.
+//
+// Since a failed first connect is retried in the background, Connect returns
+// before the connection is up when no server answers; [Broker.Run] waits for it.
+// The caller closes the connection.
+func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
+	defaults := []nats.Option{
+		nats.Name(filepath.Base(os.Args[0])),
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(500 * time.Millisecond),
+		nats.ReconnectJitter(500*time.Millisecond, 2*time.Second),
+		nats.RetryOnFailedConnect(true),
+		nats.DrainTimeout(30 * time.Second),
+		nats.ErrorHandler(func(nc *nats.Conn, sub *nats.Subscription, err error) {
+			args := []any{"error", err, "connection", nc.Opts.Name}
+			if sub != nil {
+				args = append(args, "subject", sub.Subject)
+			}
+			slog.Error("natsx: asynchronous error of the connection", args...)
+		}),
+		nats.DisconnectErrHandler(func(nc *nats.Conn, err error) {
+			if err != nil {
+				slog.Warn("natsx: disconnected", "error", err, "connection", nc.Opts.Name)
+			}
+		}),
+		nats.ReconnectHandler(func(nc *nats.Conn) {
+			slog.Info("natsx: reconnected", "url", nc.ConnectedUrlRedacted(), "connection", nc.Opts.Name)
+		}),
+	}
+	return nats.Connect(url, append(defaults, opts...)...)
+}

@@ -1,0 +1,62 @@
+package natsx
+
+import (
+	"context"
+	"time"
+)
+
+// Outcome is what became of one attempt.
+type Outcome string
+
+// The outcomes of an attempt.
+const (
+	Succeeded Outcome = "succeeded" // acknowledged, or answered
+	Retried   Outcome = "retried"   // to be delivered again
+	Dead      Outcome = "dead"      // moved to the DLQ, or terminated without one
+	Discarded Outcome = "discarded" // terminated on the handler's word
+	Lapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
+)
+
+// Event is one finished attempt, as an [Observer] sees it.
+type Event struct {
+	Route    string        // the route's filter
+	Durable  string        // empty for a core route
+	Msg      *Msg          // owned by the handler: not to be kept or changed
+	Outcome  Outcome       // what became of it
+	Err      error         // what the handler returned, nil for Succeeded
+	Duration time.Duration // how long the handler ran, 0 when it did not
+}
+
+// Observer is told of every finished attempt, after its handler returned. It
+// runs on the worker, so it must be fast, and is called by many at once. The
+// context is the handler's.
+type Observer interface {
+	Observe(ctx context.Context, e Event)
+}
+
+// Stats are the counters of a broker since its start.
+type Stats struct {
+	Routes []RouteStats // in the order given to Run
+}
+
+// RouteStats are the counters of one route since its start.
+type RouteStats struct {
+	Route   string // the filter
+	Durable string // empty for a core route
+	Stream  string // empty for a core route, and until it is known
+
+	Received  uint64 // messages delivered to this process, redeliveries included
+	Succeeded uint64 // acknowledged; for a core route handled, for a request answered
+	Retried   uint64 // failed attempts that another follows
+	Dead      uint64 // moved to the DLQ, or terminated without one
+	Discarded uint64 // terminated by Discard
+	Lapsed    uint64 // leases lost before the message was settled
+	Failed    uint64 // failed messages of a core route, errors answered to requests
+	Dropped   uint64 // dropped by the client as a slow consumer of a core route
+
+	Running int // handlers running now
+	Waiting int // messages pulled and waiting for a worker now
+	Delayed int // messages that this process gave back and that wait for their retry now
+
+	HandlerTime time.Duration // time spent in handlers, all together
+}
