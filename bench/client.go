@@ -1,0 +1,223 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/pprof"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// timeLimit bounds one run, so that a peer that loses a message fails the
+// benchmark instead of hanging it.
+const timeLimit = 5 * time.Minute
+
+// A figure is what one run of one peer measured.
+type figure struct {
+	N         int
+	Elapsed   time.Duration // from the first message handled to the last one settled
+	ClientCPU time.Duration
+	ServerCPU time.Duration
+	Mallocs   uint64
+	P50, P99  time.Duration // of requests
+}
+
+// A job is a run in progress: what a peer is given to do its work with.
+type job struct {
+	ctx   context.Context
+	nc    *nats.Conn
+	js    jetstream.JetStream
+	url   string
+	n     int
+	size  int
+	sleep time.Duration
+
+	count atomic.Int64
+	began atomic.Int64  // Unix nanoseconds of the first message
+	done  chan struct{} // closed at the n-th message
+
+	meter  meter
+	result figure
+}
+
+// runClient is the client process: it runs one figure and prints it.
+func runClient(arg string) (err error) {
+	var o order
+	if err := json.Unmarshal([]byte(arg), &o); err != nil {
+		return err
+	}
+	s := sections[o.Section]
+	p := s.peers[o.Peer]
+	isNatsx := strings.HasPrefix(p.name, natsxPrefix)
+	if isNatsx && o.MemProfile != "" {
+		runtime.MemProfileRate = 1024
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), timeLimit)
+	defer cancel()
+	nc, err := nats.Connect(o.URL)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(4000))
+	if err != nil {
+		return err
+	}
+	j := &job{ctx: ctx, nc: nc, js: js, url: o.URL, n: o.N, size: s.size, sleep: s.sleep, done: make(chan struct{})}
+	if p.share > 0 {
+		j.n = max(int(p.share*float64(o.N)), 1)
+	}
+	if isNatsx && o.CPUProfile != "" {
+		file, err := os.Create(o.CPUProfile)
+		if err != nil {
+			return err
+		}
+		if err := pprof.StartCPUProfile(file); err != nil {
+			return err
+		}
+		defer func() {
+			pprof.StopCPUProfile()
+			err = errors.Join(err, file.Close())
+		}()
+	}
+	if err := p.run(j); err != nil {
+		return err
+	}
+	if isNatsx && o.MemProfile != "" {
+		if err := writeAllocs(o.MemProfile); err != nil {
+			return err
+		}
+	}
+	if s.fill {
+		if err := j.settled(j.n == o.N); err != nil {
+			return err
+		}
+	}
+	return json.NewEncoder(os.Stdout).Encode(j.result)
+}
+
+func writeAllocs(name string) error {
+	file, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(pprof.Lookup("allocs").WriteTo(file, 0), file.Close())
+}
+
+// start begins to measure what the run costs. The clock itself starts with the
+// first message, which keeps a peer's set-up out of its rate.
+func (j *job) start() error { return j.meter.start(j.nc) }
+
+// handle is the handler of every consuming peer.
+func (j *job) handle() {
+	if j.sleep > 0 {
+		time.Sleep(j.sleep)
+	}
+	switch j.count.Add(1) {
+	case 1:
+		j.began.Store(time.Now().UnixNano())
+	case int64(j.n):
+		close(j.done)
+	}
+}
+
+// finish waits for the n-th message, has the server read the last settlement,
+// and takes the figure. A run of a single message has no duration.
+func (j *job) finish() error {
+	select {
+	case <-j.done:
+	case <-j.ctx.Done():
+		return fmt.Errorf("%d of %d messages: %w", j.count.Load(), j.n, j.ctx.Err())
+	}
+	if err := j.nc.Flush(); err != nil {
+		return err
+	}
+	return j.stop(time.Since(time.Unix(0, j.began.Load())))
+}
+
+// stop takes the figure of a run that took its own time.
+func (j *job) stop(elapsed time.Duration) error {
+	f, err := j.meter.stop(j.nc)
+	if err != nil {
+		return err
+	}
+	f.N, f.Elapsed = j.n, elapsed
+	f.P50, f.P99 = j.result.P50, j.result.P99
+	j.result = f
+	return nil
+}
+
+// settled checks that the run did its work, and leaves the stream as it was:
+// when all of the stream was consumed, nothing waits for an ack, nothing came
+// twice, and the last ack arrives without help.
+func (j *job) settled(all bool) error {
+	st, err := j.js.Stream(j.ctx, benchStream)
+	if err != nil {
+		return err
+	}
+	names := st.ConsumerNames(j.ctx)
+	for name := range names.Name() {
+		for all {
+			c, err := st.Consumer(j.ctx, name)
+			if err != nil {
+				return err
+			}
+			info := c.CachedInfo()
+			if got := j.count.Load(); got != int64(j.n) || info.NumPending > 0 {
+				return fmt.Errorf("handled %d of %d messages, %d never delivered", got, j.n, info.NumPending)
+			}
+			if info.NumAckPending == 0 {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if err := st.DeleteConsumer(j.ctx, name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
+			return err
+		}
+	}
+	return names.Err()
+}
+
+// A meter reads what a run costs client and server.
+type meter struct {
+	client, server time.Duration
+	mallocs        uint64
+}
+
+func readMeter(nc *nats.Conn) (meter, error) {
+	answer, err := nc.Request(cpuSubject, nil, time.Minute)
+	if err != nil {
+		return meter{}, fmt.Errorf("CPU time of the server: %w", err)
+	}
+	ns, err := strconv.ParseInt(string(answer.Data), 10, 64)
+	if err != nil {
+		return meter{}, err
+	}
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	return meter{client: cpuTime(), server: time.Duration(ns), mallocs: mem.Mallocs}, nil
+}
+
+func (m *meter) start(nc *nats.Conn) error {
+	var err error
+	*m, err = readMeter(nc)
+	return err
+}
+
+func (m *meter) stop(nc *nats.Conn) (figure, error) {
+	end, err := readMeter(nc)
+	return figure{
+		ClientCPU: end.client - m.client,
+		ServerCPU: end.server - m.server,
+		Mallocs:   end.mallocs - m.mallocs,
+	}, err
+}

@@ -1,0 +1,175 @@
+// Command bench measures natsx beside what else consumes, publishes and answers
+// over NATS. The README tells how to read what it prints.
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"runtime"
+	"time"
+)
+
+// A section compares peers at one job. Each figure is one run of one peer.
+type section struct {
+	name  string  // what -run matches
+	title string  // what the table is headed with
+	share float64 // of -n: the messages of one run
+	size  int     // of a message in bytes
+	fill  bool    // store the messages in a stream before the runs
+	sleep time.Duration
+	peers []peer // ratios are to the first
+}
+
+// A peer is one way to do the job of a section.
+type peer struct {
+	name  string
+	share float64 // of the section's messages, for the slow; 0 is all
+	run   func(*job) error
+}
+
+var sections = []section{
+	{name: "consume-128B", title: "Consuming, handler does nothing, 128 B", share: 1, size: 128, fill: true, peers: consumers},
+	{name: "consume-1KiB", title: "Consuming, handler does nothing, 1 KiB", share: 1, size: 1024, fill: true, peers: consumers},
+	{name: "consume-sleep", title: "Consuming, handler sleeps 1 ms, 64 workers", share: 0.25, size: 128, fill: true, sleep: time.Millisecond, peers: sleepers},
+}
+
+var consumers = []peer{
+	{name: "nats.go Consume, defaults", run: consumeDefaults},
+	{name: "Consume, 5,000 pulled, MaxAckPending 20,000", run: consumeDeep},
+	{name: "hand-written pull, 5,000 / 20,000", run: pull},
+	{name: "the same with 64 workers", run: pullPool},
+	{name: natsxPrefix + ", Retry, DLQ, 64 workers", run: natsxConsume},
+	{name: "watermill-nats jetstream, async acks", run: watermillJetStream(true), share: 0.5},
+	{name: "watermill-nats nats, async acks", run: watermillNATS(true), share: 0.5},
+	{name: "watermill-nats jetstream, its default", run: watermillJetStream(false), share: 0.03},
+}
+
+var sleepers = []peer{
+	{name: "hand-written pull, 64 workers", run: pullPool},
+	{name: natsxPrefix + ", Retry, DLQ, 64 workers", run: natsxConsume},
+}
+
+// natsxPrefix begins the names of the peers that -cpuprofile and -memprofile
+// are for.
+const natsxPrefix = "natsx"
+
+func main() {
+	var err error
+	switch {
+	case len(os.Args) == 3 && os.Args[1] == "serve":
+		err = serve(os.Args[2])
+	case len(os.Args) == 3 && os.Args[1] == "client":
+		err = runClient(os.Args[2])
+	default:
+		err = measure()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func measure() error {
+	rounds := flag.Int("rounds", 7, "rounds of each section; every peer runs once in each")
+	n := flag.Int("n", 200_000, "messages of one run; slow jobs take a fixed share of it")
+	match := flag.String("run", "", "regular expression that chooses `sections` by name")
+	only := flag.String("peers", "", "regular expression that chooses `peers` by name; the first of a section always runs")
+	quick := flag.Bool("quick", false, "one round of 2,000 messages, to see that everything works")
+	cpuProfile := flag.String("cpuprofile", "", "`file` for a CPU profile of the last natsx client")
+	memProfile := flag.String("memprofile", "", "`file` for a profile of that client's allocations; slows it")
+	flag.Parse()
+	if *quick {
+		*rounds, *n = 1, 2_000
+	}
+	if *rounds < 1 || *n < 100 || flag.NArg() > 0 {
+		return fmt.Errorf("want -rounds of at least 1, -n of at least 100 and no arguments")
+	}
+	sectionRE, err := regexp.Compile(*match)
+	if err != nil {
+		return err
+	}
+	peerRE, err := regexp.Compile(*only)
+	if err != nil {
+		return err
+	}
+
+	fmt.Printf("%s, %s/%s, %d cores, nats.go %s, nats-server %s, %d rounds, load at start %s\n",
+		runtime.Version(), runtime.GOOS, runtime.GOARCH, runtime.NumCPU(),
+		moduleVersion("github.com/nats-io/nats.go"), moduleVersion("github.com/nats-io/nats-server/v2"),
+		*rounds, loadAverage())
+	for i, s := range sections {
+		if !sectionRE.MatchString(s.name) {
+			continue
+		}
+		o := order{Section: i, N: max(int(s.share*float64(*n)), 1), CPUProfile: *cpuProfile, MemProfile: *memProfile}
+		results, err := s.measure(o, *rounds, peerRE)
+		if err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+		report(os.Stdout, s, o.N, results)
+	}
+	return nil
+}
+
+// measure runs the peers in turn, each round beginning with the next one, since
+// who runs first finds another machine than who runs last.
+func (s section) measure(o order, rounds int, only *regexp.Regexp) ([][]figure, error) {
+	srv, err := startServer()
+	if err != nil {
+		return nil, err
+	}
+	defer srv.stop()
+	o.URL = srv.url
+	if err := prepare(o.URL, s, o.N); err != nil {
+		return nil, err
+	}
+	results := make([][]figure, len(s.peers))
+	for round := range rounds {
+		for turn := range s.peers {
+			o.Peer = (round + turn) % len(s.peers)
+			p := s.peers[o.Peer]
+			if o.Peer > 0 && !only.MatchString(p.name) {
+				continue
+			}
+			f, err := spawn(o)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", p.name, err)
+			}
+			results[o.Peer] = append(results[o.Peer], f)
+		}
+	}
+	return results, nil
+}
+
+// An order tells a client process what to run.
+type order struct {
+	URL                    string
+	Section, Peer, N       int
+	CPUProfile, MemProfile string
+}
+
+// spawn runs one figure in a fresh process, so that no peer inherits another's
+// heap, connections or goroutines.
+func spawn(o order) (figure, error) {
+	var f figure
+	exe, err := os.Executable()
+	if err != nil {
+		return f, err
+	}
+	arg, err := json.Marshal(o)
+	if err != nil {
+		return f, err
+	}
+	var out bytes.Buffer
+	cmd := exec.Command(exe, "client", string(arg))
+	cmd.Stdout, cmd.Stderr = &out, os.Stderr
+	if err := cmd.Run(); err != nil {
+		return f, err
+	}
+	return f, json.Unmarshal(out.Bytes(), &f)
+}
