@@ -68,7 +68,7 @@ func runClient(arg string) (err error) {
 		return err
 	}
 	defer nc.Close()
-	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(4000))
+	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(asyncPending))
 	if err != nil {
 		return err
 	}
@@ -97,10 +97,14 @@ func runClient(arg string) (err error) {
 			return err
 		}
 	}
-	if s.fill {
-		if err := j.settled(j.n == o.N); err != nil {
-			return err
-		}
+	switch s.does {
+	case consuming:
+		err = j.settled(j.n == o.N)
+	case publishing, fastPublishing:
+		err = j.stored()
+	}
+	if err != nil {
+		return err
 	}
 	return json.NewEncoder(os.Stdout).Encode(j.result)
 }
@@ -185,6 +189,18 @@ func (j *job) settled(all bool) error {
 		}
 	}
 	return names.Err()
+}
+
+// stored checks that the run stored its messages, once each, and removes them.
+func (j *job) stored() error {
+	st, err := j.js.Stream(j.ctx, benchStream)
+	if err != nil {
+		return err
+	}
+	if got := st.CachedInfo().State.Msgs; got != uint64(j.n) {
+		return fmt.Errorf("the stream holds %d of %d messages", got, j.n)
+	}
+	return st.Purge(j.ctx)
 }
 
 // A meter reads what a run costs client and server.

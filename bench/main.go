@@ -20,10 +20,22 @@ type section struct {
 	title string  // what the table is headed with
 	share float64 // of -n: the messages of one run
 	size  int     // of a message in bytes
-	fill  bool    // store the messages in a stream before the runs
-	sleep time.Duration
-	peers []peer // ratios are to the first
+	does  work
+	sleep time.Duration // of the handler
+	peers []peer        // ratios are to the first
 }
+
+// work is what the runs of a section do with the stream: what it must hold
+// before, and what is checked after each run.
+type work int
+
+const (
+	consuming      work = iota // the stream holds the messages; each run settles all
+	reading                    // the stream holds the messages; a run leaves them
+	publishing                 // each run stores the messages
+	fastPublishing             // the same, in a stream that allows batch ingest
+	requesting                 // there is no stream
+)
 
 // A peer is one way to do the job of a section.
 type peer struct {
@@ -33,9 +45,31 @@ type peer struct {
 }
 
 var sections = []section{
-	{name: "consume-128B", title: "Consuming, handler does nothing, 128 B", share: 1, size: 128, fill: true, peers: consumers},
-	{name: "consume-1KiB", title: "Consuming, handler does nothing, 1 KiB", share: 1, size: 1024, fill: true, peers: consumers},
-	{name: "consume-sleep", title: "Consuming, handler sleeps 1 ms, 64 workers", share: 0.25, size: 128, fill: true, sleep: time.Millisecond, peers: sleepers},
+	{name: "consume-128B", title: "Consuming, handler does nothing, 128 B", share: 1, size: 128, peers: consumers},
+	{name: "consume-1KiB", title: "Consuming, handler does nothing, 1 KiB", share: 1, size: 1024, peers: consumers},
+	{name: "consume-sleep", title: "Consuming, handler sleeps 1 ms, 64 workers", share: 0.25, size: 128, sleep: time.Millisecond, peers: sleepers},
+	{name: "publish-sync", title: "Publishing one at a time, 128 B", share: 0.05, size: 128, does: publishing, peers: []peer{
+		{name: "nats.go Publish", run: publishSync},
+		{name: "Publish with a message id", run: publishSyncID},
+	}},
+	{name: "publish-async", title: "Publishing many at once, 128 B", share: 1, size: 128, does: publishing, peers: []peer{
+		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
+		{name: "the same with message ids", run: publishAsyncID},
+	}},
+	{name: "publish-fast", title: "Publishing many at once, 128 B, the stream allows batch ingest", share: 1, size: 128, does: fastPublishing, peers: []peer{
+		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
+		{name: "orbit.go fast ingest, defaults", run: fastIngest(0, 0)},
+		{name: "orbit.go fast ingest, flow 1,000 x 4", run: fastIngest(1000, 4)},
+	}},
+	{name: "request-1", title: "Request-reply, 1 requester, 128 B", share: 0.05, size: 128, does: requesting, peers: []peer{
+		{name: "nats.go Request, micro", run: microRequests(1)},
+	}},
+	{name: "request-64", title: "Request-reply, 64 requesters, 128 B", share: 0.5, size: 128, does: requesting, peers: []peer{
+		{name: "nats.go Request, micro", run: microRequests(64)},
+	}},
+	{name: "replay", title: "Reading a stream in order, as fast as possible, 128 B", share: 1, size: 128, does: reading, peers: []peer{
+		{name: "nats.go ordered consumer", run: orderedConsumer},
+	}},
 }
 
 var consumers = []peer{

@@ -114,21 +114,21 @@ func prepare(url string, s section, n int) error {
 		return err
 	}
 	defer nc.Close()
-	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(4000))
+	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(asyncPending))
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeLimit)
 	defer cancel()
 	for _, cfg := range []jetstream.StreamConfig{
-		{Name: benchStream, Subjects: []string{benchSubject}},
+		{Name: benchStream, Subjects: []string{benchSubject}, AllowBatchPublish: s.does == fastPublishing},
 		{Name: dlqStream, Subjects: []string{dlqSubject}, Discard: jetstream.DiscardNew},
 	} {
 		if _, err := js.CreateStream(ctx, cfg); err != nil {
 			return err
 		}
 	}
-	if !s.fill {
+	if s.does != consuming && s.does != reading {
 		return nil
 	}
 	payload := make([]byte, s.size)
