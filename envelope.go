@@ -1,0 +1,436 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// MinTTL is the shortest time to live that a stream takes.
+const MinTTL = time.Second
+
+// envelopeOption is one bit for each setter; see [option].
+type envelopeOption uint16
+
+const (
+	envMsgID envelopeOption = 1 << iota
+	envTTL
+	envAt
+	envAfter
+	envStream
+	envLastSequence
+	envLastSubjectSequence
+)
+
+// field is one header. A name may occur several times.
+type field struct{ name, value string }
+
+// Envelope is a message to be published. It is a value: each setter returns a
+// changed copy, so an envelope can be kept, shared between goroutines and forked.
+// Setters never fail; the publishing method reports every fault, before anything
+// is sent, as joined [*EnvelopeError]s.
+//
+// The payload is not copied: it must stay as it is until the publishing method
+// has returned.
+type Envelope struct {
+	set         envelopeOption
+	subject     string
+	data        []byte
+	contentType string  // of the codec
+	headers     []field // shared between copies: replaced, never appended to in place
+	encodeFault error
+
+	msgID               string
+	ttl                 time.Duration
+	at                  time.Time
+	after               time.Duration
+	stream              string
+	lastSequence        uint64
+	lastSubjectSequence uint64
+}
+
+// EnvelopeError is one fault of an envelope, found before anything was sent.
+type EnvelopeError struct {
+	Subject string // given to [To]
+	Field   string // the setter at fault in lower camel case, or subject
+	Value   string // the value as it was given, quoted when it is a string
+	Reason  string // what is wrong with it
+	Err     error  // the sentinel or the cause
+}
+
+// Error gives the fault on one line that names subject, setter and value.
+func (e *EnvelopeError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "natsx: publish to %q: ", e.Subject)
+	if e.Field != "" && e.Field != "subject" {
+		b.WriteString(e.Field)
+		if e.Value != "" {
+			b.WriteString(" " + e.Value)
+		}
+		b.WriteString(": ")
+	}
+	b.WriteString(e.Reason)
+	return b.String()
+}
+
+// Unwrap returns the sentinel or cause in Err.
+func (e *EnvelopeError) Unwrap() error { return e.Err }
+
+// To starts an envelope with an empty payload. A subject with a wildcard, an
+// empty token, white space or a control character, or one that starts with $,
+// is [ErrInvalidSubject] when it is published; [EscapeToken] makes a safe token
+// of any text.
+func To(subject string) Envelope { return Envelope{subject: subject} }
+
+// Data sets the payload.
+func (e Envelope) Data(b []byte) Envelope {
+	e.data, e.contentType, e.encodeFault = b, "", nil
+	return e
+}
+
+// JSON sets the payload to v as JSON, with the Content-Type application/json.
+func (e Envelope) JSON(v any) Envelope { return e.Encode(JSONCodec{}, v) }
+
+// Encode sets the payload to what codec makes of v, at once, and the header
+// Content-Type unless [Envelope.Header] sets it. What the codec refuses is an
+// error of the publishing method.
+func (e Envelope) Encode(codec Codec, v any) Envelope {
+	e.data, e.contentType = nil, ""
+	if codec == nil {
+		e.encodeFault = errors.New("no codec")
+		return e
+	}
+	e.data, e.encodeFault = codec.Marshal(v)
+	e.contentType = codec.ContentType()
+	return e
+}
+
+// Header adds a header. Names are case-sensitive, printable ASCII without a
+// colon or space. Line ends in the value become spaces and white space around
+// it is lost, as nats.go has it.
+//
+// Headers that a setter of the envelope, or natsx itself, makes are refused:
+// Nats-Msg-Id, Nats-TTL, Nats-Expected-Stream, Nats-Expected-Last-Sequence,
+// Nats-Expected-Last-Subject-Sequence, Nats-Schedule*, Nats-Scheduler,
+// Nats-Batch-* and Natsx-Timeout. So is Status on a message without payload,
+// which clients take for a word of the server.
+func (e Envelope) Header(name, value string) Envelope {
+	// The clipped slice has no room, so that append copies it: a fork of e
+	// never sees what is added here.
+	e.headers = append(slices.Clip(e.headers), field{name, value})
+	return e
+}
+
+// MsgID sets the id by which a stream knows a message that it already has within
+// its duplicate window. Default is an automatic one; see [Publisher]. It must not
+// be empty.
+func (e Envelope) MsgID(id string) Envelope {
+	e.set |= envMsgID
+	e.msgID = id
+	return e
+}
+
+// TTL has the stream delete the message after d, in whole seconds rounded up, at
+// least [MinTTL]. The stream must have AllowMsgTTL, else [ErrTTLNotAllowed]. The
+// TTL of a delayed message counts from its delivery to the stream.
+func (e Envelope) TTL(d time.Duration) Envelope {
+	e.set |= envTTL
+	e.ttl = d
+	return e
+}
+
+// At has the stream hold the message back until t, exact to the millisecond or
+// so; a t in the past is now. Until then it is a schedule, a message on the
+// subject
+//
+//	natsx-schedule.<unique token>.<subject>
+//
+// of the same stream. The stream must have AllowMsgSchedules and capture that
+// subject too, as natsx-schedule.*.orders.> beside orders.>, so that no consumer
+// of orders.> takes schedules for orders. A stream with limits retention that
+// does not is sent <subject>.natsx-schedule.<unique token> where it captures
+// this; a consumer that matches it sees the schedule early, with the header
+// Nats-Schedule. Any other stream, and one with interest retention, which drops
+// schedules, is [ErrSchedulesNotAllowed]. The stream is looked up for each call.
+//
+// What arrives at t has the headers of the envelope without Nats-Msg-Id, so that
+// MsgID deduplicates the schedule only, and Nats-Scheduler beside them.
+func (e Envelope) At(t time.Time) Envelope {
+	e.set |= envAt
+	e.at = t
+	return e
+}
+
+// After is [Envelope.At] with a delay from the time of publishing. It must not be
+// negative.
+func (e Envelope) After(d time.Duration) Envelope {
+	e.set |= envAfter
+	e.after = d
+	return e
+}
+
+// ExpectStream has the message stored in this stream or not at all: else it is
+// [ErrWrongStream].
+func (e Envelope) ExpectStream(name string) Envelope {
+	e.set |= envStream
+	e.stream = name
+	return e
+}
+
+// ExpectLastSequence has the message stored only if the stream's last sequence is
+// n, 0 for an empty stream: else it is [ErrWrongSequence].
+func (e Envelope) ExpectLastSequence(n uint64) Envelope {
+	e.set |= envLastSequence
+	e.lastSequence = n
+	return e
+}
+
+// ExpectLastSubjectSequence has the message stored only if the last message on its
+// subject has the sequence n, 0 for none: else it is [ErrWrongSequence].
+func (e Envelope) ExpectLastSubjectSequence(n uint64) Envelope {
+	e.set |= envLastSubjectSequence
+	e.lastSubjectSequence = n
+	return e
+}
+
+func (e *Envelope) delayed() bool { return e.set&(envAt|envAfter) != 0 }
+
+// due is when a delayed envelope is to arrive.
+func (e *Envelope) due() time.Time {
+	if e.set&envAfter != 0 {
+		return time.Now().Add(e.after)
+	}
+	return e.at
+}
+
+func (e *Envelope) ttlText() string {
+	return strconv.FormatInt(int64((e.ttl+time.Second-1)/time.Second), 10) + "s"
+}
+
+// check reports every fault that shows without a server.
+func (e *Envelope) check() error {
+	var faults []error
+	add := func(name, value, reason string, err error) {
+		faults = append(faults, &EnvelopeError{Subject: e.subject, Field: name, Value: value, Reason: reason, Err: err})
+	}
+	if reason := publishFault(e.subject); reason != "" {
+		add("subject", strconv.Quote(e.subject), "the subject "+reason, ErrInvalidSubject)
+	}
+	if e.encodeFault != nil {
+		add("encode", "", e.encodeFault.Error(), e.encodeFault)
+	}
+	for _, h := range e.headers {
+		name := strconv.Quote(h.name)
+		if reason := headerNameFault(h.name); reason != "" {
+			add("header", name, "the name "+reason, ErrInvalidName)
+		} else if setter := reservedHeader(h.name); setter != "" {
+			add("header", name, "is made by "+setter, ErrOptionConflict)
+		} else if len(e.data) == 0 && strings.EqualFold(h.name, "Status") {
+			add("header", name, "without a payload would be taken for a word of the server", ErrOptionConflict)
+		}
+	}
+	if e.set == 0 {
+		return errors.Join(faults...)
+	}
+	has := func(o envelopeOption) bool { return e.set&o != 0 }
+	if has(envMsgID) {
+		switch {
+		case e.msgID == "":
+			add("msgID", `""`, "must not be empty", ErrOutOfRange)
+		case strings.TrimSpace(e.msgID) != e.msgID || strings.ContainsAny(e.msgID, "\r\n"):
+			add("msgID", strconv.Quote(e.msgID), "would be changed: it has a line end, or white space around it", ErrOutOfRange)
+		}
+	}
+	if has(envTTL) && e.ttl < MinTTL {
+		add("ttl", e.ttl.String(), "must be at least "+MinTTL.String(), ErrOutOfRange)
+	}
+	if has(envAt) && e.at.IsZero() {
+		add("at", "", "must not be the zero time", ErrOutOfRange)
+	}
+	if has(envAfter) && e.after < 0 {
+		add("after", e.after.String(), "must not be negative", ErrOutOfRange)
+	}
+	if has(envAt) && has(envAfter) {
+		add("after", e.after.String(), "does not fit with At", ErrOptionConflict)
+	}
+	if has(envStream) {
+		if reason := nameFault(e.stream); reason != "" {
+			add("expectStream", strconv.Quote(e.stream), reason, ErrInvalidName)
+		}
+	}
+	if e.delayed() && has(envLastSubjectSequence) {
+		add("expectLastSubjectSequence", strconv.FormatUint(e.lastSubjectSequence, 10),
+			"does not fit with a delay: a schedule has a subject of its own", ErrOptionConflict)
+	}
+	if has(envLastSequence) && has(envLastSubjectSequence) {
+		add("expectLastSubjectSequence", strconv.FormatUint(e.lastSubjectSequence, 10),
+			"does not fit with ExpectLastSequence: the server would not say which one failed", ErrOptionConflict)
+	}
+	return errors.Join(faults...)
+}
+
+// checkCore is check for core NATS, where no stream is asked for.
+func (e *Envelope) checkCore() error {
+	err := e.check()
+	for _, o := range []struct {
+		bit  envelopeOption
+		name string
+	}{
+		{envAt, "at"}, {envAfter, "after"}, {envStream, "expectStream"},
+		{envLastSequence, "expectLastSequence"}, {envLastSubjectSequence, "expectLastSubjectSequence"},
+	} {
+		if e.set&o.bit != 0 {
+			err = errors.Join(err, &EnvelopeError{Subject: e.subject, Field: o.name,
+				Reason: "needs a stream: publish it to JetStream", Err: ErrOptionConflict})
+		}
+	}
+	return err
+}
+
+// reservedHeader names the maker of a header that may not be set by hand.
+func reservedHeader(name string) string {
+	if len(name) < len("Nats-") || !strings.EqualFold(name[:4], "Nats") {
+		return ""
+	}
+	for _, r := range []struct{ name, maker string }{
+		{jetstream.MsgIDHeader, "MsgID"},
+		{jetstream.MsgTTLHeader, "TTL"},
+		{jetstream.ExpectedStreamHeader, "ExpectStream"},
+		{jetstream.ExpectedLastSeqHeader, "ExpectLastSequence"},
+		{jetstream.ExpectedLastSubjSeqHeader, "ExpectLastSubjectSequence"},
+		{jetstream.SchedulerHeader, "At and After"},
+		{timeoutHeader, "Request"},
+	} {
+		if strings.EqualFold(name, r.name) {
+			return r.maker
+		}
+	}
+	switch lower := strings.ToLower(name); {
+	case lower == "nats-schedule", strings.HasPrefix(lower, "nats-schedule-"):
+		return "At and After"
+	case strings.HasPrefix(lower, "nats-batch-"):
+		return "PublishAtomic"
+	}
+	return ""
+}
+
+// fill adds the envelope's own headers and the carried ones to h.
+func (e *Envelope) fill(h nats.Header, carried []field) {
+	for _, f := range e.headers {
+		h[f.name] = append(h[f.name], f.value)
+	}
+	if e.contentType != "" && !e.hasHeader("Content-Type") {
+		h["Content-Type"] = append(h["Content-Type"], e.contentType)
+	}
+	for _, f := range carried {
+		if !e.hasHeader(f.name) {
+			h[f.name] = append(h[f.name], f.value)
+		}
+	}
+}
+
+func (e *Envelope) hasHeader(name string) bool {
+	return slices.ContainsFunc(e.headers, func(f field) bool { return strings.EqualFold(f.name, name) })
+}
+
+// carriedHeaders go from a handled message to what its handler publishes.
+var carriedHeaders = []string{"traceparent", "tracestate", "baggage", "Correlation-Id"}
+
+func carriedFrom(d *delivery) []field {
+	if d == nil {
+		return nil
+	}
+	var carried []field
+	for name, values := range d.msg.Header {
+		for _, c := range carriedHeaders {
+			if strings.EqualFold(name, c) {
+				for _, v := range values {
+					carried = append(carried, field{name, v})
+				}
+			}
+		}
+	}
+	return carried
+}
+
+// coreMessage makes the message of Send and Request.
+func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, error) {
+	if err := e.checkCore(); err != nil {
+		return nil, err
+	}
+	m := &nats.Msg{Subject: e.subject, Data: e.data}
+	carried := carriedFrom(deliveryFrom(ctx))
+	if len(e.headers)+len(carried) > 0 || e.contentType != "" || e.set != 0 {
+		m.Header = make(nats.Header, len(e.headers)+3)
+		e.fill(m.Header, carried)
+	}
+	if e.set&envMsgID != 0 {
+		m.Header.Set(jetstream.MsgIDHeader, e.msgID)
+	}
+	if e.set&envTTL != 0 {
+		m.Header.Set(jetstream.MsgTTLHeader, e.ttlText())
+	}
+	return m, nil
+}
+
+// EscapeToken makes one subject token of any text, different for different
+// texts. ASCII letters, digits, - and _ stay as they are; every other byte
+// becomes = and its two hexadecimal digits, and the empty text becomes =. The
+// token is up to three times as long.
+func EscapeToken(s string) string {
+	if s == "" {
+		return "="
+	}
+	plain := 0
+	for plain < len(s) && plainByte(s[plain]) {
+		plain++
+	}
+	if plain == len(s) {
+		return s
+	}
+	const digits = "0123456789ABCDEF"
+	token := append(make([]byte, 0, len(s)+2*(len(s)-plain)), s[:plain]...)
+	for _, c := range []byte(s[plain:]) {
+		if plainByte(c) {
+			token = append(token, c)
+		} else {
+			token = append(token, '=', digits[c>>4], digits[c&15])
+		}
+	}
+	return string(token)
+}
+
+// UnescapeToken returns the text of which [EscapeToken] made the token, and an
+// error that is [ErrInvalidSubject] for a token that it does not make.
+func UnescapeToken(token string) (string, error) {
+	if token == "=" {
+		return "", nil
+	}
+	text := make([]byte, 0, len(token))
+	for i := 0; i < len(token); i++ {
+		c := token[i]
+		if c == '=' && i+2 < len(token) {
+			n, err := strconv.ParseUint(token[i+1:i+3], 16, 8)
+			if err == nil {
+				c = byte(n)
+				i += 2
+			}
+		}
+		text = append(text, c)
+	}
+	if s := string(text); EscapeToken(s) == token {
+		return s, nil
+	}
+	return "", failure(fmt.Sprintf("token %q was not made by EscapeToken", token), ErrInvalidSubject)
+}
+
+func plainByte(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_'
+}

@@ -1,0 +1,110 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/micro"
+)
+
+// timeoutHeader tells a responder how long the requester still waits, as a Go
+// duration. It is a duration and not a time so that it needs no common clock; it
+// counts from the arrival of the request.
+const timeoutHeader = "Natsx-Timeout"
+
+// ReplyError is an error that a responder answered with, in the headers of NATS
+// micro: Nats-Service-Error-Code and Nats-Service-Error.
+type ReplyError struct {
+	Code    int    // such as 404; 0 when the code is not a number
+	Message string // what the responder said
+	RawCode string // the code as it was sent; of a foreign service it may be any text
+}
+
+// Error gives code and message.
+func (e *ReplyError) Error() string {
+	return fmt.Sprintf("natsx: reply error %s: %s", e.code(), e.Message)
+}
+
+func (e *ReplyError) code() string {
+	if e.RawCode != "" {
+		return e.RawCode
+	}
+	return strconv.Itoa(e.Code)
+}
+
+// Fail returns an error that a [Responder] answers with: the requester gets it as
+// [*ReplyError], and a client of NATS micro in the headers that it knows. Codes
+// are the application's own; those of HTTP are what most readers expect. Every
+// other error of a responder is answered as 500 "internal error", but a payload
+// that does not decode as 400 and a passed deadline as 504.
+func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
+
+// answer makes the reply of a responder's result. It is internal when the
+// requester learns nothing of err, so that err is to be logged.
+func answer(data []byte, hdr nats.Header, err error) (payload []byte, header nats.Header, internal bool) {
+	var reply *ReplyError
+	var undecodable *DecodeError
+	switch {
+	case err == nil:
+		// Clients take a status without a payload for a word of the server, such
+		// as 503 for nobody there.
+		if len(data) == 0 && len(hdr["Status"]) > 0 {
+			hdr = cloneHeader(hdr)
+			delete(hdr, "Status")
+		}
+		return data, hdr, false
+	case errors.As(err, &reply):
+		header = cloneHeader(hdr)
+		delete(header, "Status")
+	case errors.As(err, &undecodable):
+		reply = &ReplyError{Code: http.StatusBadRequest, Message: "request does not decode as " + undecodable.ContentType}
+		data = nil
+	case errors.Is(err, context.DeadlineExceeded):
+		reply = &ReplyError{Code: http.StatusGatewayTimeout, Message: "timeout"}
+		data, internal = nil, true
+	default:
+		reply = &ReplyError{Code: http.StatusInternalServerError, Message: "internal error"}
+		data, internal = nil, true
+	}
+	if header == nil {
+		header = nats.Header{}
+	}
+	message := reply.Message
+	if message == "" {
+		message = "error"
+	}
+	header[micro.ErrorCodeHeader] = []string{reply.code()}
+	header[micro.ErrorHeader] = []string{message}
+	return data, header, internal
+}
+
+func cloneHeader(h nats.Header) nats.Header {
+	c := make(nats.Header, len(h)+2)
+	for k, v := range h {
+		c[k] = v
+	}
+	return c
+}
+
+// replyError is the error in the headers of a reply, or nil.
+func replyError(h nats.Header) *ReplyError {
+	code, message := h.Get(micro.ErrorCodeHeader), h.Get(micro.ErrorHeader)
+	if code == "" && message == "" {
+		return nil
+	}
+	e := &ReplyError{Message: message, RawCode: code}
+	e.Code, _ = strconv.Atoi(code)
+	return e
+}
+
+// requestTimeout is how long the requester of m waits, counted from its arrival;
+// ok is false when it does not say, or nothing that makes sense.
+func requestTimeout(h nats.Header) (d time.Duration, ok bool) {
+	d, err := time.ParseDuration(h.Get(timeoutHeader))
+	return d, err == nil && d > 0
+}

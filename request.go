@@ -1,0 +1,145 @@
+package natsx
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// DefaultRequestTimeout ends a request whose context has no deadline.
+const DefaultRequestTimeout = 5 * time.Second
+
+// Request sends an envelope on core NATS and returns the answer. It waits until
+// ctx ends or, when ctx has no deadline, for [DefaultRequestTimeout]. How long it
+// waits is told to the responder in the header Natsx-Timeout, and ends its
+// context in time.
+//
+// An error that the responder answered with is a [*ReplyError]; the message comes
+// with it, since it may have a payload. Nobody there is [ErrNoResponders] at
+// once, nobody done in time [ErrTimeout] with [context.DeadlineExceeded], a
+// cancelled ctx [context.Canceled]. Envelopes with a schedule or an expectation
+// are refused.
+func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
+	m, err := p.coreMessage(ctx, e)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
+	defer cancel()
+	if err := ctx.Err(); err != nil {
+		return nil, requestError(m.Subject, err)
+	}
+	sayTimeout(ctx, m)
+	r, err := p.nc.RequestMsgWithContext(ctx, m)
+	if err != nil {
+		return nil, p.requestFailure(ctx, m, err)
+	}
+	return received(r)
+}
+
+// RequestJSON is [Publisher.Request] for an answer in JSON. An answer that is not
+// JSON of T is an error that wraps what [json.Unmarshal] said.
+func RequestJSON[T any](ctx context.Context, p *Publisher, e Envelope) (T, error) {
+	var v T
+	m, err := p.Request(ctx, e)
+	if err != nil {
+		return v, err
+	}
+	if err := json.Unmarshal(m.Data, &v); err != nil {
+		// Not a DecodeError: a responder that returned it would blame its own
+		// requester.
+		return v, failure(fmt.Sprintf("request %q: decode the answer: %v", e.subject, err), err)
+	}
+	return v, nil
+}
+
+// RequestMany sends an envelope to everybody who listens and yields the answers as
+// they come, until ctx ends or, when ctx has no deadline, for
+// [DefaultRequestTimeout]: it cannot know how many will answer. The caller breaks
+// when it has enough.
+//
+// An answer that is an error is yielded with its [*ReplyError] and the rest goes
+// on. Any other error is the last thing yielded and has no message:
+// [ErrNoResponders], [context.Canceled], or [ErrTimeout] when nobody answered at
+// all. A deadline after the first answer ends the sequence without an error.
+// Each use of the sequence sends the request anew.
+func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg, error] {
+	return func(yield func(*Msg, error) bool) {
+		m, err := p.coreMessage(ctx, e)
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
+		defer cancel()
+		sayTimeout(ctx, m)
+		m.Reply = p.nc.NewInbox()
+		sub, err := p.nc.SubscribeSync(m.Reply)
+		if err != nil {
+			yield(nil, p.requestFailure(ctx, m, err))
+			return
+		}
+		defer sub.Unsubscribe()
+		if err := p.nc.PublishMsg(m); err != nil {
+			yield(nil, p.requestFailure(ctx, m, err))
+			return
+		}
+		for answered := false; ; answered = true {
+			r, err := sub.NextMsgWithContext(ctx)
+			switch {
+			case err == nil:
+				if !yield(received(r)) {
+					return
+				}
+			case answered && errors.Is(err, context.DeadlineExceeded):
+				return
+			default:
+				yield(nil, p.requestFailure(ctx, m, err))
+				return
+			}
+		}
+	}
+}
+
+// sayTimeout tells the responder how long ctx still runs.
+func sayTimeout(ctx context.Context, m *nats.Msg) {
+	deadline, _ := ctx.Deadline()
+	if m.Header == nil {
+		m.Header = make(nats.Header, 1)
+	}
+	m.Header[timeoutHeader] = []string{time.Until(deadline).String()}
+}
+
+// received is a reply, with the error that it carries.
+func received(r *nats.Msg) (*Msg, error) {
+	m := &Msg{Subject: r.Subject, Data: r.Data, Header: r.Header, reply: r.Reply}
+	if e := replyError(r.Header); e != nil {
+		return m, e
+	}
+	return m, nil
+}
+
+func (p *Publisher) requestFailure(ctx context.Context, m *nats.Msg, err error) error {
+	switch {
+	case ctx.Err() != nil:
+		if denied := p.denied(m.Subject); denied != nil {
+			return denied
+		}
+		return requestError(m.Subject, ctx.Err())
+	case errors.Is(err, nats.ErrNoResponders):
+		return failure(fmt.Sprintf("request %q: no responders", m.Subject), ErrNoResponders, err)
+	}
+	return p.localFailure(m, err)
+}
+
+func requestError(subject string, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return failure(fmt.Sprintf("request %q: timeout", subject), ErrTimeout, err)
+	}
+	return failure(fmt.Sprintf("request %q: %v", subject, err), err)
+}

@@ -1,0 +1,73 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// scheduleToken is a token of the subjects that schedules are kept on.
+const scheduleToken = "natsx-schedule"
+
+// scheduleSubject finds a subject of its own for a schedule, in the stream that
+// captures its target.
+//
+// The server wants it to differ from the target and in the same stream, and a
+// later schedule on one subject replaces the earlier.
+func (c *call) scheduleSubject(ctx context.Context, target string) (string, error) {
+	info, err := c.streamOf(ctx, target)
+	if err != nil {
+		return "", err
+	}
+	refuse := func(reason string) error {
+		return failure(fmt.Sprintf("publish to %q: stream %q %s", target, info.Config.Name, reason), ErrSchedulesNotAllowed)
+	}
+	if !info.Config.AllowMsgSchedules {
+		return "", refuse("does not have AllowMsgSchedules")
+	}
+	if info.Config.Retention == jetstream.InterestPolicy {
+		return "", refuse("has interest retention, which drops schedules")
+	}
+	id := c.p.nextID()
+	subject := scheduleToken + "." + id + "." + target
+	if captures(info, subject) {
+		return subject, nil
+	}
+	if below := target + "." + scheduleToken + "." + id; info.Config.Retention == jetstream.LimitsPolicy && captures(info, below) {
+		return below, nil
+	}
+	return "", refuse(fmt.Sprintf("captures no subject for a schedule, such as %q", scheduleToken+".*."+target))
+}
+
+// streamOf looks up the stream that captures subject, once for each stream of
+// the call.
+func (c *call) streamOf(ctx context.Context, subject string) (*jetstream.StreamInfo, error) {
+	for _, info := range c.streams {
+		if captures(info, subject) {
+			return info, nil
+		}
+	}
+	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
+	defer cancel()
+	name, err := c.p.js.StreamNameBySubject(ctx, subject)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil, failure(fmt.Sprintf("publish to %q: no stream captures the subject", subject), ErrNoStream)
+	}
+	if err != nil {
+		return nil, failure(fmt.Sprintf("publish to %q: look up its stream: %v", subject, err), err)
+	}
+	s, err := c.p.js.Stream(ctx, name)
+	if err != nil {
+		return nil, failure(fmt.Sprintf("publish to %q: look up stream %q: %v", subject, name, err), err)
+	}
+	info := s.CachedInfo()
+	c.streams = append(c.streams, info)
+	return info, nil
+}
+
+func captures(info *jetstream.StreamInfo, subject string) bool {
+	return slices.ContainsFunc(info.Config.Subjects, func(s string) bool { return subjectMatches(s, subject) })
+}
