@@ -55,6 +55,7 @@ type Broker struct {
 	workers      int
 	drainTimeout time.Duration
 	middleware   []Middleware
+	streams      []StreamSpec
 	observer     Observer
 	errorText    func(error) string
 

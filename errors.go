@@ -158,6 +158,9 @@ var (
 	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
 	// ErrConsumerConflict is an existing durable that the route cannot adopt.
 	ErrConsumerConflict = errors.New("natsx: durable exists with other settings")
+	// ErrStreamConflict is an existing stream that cannot become what was
+	// described; see [StreamConflictError].
+	ErrStreamConflict = errors.New("natsx: stream exists with other settings")
 	// ErrConsumerDeleted is a durable that was deleted while its route ran.
 	ErrConsumerDeleted = errors.New("natsx: consumer deleted")
 	// ErrStreamDeleted is a stream that was deleted while its route ran.

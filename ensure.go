@@ -1,0 +1,436 @@
+package natsx
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// A request is asked again when its answer is late, whatever the caller's
+// deadline is: at first soon, since a stream that was just created does not
+// answer before it has a leader, then with the patience a loaded server needs.
+const (
+	shortStreamRequest = time.Second
+	longStreamRequest  = 5 * time.Second
+)
+
+// StreamConflictError is an existing stream that cannot become what was
+// described; nothing of it was changed. It matches [ErrStreamConflict].
+type StreamConflictError struct {
+	Stream string
+	Diffs  []StreamDiff // every difference at fault, in the order of the setters' declaration
+	Err    error        // the server's refusal, nil when natsx refused before it
+}
+
+// StreamDiff is one option of a stream that is not as it was described.
+type StreamDiff struct {
+	Field  string // the option, by its setter's name in lower camel case
+	Have   string // its value in the existing stream
+	Want   string // its value as described
+	Reason string // why it is not changed, empty when the server's refusal tells
+}
+
+// Error lists the differences on one line.
+func (e *StreamConflictError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "natsx: stream %q exists with other settings: ", e.Stream)
+	for i, d := range e.Diffs {
+		if i > 0 {
+			b.WriteString("; ")
+		}
+		fmt.Fprintf(&b, "%s is %s, not %s", d.Field, d.Have, d.Want)
+		if d.Reason != "" {
+			b.WriteString(": " + d.Reason)
+		}
+	}
+	if e.Err != nil {
+		fmt.Fprintf(&b, ": %v", e.Err)
+	}
+	return b.String()
+}
+
+// Unwrap returns [ErrStreamConflict] and the server's refusal.
+func (e *StreamConflictError) Unwrap() []error {
+	if e.Err == nil {
+		return []error{ErrStreamConflict}
+	}
+	return []error{ErrStreamConflict, e.Err}
+}
+
+// Ensure makes the stream exist as described. It creates what is missing, with
+// the defaults told at [Stream], and updates of an existing stream the options
+// that were set and differ; everything else stays as it is. It is idempotent,
+// and any number of processes may start with it at once.
+//
+// What the server cannot change, and a lower limit that would delete messages
+// that are stored now, is refused with a [*StreamConflictError], which matches
+// [ErrStreamConflict], and nothing is changed.
+//
+// Every fault of the description is returned before the first request; see
+// [StreamSpec.Validate]. What passes by itself (a server that starts, an
+// election, a lost answer) is tried again until ctx ends, and logged once to
+// [slog.Default]: a server without JetStream looks the same, so give ctx a
+// deadline. A closed connection is [ErrConnectionClosed], a missing permission
+// [ErrPermission], and any other refusal of the server is returned at once with
+// its [*jetstream.APIError].
+func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
+	if err := s.Validate(); err != nil {
+		return err
+	}
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return fmt.Errorf("natsx: stream %q: %w", s.name, err)
+	}
+	return s.ensure(ctx, js)
+}
+
+// ensure is Ensure for a description that was validated.
+func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream) error {
+	wait, patience := 50*time.Millisecond, shortStreamRequest
+	for attempt := 1; ; attempt++ {
+		err := s.settle(ctx, js, patience)
+		if err == nil || !passes(err) || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+			return err
+		}
+		if attempt == 3 { // not what a race of processes that start at once leaves behind
+			slog.Warn("natsx: stream cannot be ensured yet, trying on", "stream", s.name, "error", err)
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return fmt.Errorf("%w: %w", err, ctx.Err())
+		}
+		wait, patience = min(2*wait, 2*time.Second), min(2*patience, longStreamRequest)
+	}
+}
+
+// settle is one attempt of ensure. What another process does between its
+// requests ends in an error that passes, and the next attempt sees it.
+func (s StreamSpec) settle(ctx context.Context, js jetstream.JetStream, patience time.Duration) error {
+	var stream jetstream.Stream
+	request := func(verb string, do func(context.Context) (jetstream.Stream, error)) error {
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		got, err := do(ctx)
+		if err == nil {
+			stream = got
+			return nil
+		}
+		return fmt.Errorf("natsx: %s stream %q: %w", verb, s.name, streamCause(js.Conn(), s.name, err))
+	}
+
+	err := request("look up", func(ctx context.Context) (jetstream.Stream, error) {
+		return js.Stream(ctx, s.name)
+	})
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		cfg := jetstream.StreamConfig{Name: s.name}
+		s.apply(&cfg)
+		err = request("create", func(ctx context.Context) (jetstream.Stream, error) {
+			return js.CreateStream(ctx, cfg)
+		})
+		if err != nil {
+			return err
+		}
+		return s.verify(stream.CachedInfo().Config)
+	}
+	if err != nil {
+		return err
+	}
+
+	info := stream.CachedInfo()
+	next := info.Config
+	s.apply(&next)
+	diffs := s.differences(info.Config, next)
+	if len(diffs) == 0 {
+		return nil
+	}
+	if next.MaxMsgsPerSubject > 0 && slices.ContainsFunc(diffs, func(d StreamDiff) bool { return d.Field == "maxMsgsPerSubject" }) {
+		existing := stream
+		err := request("look up", func(ctx context.Context) (jetstream.Stream, error) {
+			info, err = existing.Info(ctx, jetstream.WithSubjectFilter(">"))
+			return existing, err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if refused := refuse(diffs, info, next); len(refused) > 0 {
+		return &StreamConflictError{Stream: s.name, Diffs: refused}
+	}
+	err = request("update", func(ctx context.Context) (jetstream.Stream, error) {
+		return js.UpdateStream(ctx, next)
+	})
+	var refusal *jetstream.APIError
+	if errors.As(err, &refusal) && !passes(err) {
+		return &StreamConflictError{Stream: s.name, Diffs: diffs, Err: refusal}
+	}
+	if err != nil {
+		return err
+	}
+	return s.verify(stream.CachedInfo().Config)
+}
+
+// verify compares what the server made of the stream with the description: an
+// older server drops the options that it does not know.
+func (s StreamSpec) verify(got jetstream.StreamConfig) error {
+	next := got
+	s.apply(&next)
+	diffs := s.differences(got, next)
+	if len(diffs) == 0 {
+		return nil
+	}
+	for i := range diffs {
+		diffs[i].Reason = "the server did not take it"
+	}
+	return &StreamConflictError{Stream: s.name, Diffs: diffs}
+}
+
+// refuse returns the diffs that the server cannot make, or that would delete
+// messages, each with its reason.
+func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.StreamConfig) []StreamDiff {
+	have, state := info.Config, info.State
+	const fixed = "the server cannot change it"
+	var overMsgs, overBytes string
+	if next.Discard == jetstream.DiscardOld {
+		if next.MaxMsgs > 0 && state.Msgs > uint64(next.MaxMsgs) {
+			overMsgs = fmt.Sprintf("would delete %d of %d messages", state.Msgs-uint64(next.MaxMsgs), state.Msgs)
+		}
+		if next.MaxBytes > 0 && state.Bytes > uint64(next.MaxBytes) {
+			overBytes = fmt.Sprintf("would delete messages: %d bytes are stored", state.Bytes)
+		}
+	}
+	reason := func(field string) string {
+		switch field {
+		case "subjects":
+			if have.Mirror != nil {
+				return fmt.Sprintf("the stream is a mirror of %q", have.Mirror.Name)
+			}
+		case "storage":
+			return fixed
+		case "retention":
+			if have.Retention == jetstream.WorkQueuePolicy || next.Retention == jetstream.WorkQueuePolicy {
+				return fixed
+			}
+			if next.Retention == jetstream.InterestPolicy && state.Msgs > 0 {
+				return fmt.Sprintf("would delete those of %d messages that no consumer waits for", state.Msgs)
+			}
+		case "maxMsgs":
+			return overMsgs
+		case "maxBytes":
+			return overBytes
+		case "discard":
+			// A stream that refused new messages may be over a limit that was lowered.
+			return cmp.Or(overMsgs, overBytes)
+		case "maxMsgsPerSubject":
+			if next.MaxMsgsPerSubject <= 0 {
+				break
+			}
+			var delete uint64
+			for _, n := range state.Subjects {
+				delete += n - min(n, uint64(next.MaxMsgsPerSubject))
+			}
+			if delete > 0 {
+				return fmt.Sprintf("would delete %d of %d messages", delete, state.Msgs)
+			}
+		case "maxAge":
+			if age := info.TimeStamp.Sub(state.FirstTime); next.MaxAge > 0 && state.Msgs > 0 && age > next.MaxAge {
+				return fmt.Sprintf("would delete messages: the oldest is %s old", age.Round(time.Millisecond))
+			}
+		case "allowRollup", "allowSchedules":
+			if have.DenyPurge {
+				return "the stream denies purges, which cannot be taken back"
+			}
+		}
+		return ""
+	}
+	var refused []StreamDiff
+	for _, d := range diffs {
+		if d.Reason = reason(d.Field); have.Sealed {
+			d.Reason = "the stream is sealed"
+		}
+		if d.Reason != "" {
+			refused = append(refused, d)
+		}
+	}
+	return refused
+}
+
+// apply writes the options that were set into cfg.
+func (s StreamSpec) apply(cfg *jetstream.StreamConfig) {
+	for _, f := range streamFields {
+		if s.set&f.opt != 0 {
+			f.write(s, cfg)
+		}
+	}
+	// The server shortens its default window to a new stream's MaxAge itself,
+	// and refuses an update that leaves it longer.
+	if s.set&optMaxAge != 0 && s.set&optDedupWindow == 0 && s.maxAge > 0 {
+		cfg.Duplicates = min(cfg.Duplicates, s.maxAge)
+	}
+}
+
+// differences lists the options that were set and are not the same in both.
+func (s StreamSpec) differences(have, want jetstream.StreamConfig) []StreamDiff {
+	var diffs []StreamDiff
+	for _, f := range streamFields {
+		if s.set&f.opt == 0 {
+			continue
+		}
+		if h, w := f.text(have), f.text(want); h != w {
+			diffs = append(diffs, StreamDiff{Field: f.name, Have: h, Want: w})
+		}
+	}
+	return diffs
+}
+
+// streamField tells how an option is written into a configuration and how its
+// value reads there. Values that mean the same read the same.
+type streamField struct {
+	opt   streamOption
+	name  string
+	write func(StreamSpec, *jetstream.StreamConfig)
+	text  func(jetstream.StreamConfig) string
+}
+
+// streamFields are all options, in the order of the setters.
+var streamFields = []streamField{
+	{optSubjects, "subjects", func(s StreamSpec, c *jetstream.StreamConfig) { c.Subjects = s.subjectList() },
+		func(c jetstream.StreamConfig) string {
+			return fmt.Sprintf("%q", slices.Sorted(slices.Values(c.Subjects)))
+		}},
+	{optDescription, "description", func(s StreamSpec, c *jetstream.StreamConfig) { c.Description = s.description },
+		func(c jetstream.StreamConfig) string { return strconv.Quote(c.Description) }},
+	{optRetention, "retention", func(s StreamSpec, c *jetstream.StreamConfig) { c.Retention = s.retention },
+		func(c jetstream.StreamConfig) string { return c.Retention.String() }},
+	{optStorage, "storage", func(s StreamSpec, c *jetstream.StreamConfig) { c.Storage = s.storage },
+		func(c jetstream.StreamConfig) string { return c.Storage.String() }},
+	{optDiscard, "discard", func(s StreamSpec, c *jetstream.StreamConfig) { c.Discard = s.discard },
+		func(c jetstream.StreamConfig) string { return c.Discard.String() }},
+	{optCompression, "compression", func(s StreamSpec, c *jetstream.StreamConfig) { c.Compression = s.compression },
+		func(c jetstream.StreamConfig) string { return c.Compression.String() }},
+	{optMaxAge, "maxAge", func(s StreamSpec, c *jetstream.StreamConfig) { c.MaxAge = s.maxAge },
+		func(c jetstream.StreamConfig) string {
+			if c.MaxAge == 0 {
+				return unlimited
+			}
+			return c.MaxAge.String()
+		}},
+	{optMaxBytes, "maxBytes", func(s StreamSpec, c *jetstream.StreamConfig) { c.MaxBytes = s.maxBytes },
+		func(c jetstream.StreamConfig) string { return limitText(c.MaxBytes) }},
+	{optMaxMsgs, "maxMsgs", func(s StreamSpec, c *jetstream.StreamConfig) { c.MaxMsgs = s.maxMsgs },
+		func(c jetstream.StreamConfig) string { return limitText(c.MaxMsgs) }},
+	{optMaxMsgsPerSubject, "maxMsgsPerSubject", func(s StreamSpec, c *jetstream.StreamConfig) { c.MaxMsgsPerSubject = s.maxMsgsPerSubject },
+		func(c jetstream.StreamConfig) string { return limitText(c.MaxMsgsPerSubject) }},
+	{optMaxMsgSize, "maxMsgSize", func(s StreamSpec, c *jetstream.StreamConfig) { c.MaxMsgSize = s.maxMsgSize },
+		func(c jetstream.StreamConfig) string { return limitText(int64(c.MaxMsgSize)) }},
+	{optReplicas, "replicas", func(s StreamSpec, c *jetstream.StreamConfig) { c.Replicas = s.replicas },
+		func(c jetstream.StreamConfig) string { return strconv.Itoa(c.Replicas) }},
+	{optDedupWindow, "dedupWindow", func(s StreamSpec, c *jetstream.StreamConfig) { c.Duplicates = s.dedupWindow },
+		func(c jetstream.StreamConfig) string { return c.Duplicates.String() }},
+	streamFlag(optAllowMsgTTL, "allowMsgTTL", func(c *jetstream.StreamConfig) *bool { return &c.AllowMsgTTL }),
+	streamFlag(optAllowSchedules, "allowSchedules", func(c *jetstream.StreamConfig) *bool { return &c.AllowMsgSchedules }),
+	streamFlag(optAllowAtomicPublish, "allowAtomicPublish", func(c *jetstream.StreamConfig) *bool { return &c.AllowAtomicPublish }),
+	streamFlag(optAllowBatchPublish, "allowBatchPublish", func(c *jetstream.StreamConfig) *bool { return &c.AllowBatchPublish }),
+	streamFlag(optAllowDirect, "allowDirect", func(c *jetstream.StreamConfig) *bool { return &c.AllowDirect }),
+	streamFlag(optAllowRollup, "allowRollup", func(c *jetstream.StreamConfig) *bool { return &c.AllowRollup }),
+	streamFlag(optDenyDelete, "denyDelete", func(c *jetstream.StreamConfig) *bool { return &c.DenyDelete }),
+	streamFlag(optDenyPurge, "denyPurge", func(c *jetstream.StreamConfig) *bool { return &c.DenyPurge }),
+}
+
+// streamFlag is an option that can only be switched on.
+func streamFlag(opt streamOption, name string, at func(*jetstream.StreamConfig) *bool) streamField {
+	return streamField{opt, name, func(_ StreamSpec, c *jetstream.StreamConfig) { *at(c) = true },
+		func(c jetstream.StreamConfig) string { return strconv.FormatBool(*at(&c)) }}
+}
+
+const unlimited = "unlimited"
+
+func limitText(n int64) string {
+	if n <= 0 {
+		return unlimited
+	}
+	return strconv.FormatInt(n, 10)
+}
+
+// streamCause puts natsx's sentinel before an error of a request for a stream
+// when there is one.
+func streamCause(nc *nats.Conn, name string, err error) error {
+	switch {
+	case errors.Is(err, nats.ErrConnectionClosed), errors.Is(err, nats.ErrConnectionDraining), errors.Is(err, nats.ErrInvalidConnection):
+		return fmt.Errorf("%w: %w", ErrConnectionClosed, err)
+	case errors.Is(err, nats.ErrTimeout), errors.Is(err, context.DeadlineExceeded):
+		// A request that is not permitted is not answered: the server tells the
+		// connection alone.
+		last := nc.LastError()
+		if !errors.Is(last, nats.ErrPermissionViolation) {
+			break
+		}
+		if text := last.Error(); strings.Contains(text, "."+name+`"`) || strings.Contains(text, `Subscription to "`+cmp.Or(nc.Opts.InboxPrefix, nats.InboxPrefix)) {
+			return fmt.Errorf("%w: %w", ErrPermission, last)
+		}
+	}
+	return err
+}
+
+// passes tells whether the cause of err goes away by itself.
+func passes(err error) bool {
+	for _, refusal := range []error{ErrPermission, ErrConnectionClosed} {
+		if errors.Is(err, refusal) {
+			return false
+		}
+	}
+	for _, passing := range []error{
+		nats.ErrNoResponders, nats.ErrTimeout, context.DeadlineExceeded,
+		nats.ErrDisconnected, nats.ErrStaleConnection, nats.ErrReconnectBufExceeded,
+		jetstream.ErrStreamNameAlreadyInUse, jetstream.ErrStreamNotFound, // another process was faster
+	} {
+		if errors.Is(err, passing) {
+			return true
+		}
+	}
+	var api *jetstream.APIError
+	if !errors.As(err, &api) {
+		return false
+	}
+	const (
+		clusterNotLeader   = 10009
+		clusterRequired    = 10010
+		insufficient       = 10023
+		noAccount          = 10035
+		clusterUnsupported = 10036
+	)
+	switch api.ErrorCode {
+	case clusterNotLeader:
+		return true
+	case clusterRequired, insufficient, noAccount, clusterUnsupported, jetstream.JSErrCodeJetStreamNotEnabledForAccount:
+		return false
+	}
+	return api.Code == 503
+}
+
+// streamsFor returns the names of all streams with a subject that overlaps
+// subject, which may hold wildcards. Without any it returns none and no error.
+func streamsFor(ctx context.Context, js jetstream.JetStream, subject string) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, longStreamRequest)
+	defer cancel()
+	lister := js.StreamNames(ctx, jetstream.WithStreamListSubject(subject))
+	var names []string
+	for name := range lister.Name() {
+		names = append(names, name)
+	}
+	if err := lister.Err(); err != nil {
+		return nil, fmt.Errorf("natsx: look up the stream of %q: %w", subject, err)
+	}
+	return names, nil
+}

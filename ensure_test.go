@@ -1,0 +1,528 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// streamConfig is a stream's configuration without the metadata that the server
+// adds itself.
+func streamConfig(t testing.TB, nc *nats.Conn, name string) jetstream.StreamConfig {
+	t.Helper()
+	s, err := jetStream(t, nc).Stream(testContext(t), name)
+	if err != nil {
+		t.Fatalf("stream %s: %v", name, err)
+	}
+	cfg := s.CachedInfo().Config
+	for key := range cfg.Metadata {
+		if strings.HasPrefix(key, "_nats.") {
+			delete(cfg.Metadata, key)
+		}
+	}
+	if len(cfg.Metadata) == 0 {
+		cfg.Metadata = nil
+	}
+	return cfg
+}
+
+func TestEnsureCreates(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	defaults := jetstream.StreamConfig{
+		Retention: jetstream.LimitsPolicy, Storage: jetstream.FileStorage, Discard: jetstream.DiscardOld,
+		MaxConsumers: -1, MaxMsgs: -1, MaxBytes: -1, MaxMsgsPerSubject: -1, MaxMsgSize: -1,
+		Replicas: 1, Duplicates: 2 * time.Minute,
+	}
+	plain := defaults
+	plain.Name, plain.Subjects = "PLAIN", []string{"PLAIN"}
+	short := defaults
+	short.Name, short.Subjects = "SHORT", []string{"short.>"}
+	short.MaxAge, short.Duplicates = time.Second, time.Second
+	timed := defaults
+	timed.Name, timed.Subjects = "TIMED", []string{"timed.>"}
+	timed.AllowMsgSchedules, timed.AllowRollup = true, true
+	kept := defaults
+	kept.Name, kept.Subjects = "KEPT", []string{"kept.>"}
+	kept.DenyDelete, kept.DenyPurge = true, true
+	for _, tc := range []struct {
+		spec StreamSpec
+		want jetstream.StreamConfig
+	}{
+		{Stream("PLAIN"), plain},
+		{Stream("SHORT").Subjects("short.>").MaxAge(time.Second), short},
+		{Stream("TIMED").Subjects("timed.>").AllowSchedules(), timed},
+		{Stream("KEPT").Subjects("kept.>").DenyDelete().DenyPurge(), kept},
+		{everyStreamOption(), jetstream.StreamConfig{
+			Name: "EVERY", Subjects: []string{"every.>", "other"}, Description: "all of them",
+			Retention: jetstream.InterestPolicy, Storage: jetstream.MemoryStorage, Discard: jetstream.DiscardNew,
+			Compression: jetstream.S2Compression, MaxAge: time.Hour, MaxBytes: 1 << 20, MaxMsgs: 1000,
+			MaxMsgsPerSubject: 10, MaxMsgSize: 1 << 10, Replicas: 1, Duplicates: time.Minute, MaxConsumers: -1,
+			AllowMsgTTL: true, AllowAtomicPublish: true, AllowBatchPublish: true, AllowDirect: true, AllowRollup: true, DenyDelete: true,
+		}},
+	} {
+		t.Run(tc.want.Name, func(t *testing.T) {
+			updates, err := nc.SubscribeSync("$JS.API.STREAM.UPDATE." + tc.want.Name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				if err := tc.spec.Ensure(testContext(t), nc); err != nil {
+					t.Fatalf("Ensure: %v", err)
+				}
+				if diff := cmp.Diff(tc.want, streamConfig(t, nc, tc.want.Name)); diff != "" {
+					t.Errorf("config (-want +got):\n%s", diff)
+				}
+			}
+			if err := nc.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			if n, _, _ := updates.Pending(); n != 0 {
+				t.Errorf("%d updates of a stream that is as described, want 0", n)
+			}
+		})
+	}
+}
+
+func TestEnsureKeepsWhatIsNotSet(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "ORIGIN", Subjects: []string{"origin.>"}})
+	createStream(t, nc, jetstream.StreamConfig{
+		Name: "S", Subjects: []string{"a.>"}, Description: "by hand", MaxConsumers: 7, MaxMsgs: 100, MaxAge: time.Hour,
+		Discard: jetstream.DiscardNew, MaxMsgsPerSubject: 5, DiscardNewPerSubject: true, DenyDelete: true,
+		Sources:          []*jetstream.StreamSource{{Name: "ORIGIN", FilterSubject: "origin.x"}},
+		SubjectTransform: &jetstream.SubjectTransformConfig{Source: "a.*", Destination: "b.{{wildcard(1)}}"},
+		RePublish:        &jetstream.RePublish{Source: ">", Destination: "copy.>"},
+		ConsumerLimits:   jetstream.StreamConsumerLimits{MaxAckPending: 50, InactiveThreshold: time.Hour},
+		Metadata:         map[string]string{"owner": "ops"}, AllowDirect: true, AllowRollup: true, FirstSeq: 10,
+	})
+	want := streamConfig(t, nc, "S")
+	want.Subjects, want.MaxAge, want.MaxMsgs, want.AllowMsgTTL = []string{"a.>", "c"}, time.Minute, -1, true
+
+	spec := Stream("S").Subjects("a.>", "c").MaxAge(time.Minute).AllowMsgTTL().MaxMsgs(-1)
+	if err := spec.Ensure(testContext(t), nc); err != nil {
+		t.Fatalf("Ensure: %v", err)
+	}
+	if diff := cmp.Diff(want, streamConfig(t, nc, "S")); diff != "" {
+		t.Errorf("config (-want +got):\n%s", diff)
+	}
+}
+
+func TestEnsureShortensTheDedupWindow(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s"}, Duplicates: time.Hour})
+	if err := Stream("S").MaxAge(time.Minute).Ensure(testContext(t), nc); err != nil {
+		t.Fatalf("Ensure: %v", err)
+	}
+	if cfg := streamConfig(t, nc, "S"); cfg.MaxAge != time.Minute || cfg.Duplicates != time.Minute {
+		t.Errorf("max age %v, dedup window %v, want 1m for both", cfg.MaxAge, cfg.Duplicates)
+	}
+}
+
+// TestEnsureLimits changes limits of streams that hold ten messages of 100
+// bytes: two of s.0 and one of s.1 to s.8 each.
+func TestEnsureLimits(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	js := jetStream(t, nc)
+	const hour = time.Hour
+	for i, tc := range []struct {
+		name string
+		have jetstream.StreamConfig
+		spec func(StreamSpec) StreamSpec
+		want []StreamDiff // the conflict, none when the change is made
+	}{
+		{"messages below", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.MaxMsgs(9) },
+			[]StreamDiff{{"maxMsgs", "unlimited", "9", "would delete 1 of 10 messages"}}},
+		{"messages exact", jetstream.StreamConfig{MaxMsgs: 50}, func(s StreamSpec) StreamSpec { return s.MaxMsgs(10) }, nil},
+		{"messages below, new ones refused", jetstream.StreamConfig{Discard: jetstream.DiscardNew}, func(s StreamSpec) StreamSpec { return s.MaxMsgs(1) }, nil},
+		{"messages below, from now on refused", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.MaxMsgs(1).Discard(jetstream.DiscardNew) }, nil},
+		{"messages below, from now on deleted", jetstream.StreamConfig{Discard: jetstream.DiscardNew},
+			func(s StreamSpec) StreamSpec { return s.MaxMsgs(4).Discard(jetstream.DiscardOld) },
+			[]StreamDiff{
+				{"discard", "DiscardNew", "DiscardOld", "would delete 6 of 10 messages"},
+				{"maxMsgs", "unlimited", "4", "would delete 6 of 10 messages"},
+			}},
+		{"bytes below", jetstream.StreamConfig{MaxBytes: 1 << 20}, func(s StreamSpec) StreamSpec { return s.MaxBytes(999) },
+			[]StreamDiff{{"maxBytes", "1048576", "999", "would delete messages: 1340 bytes are stored"}}},
+		{"bytes above", jetstream.StreamConfig{MaxBytes: 1 << 20}, func(s StreamSpec) StreamSpec { return s.MaxBytes(1 << 12) }, nil},
+		{"messages per subject below", jetstream.StreamConfig{MaxMsgsPerSubject: 5}, func(s StreamSpec) StreamSpec { return s.MaxMsgsPerSubject(1) },
+			[]StreamDiff{{"maxMsgsPerSubject", "5", "1", "would delete 1 of 10 messages"}}},
+		{"messages per subject exact", jetstream.StreamConfig{MaxMsgsPerSubject: 5}, func(s StreamSpec) StreamSpec { return s.MaxMsgsPerSubject(2) }, nil},
+		{"messages per subject unlimited", jetstream.StreamConfig{MaxMsgsPerSubject: 5}, func(s StreamSpec) StreamSpec { return s.MaxMsgsPerSubject(-1) }, nil},
+		{"age above", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.MaxAge(hour) }, nil},
+		{"message size below", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.MaxMsgSize(1) }, nil},
+		{"interest", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.Retention(jetstream.InterestPolicy) },
+			[]StreamDiff{{"retention", "Limits", "Interest", "would delete those of 10 messages that no consumer waits for"}}},
+		{"other subjects", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.Subjects("moved." + s.name) }, nil},
+		{"storage, retention and a limit", jetstream.StreamConfig{},
+			func(s StreamSpec) StreamSpec {
+				return s.Storage(jetstream.MemoryStorage).Retention(jetstream.WorkQueuePolicy).MaxMsgs(2).MaxAge(hour).Replicas(1)
+			},
+			[]StreamDiff{
+				{"retention", "Limits", "WorkQueue", "the server cannot change it"},
+				{"storage", "File", "Memory", "the server cannot change it"},
+				{"maxMsgs", "unlimited", "2", "would delete 8 of 10 messages"},
+			}},
+		{"rollup of what may not be purged", jetstream.StreamConfig{DenyPurge: true},
+			func(s StreamSpec) StreamSpec { return s.AllowRollup().AllowSchedules() },
+			[]StreamDiff{
+				{"allowSchedules", "false", "true", "the stream denies purges, which cannot be taken back"},
+				{"allowRollup", "false", "true", "the stream denies purges, which cannot be taken back"},
+			}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			name := fmt.Sprintf("S%d", i)
+			cfg := tc.have
+			cfg.Name, cfg.Subjects = name, []string{name + ".*"}
+			stream := createStream(t, nc, cfg)
+			for j := range 10 {
+				if _, err := js.Publish(testContext(t), fmt.Sprintf("%s.%d", name, j%9), make([]byte, 100)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before := streamConfig(t, nc, name)
+			err := tc.spec(Stream(name)).Ensure(testContext(t), nc)
+			info, infoErr := stream.Info(testContext(t))
+			if infoErr != nil {
+				t.Fatal(infoErr)
+			}
+			if info.State.Msgs != 10 {
+				t.Errorf("%d messages left, want 10", info.State.Msgs)
+			}
+			if tc.want == nil {
+				if err != nil {
+					t.Errorf("Ensure: %v", err)
+				} else if cmp.Equal(before, streamConfig(t, nc, name)) {
+					t.Error("Ensure changed nothing")
+				}
+				return
+			}
+			var conflict *StreamConflictError
+			if !errors.As(err, &conflict) || !errors.Is(err, ErrStreamConflict) {
+				t.Fatalf("Ensure = %v, want a *StreamConflictError", err)
+			}
+			if diff := cmp.Diff(&StreamConflictError{Stream: name, Diffs: tc.want}, conflict); diff != "" {
+				t.Errorf("conflict (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(before, streamConfig(t, nc, name)); diff != "" {
+				t.Errorf("config changed (-before +after):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestEnsureKeepsOldMessages(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	stream := createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s"}})
+	publish(t, nc, nats.NewMsg("s"))
+	eventually(t, "the message is older than the shortest age", func() bool {
+		info, err := stream.Info(testContext(t))
+		return err == nil && info.TimeStamp.Sub(info.State.FirstTime) > MinStreamDuration
+	})
+	err := Stream("S").MaxAge(MinStreamDuration).Ensure(testContext(t), nc)
+	var conflict *StreamConflictError
+	if !errors.As(err, &conflict) || len(conflict.Diffs) != 1 || conflict.Diffs[0].Field != "maxAge" ||
+		!strings.Contains(conflict.Diffs[0].Reason, "would delete messages: the oldest is ") {
+		t.Errorf("Ensure = %v, want a conflict of maxAge", err)
+	}
+	if n := stored(t, nc, "S"); n != 1 {
+		t.Errorf("%d messages left, want 1", n)
+	}
+}
+
+// TestEnsureConflicts shows what an existing stream makes impossible whatever
+// it holds.
+func TestEnsureConflicts(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "ORIGIN", Subjects: []string{"origin"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "MIRROR", Mirror: &jetstream.StreamSource{Name: "ORIGIN"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "QUEUE", Subjects: []string{"queue"}, Retention: jetstream.WorkQueuePolicy})
+	createStream(t, nc, jetstream.StreamConfig{Name: "AGED", Subjects: []string{"aged"}, MaxAge: time.Minute})
+	createStream(t, nc, jetstream.StreamConfig{Name: "SEALED", Subjects: []string{"sealed"}})
+	if _, err := jetStream(t, nc).UpdateStream(testContext(t), jetstream.StreamConfig{Name: "SEALED", Subjects: []string{"sealed"}, Sealed: true}); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		spec StreamSpec
+		want string
+	}{
+		{Stream("MIRROR").Subjects("mine").MaxMsgs(1),
+			`natsx: stream "MIRROR" exists with other settings: subjects is [], not ["mine"]: the stream is a mirror of "ORIGIN"`},
+		{Stream("QUEUE").Retention(jetstream.LimitsPolicy).Subjects("queue"),
+			`natsx: stream "QUEUE" exists with other settings: retention is WorkQueue, not Limits: the server cannot change it`},
+		{Stream("SEALED").MaxMsgs(1).Description("x"),
+			`natsx: stream "SEALED" exists with other settings: description is "", not "x": the stream is sealed; maxMsgs is unlimited, not 1: the stream is sealed`},
+		{Stream("AGED").DedupWindow(time.Hour),
+			`natsx: stream "AGED" exists with other settings: dedupWindow is 1m0s, not 1h0m0s: nats: API error: code=500 err_code=10052 description=duplicates window can not be larger then max age`},
+		{Stream("ORIGIN").Replicas(3),
+			`natsx: stream "ORIGIN" exists with other settings: replicas is 1, not 3: nats: API error: code=500 err_code=10074 description=replicas > 1 not supported in non-clustered mode`},
+	} {
+		t.Run(tc.spec.name, func(t *testing.T) {
+			t.Parallel()
+			before := streamConfig(t, nc, tc.spec.name)
+			err := tc.spec.Ensure(testContext(t), nc)
+			if !errors.Is(err, ErrStreamConflict) || err.Error() != tc.want {
+				t.Errorf("Ensure = %v\nwant    %s", err, tc.want)
+			}
+			if diff := cmp.Diff(before, streamConfig(t, nc, tc.spec.name)); diff != "" {
+				t.Errorf("config changed (-before +after):\n%s", diff)
+			}
+		})
+	}
+	t.Run("mirror is tuned", func(t *testing.T) {
+		t.Parallel()
+		if err := Stream("MIRROR").MaxAge(time.Hour).Ensure(testContext(t), nc); err != nil {
+			t.Errorf("Ensure: %v", err)
+		}
+	})
+	t.Run("new stream refused", func(t *testing.T) {
+		t.Parallel()
+		err := Stream("NEW").Subjects("origin").Ensure(testContext(t), nc)
+		var refusal *jetstream.APIError
+		if !errors.As(err, &refusal) || !strings.HasPrefix(err.Error(), `natsx: create stream "NEW": `) || errors.Is(err, ErrStreamConflict) {
+			t.Errorf("Ensure = %v, want the server's refusal", err)
+		}
+	})
+}
+
+func TestEnsureByTenAtOnce(t *testing.T) {
+	t.Parallel()
+	const replicas = 10
+	for _, tc := range []struct {
+		name string
+		url  func(t *testing.T) string
+		base StreamSpec
+	}{
+		{"one server", func(t *testing.T) string { return startServer(t).ClientURL() }, Stream("S")},
+		{"cluster", func(t *testing.T) string { return startCluster(t).url() }, Stream("S").Replicas(3)},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			url := tc.url(t)
+			var conns []*nats.Conn
+			for range replicas {
+				conns = append(conns, connect(t, url))
+			}
+			for _, spec := range []StreamSpec{
+				tc.base.Subjects("a.>").MaxAge(time.Hour),
+				tc.base.Subjects("a.>", "b").MaxAge(2 * time.Hour), // the update of a rollout
+			} {
+				start := make(chan struct{})
+				errs := make([]error, replicas)
+				var wg sync.WaitGroup
+				for i, nc := range conns {
+					wg.Go(func() {
+						<-start
+						errs[i] = spec.Ensure(testContext(t), nc)
+					})
+				}
+				close(start)
+				wg.Wait()
+				if err := errors.Join(errs...); err != nil {
+					t.Fatalf("Ensure of %v: %v", spec, err)
+				}
+				cfg := streamConfig(t, conns[0], "S")
+				if diff := cmp.Diff(spec.subjectList(), cfg.Subjects); diff != "" || cfg.MaxAge != spec.maxAge {
+					t.Errorf("max age %v, want %v; subjects (-want +got):\n%s", cfg.MaxAge, spec.maxAge, diff)
+				}
+			}
+		})
+	}
+}
+
+// tracedJetStream reports each request sent.
+func tracedJetStream(t *testing.T, nc *nats.Conn) (jetstream.JetStream, <-chan string) {
+	t.Helper()
+	sent := make(chan string, 1000)
+	js, err := jetstream.New(nc, jetstream.WithClientTrace(&jetstream.ClientTrace{
+		RequestSent: func(subject string, _ []byte) { sent <- subject },
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return js, sent
+}
+
+func TestEnsureWaitsForJetStream(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) { o.JetStream = false })
+	nc := connect(t, srv.ClientURL())
+	js, sent := tracedJetStream(t, nc)
+	done := make(chan error, 1)
+	go func() { done <- Stream("S").ensure(testContext(t), js) }()
+	receive(t, sent, "the first request")
+	receive(t, sent, "the second request")
+	if err := srv.EnableJetStream(&server.JetStreamConfig{StoreDir: t.TempDir()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := receive(t, done, "ensure"); err != nil {
+		t.Errorf("ensure: %v", err)
+	}
+	streamConfig(t, nc, "S")
+}
+
+func TestEnsureEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, func(o *server.Options) { o.JetStream = false }).ClientURL())
+	js, sent := tracedJetStream(t, nc)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- Stream("S").ensure(ctx, js) }()
+	receive(t, sent, "the first request")
+	receive(t, sent, "the second request")
+	cancel()
+	err := receive(t, done, "ensure")
+	if !errors.Is(err, context.Canceled) || !strings.HasPrefix(fmt.Sprint(err), `natsx: look up stream "S": `) {
+		t.Errorf("ensure = %v, want the end of its context", err)
+	}
+}
+
+func TestEnsureOnADeadConnection(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	nc.Close()
+	err := Stream("a b").Subjects("x..y", "").Replicas(0).Ensure(testContext(t), nc)
+	want := []string{
+		`natsx: stream "a b": name "a b": has white space`,
+		`natsx: stream "a b": subjects "x..y": has an empty token`,
+		`natsx: stream "a b": subjects "": must not be empty`,
+		`natsx: stream "a b": replicas 0: must be 1 to 5`,
+	}
+	if diff := cmp.Diff(want, lines(err)); diff != "" {
+		t.Errorf("faults (-want +got):\n%s", diff)
+	}
+	if err := Stream("S").Ensure(testContext(t), nc); !errors.Is(err, ErrConnectionClosed) || !errors.Is(err, nats.ErrConnectionClosed) {
+		t.Errorf("Ensure = %v, want ErrConnectionClosed", err)
+	}
+}
+
+func TestEnsureWithoutPermission(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) {
+		o.Users = []*server.User{
+			{Username: "publisher", Password: "p", Permissions: &server.Permissions{Publish: &server.SubjectPermission{Deny: []string{"$JS.API.STREAM.CREATE.>"}}}},
+			{Username: "deaf", Password: "p", Permissions: &server.Permissions{Subscribe: &server.SubjectPermission{Deny: []string{"_INBOX.>"}}}},
+		}
+	})
+	for _, user := range []string{"publisher", "deaf"} {
+		t.Run(user, func(t *testing.T) {
+			t.Parallel()
+			nc := connect(t, srv.ClientURL(), nats.UserInfo(user, "p"))
+			err := Stream("S").Ensure(testContext(t), nc)
+			if !errors.Is(err, ErrPermission) || !errors.Is(err, nats.ErrPermissionViolation) {
+				t.Errorf("Ensure = %v, want ErrPermission", err)
+			}
+		})
+	}
+}
+
+func TestStreamPasses(t *testing.T) {
+	t.Parallel()
+	api := func(http int, code jetstream.ErrorCode) error {
+		return fmt.Errorf("natsx: %w", &jetstream.APIError{Code: http, ErrorCode: code})
+	}
+	for _, tc := range []struct {
+		name string
+		err  error
+		want bool
+	}{
+		{"JetStream starts", nats.ErrNoResponders, true},
+		{"timeout", fmt.Errorf("x: %w", nats.ErrTimeout), true},
+		{"request deadline", context.DeadlineExceeded, true},
+		{"no meta leader", api(503, 10008), true},
+		{"not the leader", api(500, 10009), true},
+		{"created by another", jetstream.ErrStreamNameAlreadyInUse, true},
+		{"deleted by another", jetstream.ErrStreamNotFound, true},
+		{"no JetStream for the account", jetstream.ErrJetStreamNotEnabledForAccount, false},
+		{"no resources", api(503, 10023), false},
+		{"invalid configuration", api(500, 10052), false},
+		{"subjects of another stream", api(400, 10065), false},
+		{"closed", fmt.Errorf("%w: %w", ErrConnectionClosed, nats.ErrConnectionClosed), false},
+		{"permission", fmt.Errorf("%w: %w", ErrPermission, nats.ErrTimeout), false},
+		{"unknown", errors.New("x"), false},
+	} {
+		if got := passes(tc.err); got != tc.want {
+			t.Errorf("%s: passes(%v) = %v, want %v", tc.name, tc.err, got, tc.want)
+		}
+	}
+}
+
+// TestStreamVerify stands for a server of an older version, which ignores what
+// it does not know.
+func TestStreamVerify(t *testing.T) {
+	t.Parallel()
+	spec := Stream("S").AllowBatchPublish().AllowDirect().MaxMsgs(5)
+	err := spec.verify(jetstream.StreamConfig{Name: "S", AllowDirect: true, MaxMsgs: 5})
+	const want = `natsx: stream "S" exists with other settings: allowBatchPublish is false, not true: the server did not take it`
+	if !errors.Is(err, ErrStreamConflict) || err.Error() != want {
+		t.Errorf("verify = %v, want %s", err, want)
+	}
+	if err := spec.verify(jetstream.StreamConfig{AllowDirect: true, MaxMsgs: 5, AllowBatchPublish: true}); err != nil {
+		t.Errorf("verify = %v, want nil", err)
+	}
+}
+
+func TestStreamsFor(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	js := jetStream(t, nc)
+	createStream(t, nc, jetstream.StreamConfig{Name: "ORDERS", Subjects: []string{"orders.*", "bills"}, Storage: jetstream.MemoryStorage})
+	createStream(t, nc, jetstream.StreamConfig{Name: "AUDIT", Subjects: []string{"audit.>", "orders.*.log"}, Storage: jetstream.MemoryStorage})
+	for _, tc := range []struct {
+		subject string
+		want    []string
+	}{
+		{"orders.new", []string{"ORDERS"}},
+		{"orders.>", []string{"AUDIT", "ORDERS"}},
+		{"*.*.log", []string{"AUDIT"}},
+		{"bills", []string{"ORDERS"}},
+		{"nothing", nil},
+	} {
+		got, err := streamsFor(testContext(t), js, tc.subject)
+		if diff := cmp.Diff(tc.want, got); err != nil || diff != "" {
+			t.Errorf("streamsFor(%q): %v (-want +got):\n%s", tc.subject, err, diff)
+		}
+	}
+	ctx, cancel := context.WithCancel(testContext(t))
+	cancel()
+	if names, err := streamsFor(ctx, js, "bills"); !errors.Is(err, context.Canceled) {
+		t.Errorf("streamsFor of a cancelled context = %q, %v", names, err)
+	}
+}
+
+func TestStreamsForPages(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	js := jetStream(t, nc)
+	const count = server.JSApiNamesLimit + 5
+	for i := range count {
+		if _, err := js.CreateStream(testContext(t), jetstream.StreamConfig{
+			Name: fmt.Sprintf("S%04d", i), Subjects: []string{fmt.Sprintf("many.%d", i)}, Storage: jetstream.MemoryStorage,
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	names, err := streamsFor(testContext(t), js, "many.*")
+	if err != nil || len(names) != count {
+		t.Fatalf("streamsFor = %d names, %v, want %d", len(names), err, count)
+	}
+	if names[0] != "S0000" || names[count-1] != fmt.Sprintf("S%04d", count-1) {
+		t.Errorf("streamsFor = %s to %s, want all in order", names[0], names[count-1])
+	}
+}
