@@ -93,6 +93,18 @@ func TestEnsureCreates(t *testing.T) {
 	}
 }
 
+func TestEnsureIgnoresTheOrderOfSubjects(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"b", "a"}})
+	if err := Stream("S").Subjects("a", "b").Ensure(testContext(t), nc); err != nil {
+		t.Fatalf("Ensure: %v", err)
+	}
+	if diff := cmp.Diff([]string{"b", "a"}, streamConfig(t, nc, "S").Subjects); diff != "" {
+		t.Errorf("subjects were updated (-want +got):\n%s", diff)
+	}
+}
+
 func TestEnsureKeepsWhatIsNotSet(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
@@ -390,6 +402,17 @@ func TestEnsureEndsWithItsContext(t *testing.T) {
 	err := receive(t, done, "ensure")
 	if !errors.Is(err, context.Canceled) || !strings.HasPrefix(fmt.Sprint(err), `natsx: look up stream "S": `) {
 		t.Errorf("ensure = %v, want the end of its context", err)
+	}
+}
+
+func TestEnsureAfterItsDeadline(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	ctx, cancel := context.WithTimeout(context.Background(), 0)
+	defer cancel()
+	err := Stream("S").Ensure(ctx, nc)
+	if want := `natsx: look up stream "S": context deadline exceeded`; !errors.Is(err, context.DeadlineExceeded) || err.Error() != want {
+		t.Errorf("Ensure = %v, want %s", err, want)
 	}
 }
 
