@@ -1,0 +1,106 @@
+package natsx
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"sync"
+
+	"github.com/nats-io/nats.go"
+)
+
+// PermissionError is a publish or a subscription that the server refused the
+// connection's user. It is an [ErrPermission].
+type PermissionError struct {
+	Operation string // "publish" or "subscribe"
+	Subject   string // as the server named it
+	Err       error  // what nats.go reported
+}
+
+// Error names the operation and the subject.
+func (e *PermissionError) Error() string {
+	return fmt.Sprintf("natsx: permission denied: %s %q", e.Operation, e.Subject)
+}
+
+// Unwrap gives [ErrPermission] and the error of nats.go.
+func (e *PermissionError) Unwrap() []error { return []error{ErrPermission, e.Err} }
+
+var violation = regexp.MustCompile(`(?i)permissions violation for (publish|subscription) to "([^"]+)"`)
+
+// permissionError reads the subject out of an asynchronous error of the
+// connection, and returns nil when it is another one.
+func permissionError(err error) *PermissionError {
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		return nil
+	}
+	m := violation.FindStringSubmatch(err.Error())
+	if m == nil {
+		return nil
+	}
+	op := "publish"
+	if m[1][0] == 'S' || m[1][0] == 's' {
+		op = "subscribe"
+	}
+	return &PermissionError{Operation: op, Subject: m[2], Err: err}
+}
+
+// asyncHub passes the asynchronous errors of one connection to everyone who
+// watches it and then to the connection's own handler, which is put back when
+// nobody watches any more.
+type asyncHub struct {
+	nc       *nats.Conn
+	previous nats.ErrHandler
+	watchers map[*asyncWatch]struct{} // guarded by hubs.Mutex
+}
+
+type asyncWatch struct {
+	hub *asyncHub
+	fn  func(*nats.Subscription, error)
+}
+
+var hubs = struct {
+	sync.Mutex
+	of map[*nats.Conn]*asyncHub
+}{of: map[*nats.Conn]*asyncHub{}}
+
+// watchAsync calls fn for every asynchronous error of nc until the watch is
+// stopped. fn must not block.
+func watchAsync(nc *nats.Conn, fn func(*nats.Subscription, error)) *asyncWatch {
+	hubs.Lock()
+	defer hubs.Unlock()
+	h := hubs.of[nc]
+	if h == nil {
+		h = &asyncHub{nc: nc, previous: nc.ErrorHandler(), watchers: map[*asyncWatch]struct{}{}}
+		hubs.of[nc] = h
+		nc.SetErrorHandler(h.handle)
+	}
+	w := &asyncWatch{hub: h, fn: fn}
+	h.watchers[w] = struct{}{}
+	return w
+}
+
+// stop ends the watch. A call of its function may still be under way.
+func (w *asyncWatch) stop() {
+	hubs.Lock()
+	defer hubs.Unlock()
+	delete(w.hub.watchers, w)
+	if len(w.hub.watchers) == 0 && hubs.of[w.hub.nc] == w.hub {
+		delete(hubs.of, w.hub.nc)
+		w.hub.nc.SetErrorHandler(w.hub.previous)
+	}
+}
+
+func (h *asyncHub) handle(nc *nats.Conn, sub *nats.Subscription, err error) {
+	hubs.Lock()
+	watchers := make([]*asyncWatch, 0, len(h.watchers))
+	for w := range h.watchers {
+		watchers = append(watchers, w)
+	}
+	hubs.Unlock()
+	for _, w := range watchers {
+		w.fn(sub, err)
+	}
+	if h.previous != nil {
+		h.previous(nc, sub, err)
+	}
+}
