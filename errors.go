@@ -171,6 +171,8 @@ var (
 	ErrConnectionClosed = errors.New("natsx: connection closed")
 	// ErrDrainTimeout is a shutdown that did not end in time; see [DrainError].
 	ErrDrainTimeout = errors.New("natsx: drain timeout")
+	// ErrUnknownDurable is a durable that no running route of the broker has.
+	ErrUnknownDurable = errors.New("natsx: no running route has the durable")
 	// ErrAlreadyRun is a second Run of one broker.
 	ErrAlreadyRun = errors.New("natsx: broker was already run")
 )

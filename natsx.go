@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -103,6 +104,52 @@ type delivery struct {
 	msg       Msg
 	created   int64         // the stream's creation in Unix nanoseconds, 0 when unknown
 	published atomic.Uint64 // envelopes published with this context so far
+
+	route *route
+
+	// The lease on a message of a durable. The times are the engine's.
+	lease      atomic.Int64 // when it ends; only ever moved to later
+	renew      int64        // when it is to be renewed
+	prev, next *delivery    // in the route's list of leases
+
+	// The attempt, written by the worker that runs it.
+	outcome  Outcome
+	took     time.Duration
+	err      error
+	due      int64        // of its retry, engine time
+	answer   []byte       // of a responder
+	answered atomic.Bool  // the request was replied to
+	settling atomic.Int32 // see delivery.renewing
+
+	// A dead letter on its way; see durable.bury.
+	letter *nats.Msg
+	held   bool // the DLQ did not take it yet
+	stored bool // the letter is in the DLQ
+}
+
+// The states of delivery.settling.
+const (
+	inHand int32 = iota
+	inRenewal
+	inSettlement
+)
+
+// renewing sends an in-progress ack, unless the settling of d has begun: the
+// server would take it for a new lease and forget the delay of a nak.
+func (d *delivery) renewing(send func(*delivery)) bool {
+	if !d.settling.CompareAndSwap(inHand, inRenewal) {
+		return false
+	}
+	send(d)
+	d.settling.Store(inHand)
+	return true
+}
+
+// claim ends the renewals of d. It waits for one that is being written.
+func (d *delivery) claim() {
+	for !d.settling.CompareAndSwap(inHand, inSettlement) && d.settling.Load() != inSettlement {
+		runtime.Gosched()
+	}
 }
 
 type deliveryKey struct{}

@@ -15,6 +15,7 @@ const (
 	Dead      Outcome = "dead"      // moved to the DLQ, or terminated without one
 	Discarded Outcome = "discarded" // terminated on the handler's word
 	Lapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
+	Failed    Outcome = "failed"    // of a core message that is gone, or an error answered to a request
 )
 
 // Event is one finished attempt, as an [Observer] sees it.
@@ -50,7 +51,7 @@ type RouteStats struct {
 	Retried   uint64 // failed attempts that another follows
 	Dead      uint64 // moved to the DLQ, or terminated without one
 	Discarded uint64 // terminated by Discard
-	Lapsed    uint64 // leases lost before the message was settled
+	Lapsed    uint64 // leases lost before the message was settled: it is delivered again
 	Failed    uint64 // failed messages of a core route, errors answered to requests
 	Dropped   uint64 // dropped by the client as a slow consumer of a core route
 

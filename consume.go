@@ -1,0 +1,578 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Bounds of the pull loop.
+const (
+	// lookahead is how much work may wait locally, as time that the route needs
+	// for it, at most; a fiftieth of the lease where that is less.
+	lookahead = 100 * time.Millisecond
+	// deepest is how many messages may wait locally, however fast the handler.
+	deepest = 8192
+	// pullExpires is how long a pull request stays at the server.
+	pullExpires = 30 * time.Second
+	// pullBytes bounds the bytes that one pull may bring.
+	pullBytes = 64 << 20
+	// pullPause is the pause after the server refused a pull.
+	pullPause = time.Second
+)
+
+// pull is a request for a batch of messages; an empty one is none.
+type pull struct {
+	batch   int
+	token   uint64 // last token of its reply subject, to tell its status messages
+	expires int64  // engine time
+}
+
+// durableRoute consumes one route from a durable pull consumer.
+//
+// It asks for what workers can take now and, for a fast handler, for what they
+// will have done a moment later (plan). Every message in hand holds a lease,
+// which is the server's AckWait counted from its arrival; the engine's keeper
+// renews it with in-progress acks, and what has lost it is neither started nor
+// settled. Whatever casts doubt on the consumer (a reconnect, a missed
+// heartbeat, a refused pull) stops the pulls and verifies it first.
+type durableRoute struct {
+	route
+	target consumerTarget // stream, consumer and their creation; fixed once started
+
+	heartbeat time.Duration          // of the server while a pull waits
+	inbox     atomic.Pointer[string] // pulls reply to inbox.<token>
+	heard     atomic.Int64           // engine time of the last word from the server
+	gate      sync.Mutex             // one of resume, pause and stop at a time
+
+	// Guarded by the pool's mutex.
+	open         bool   // the subscription receives
+	pulling      bool   // pulls may be sent: open, verified and not held up
+	stopped      bool   // for good
+	notBefore    int64  // no pull before this engine time
+	pulls        []pull // at the server
+	outstanding  int    // messages asked for and not here yet
+	tokens       uint64
+	mean         float64 // of the handler's time in ns, leaning to the slow side
+	leases       leaseList
+	delayed      timeHeap // when the retries given back by this process come due
+	verifying    bool
+	verifyAgain  bool
+	letters      letterBox
+	letterTarget letterTarget
+}
+
+// start opens the route for messages.
+func (r *durableRoute) start() error {
+	r.lease = r.target.ackWait
+	r.heartbeat = min(max(r.target.ackWait/6, 500*time.Millisecond), 5*time.Second)
+	return r.resume()
+}
+
+// resume subscribes and begins to pull; it does nothing when that was done.
+func (r *durableRoute) resume() error {
+	r.gate.Lock()
+	defer r.gate.Unlock()
+	p := r.eng.pool
+	p.mu.Lock()
+	done := r.open || r.stopped
+	p.mu.Unlock()
+	if done {
+		return nil
+	}
+	inbox := r.eng.nc.NewInbox()
+	r.inbox.Store(&inbox)
+	if err := r.subscribe(inbox+".*", "", r.receive); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	sub := r.sub
+	p.mu.Unlock()
+	// What may arrive is bounded by the pulls; a limit would only drop it.
+	if err := sub.SetPendingLimits(-1, -1); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	r.open, r.pulling = true, true
+	r.pulls, r.outstanding = r.pulls[:0], 0
+	next := r.plan(r.eng.now())
+	p.mu.Unlock()
+	r.pull(next)
+	return nil
+}
+
+// pause ends the intake. Nothing that the server sent is lost or given back.
+func (r *durableRoute) pause(ctx context.Context) {
+	r.gate.Lock()
+	defer r.gate.Unlock()
+	p := r.eng.pool
+	p.mu.Lock()
+	if !r.open {
+		p.mu.Unlock()
+		return
+	}
+	r.open, r.pulling = false, false
+	p.mu.Unlock()
+	// The server may be about to send what was asked for, and would count a
+	// delivery that finds no subscription as an attempt: while messages keep
+	// coming, let the pulls be served first.
+	const lull = 20 * time.Millisecond
+	for end := r.eng.now() + int64(10*lull); r.eng.now() < end; {
+		p.mu.Lock()
+		served := r.outstanding == 0
+		p.mu.Unlock()
+		if served || r.eng.now()-r.heard.Load() > int64(lull) || !wait(ctx, lull/10) {
+			break
+		}
+	}
+	r.unsubscribe(ctx)
+}
+
+// stop is a pause for good.
+func (r *durableRoute) stop(ctx context.Context) {
+	p := r.eng.pool
+	p.mu.Lock()
+	r.stopped = true
+	p.mu.Unlock()
+	r.pause(ctx)
+}
+
+func (r *durableRoute) denied(e *PermissionError) bool {
+	if e.Operation == "subscribe" {
+		return strings.HasPrefix(e.Subject, r.eng.inboxPrefix)
+	}
+	return e.Subject == r.target.nextSubject || e.Subject == r.spec.route.dlq ||
+		strings.HasPrefix(e.Subject, "$JS.ACK.") &&
+			strings.Contains(e.Subject, "."+r.target.stream+"."+r.target.consumer+".")
+}
+
+// receive is the subscription's callback.
+func (r *durableRoute) receive(m *nats.Msg) {
+	now := r.eng.now()
+	r.heard.Store(now)
+	p := r.eng.pool
+	// A message of the stream has an ack subject for its reply, a word of the
+	// server has none: headers prove nothing, since publishers write them.
+	if m.Reply == "" {
+		r.status(m, now)
+		return
+	}
+	info, ok := parseDelivery(m.Reply)
+	if !ok || info.stream != r.target.stream || info.consumer != r.target.consumer {
+		r.log.Warn("natsx: message on the route's inbox is not from its consumer", "reply", m.Reply)
+		return
+	}
+	d := &delivery{
+		Context: r.eng.handlers,
+		created: r.target.streamCreated,
+		route:   &r.route,
+		msg: Msg{
+			Subject: m.Subject, Data: m.Data, Header: m.Header,
+			reply: m.Reply, stream: r.target.stream, durable: r.target.consumer,
+			seq: info.sequence, attempt: info.delivered, time: info.time,
+		},
+	}
+	lease := int64(r.target.ackWait)
+	// The server counts from a moment before the arrival; the tenth is for that.
+	d.lease.Store(now + lease - lease/10)
+	d.renew = now + lease/3
+
+	p.mu.Lock()
+	r.stats.Received++
+	if r.outstanding--; r.outstanding <= 0 {
+		r.outstanding = 0
+		r.pulls = r.pulls[:0]
+	}
+	r.leases.push(d)
+	p.put(&r.lane, d)
+	next := r.plan(now)
+	p.mu.Unlock()
+	r.pull(next)
+}
+
+// status handles a word of the server about a pull: a heartbeat, its end or a
+// refusal.
+func (r *durableRoute) status(m *nats.Msg, now int64) {
+	code, text := m.Header.Get("Status"), m.Header.Get("Description")
+	if code == "100" || code == "" {
+		return
+	}
+	token, _ := strconv.ParseUint(m.Subject[strings.LastIndexByte(m.Subject, '.')+1:], 10, 64)
+	left, _ := strconv.Atoi(m.Header.Get("Nats-Pending-Messages"))
+	var refused error
+	doubt := false
+
+	p := r.eng.pool
+	p.mu.Lock()
+	r.ended(token, left)
+	switch {
+	case code == "404" || code == "408",
+		strings.HasPrefix(text, "Batch Completed"),
+		strings.HasPrefix(text, "Message Size Exceeds MaxBytes"):
+	case strings.HasPrefix(text, "Exceeded MaxRequestBatch of "):
+		if n, err := strconv.Atoi(strings.TrimPrefix(text, "Exceeded MaxRequestBatch of ")); err == nil && n > 0 {
+			r.target.maxBatch = n
+		}
+	case strings.HasPrefix(text, "Exceeded"):
+		r.notBefore = now + int64(pullPause)
+		refused = &pullError{code, text}
+	default:
+		// The consumer's or the stream's end, a new leader, a server that shuts
+		// down, nobody there: only the consumer's info tells which.
+		doubt = true
+	}
+	next := r.plan(now)
+	p.mu.Unlock()
+	if refused != nil {
+		r.trouble("pull", refused)
+	}
+	if doubt {
+		r.verify()
+		return
+	}
+	r.pull(next)
+}
+
+// errCrowded is the trouble of a route whose waiting retries leave the server no
+// room for new messages.
+var errCrowded = errors.New("natsx: messages that wait for their retry fill MaxAckPending")
+
+// pullError is a pull that the server did not take.
+type pullError struct{ code, text string }
+
+func (e *pullError) Error() string { return "natsx: pull refused: " + e.code + " " + e.text }
+
+// ended removes the pull with this token, which brings left messages less than
+// it asked for. The pool is locked.
+func (r *durableRoute) ended(token uint64, left int) {
+	for i := range r.pulls {
+		if r.pulls[i].token == token {
+			r.pulls = append(r.pulls[:i], r.pulls[i+1:]...)
+			r.outstanding -= left
+			r.boundOutstanding()
+			return
+		}
+	}
+}
+
+// boundOutstanding mends the count after a pull ended without saying how much of
+// it was left. The pool is locked.
+func (r *durableRoute) boundOutstanding() {
+	most := 0
+	for _, p := range r.pulls {
+		most += p.batch
+	}
+	r.outstanding = min(max(r.outstanding, 0), most)
+}
+
+// plan decides on the next pull and books it. The pool is locked.
+//
+// In hand and asked for may be as many messages as the route gets workers, its
+// allowance, plus what it gets done within the lookahead. An idle route asks for
+// its part of the pool, since all idle routes may be hit at once; a busy one for
+// what is free, at least its share. A slow handler's lookahead is nothing: then
+// the pull is exact. A fast handler's is deep, and is refilled at half.
+func (r *durableRoute) plan(now int64) pull {
+	if !r.pulling || r.letters.down || now < r.notBefore {
+		return pull{}
+	}
+	p := r.eng.pool
+	inHand := r.running + r.queue.len()
+	allowance := max(p.size/max(r.eng.durables, 1), 1)
+	if inHand > 0 {
+		allowance = max(p.share(), inHand+p.free())
+	}
+	allowance = min(allowance, r.limit)
+	ahead := 0
+	if r.mean > 0 {
+		within := float64(min(lookahead, r.target.ackWait/50))
+		ahead = int(min(float64(allowance)*within/r.mean, deepest))
+	}
+	want := allowance + ahead - inHand - r.outstanding
+	// Small pulls add up: the next one doubles what is asked for, so that a few
+	// requests are at the server and not one for each worker.
+	if want < max(1, ahead/2, min(r.outstanding, allowance-1)) {
+		return pull{}
+	}
+	if r.target.maxBatch > 0 {
+		want = min(want, r.target.maxBatch)
+	}
+	r.tokens++
+	next := pull{batch: want, token: r.tokens, expires: now + int64(r.pullExpires())}
+	r.pulls = append(r.pulls, next)
+	r.outstanding += want
+	return next
+}
+
+func (r *durableRoute) pullExpires() time.Duration {
+	if most := r.target.maxExpires; most > 0 {
+		return min(pullExpires, most)
+	}
+	return pullExpires
+}
+
+// pull sends a planned pull (the pull protocol of ADR-13). A failure to send is
+// found by the missing heartbeats.
+func (r *durableRoute) pull(next pull) {
+	if next.batch == 0 {
+		return
+	}
+	expires := r.pullExpires()
+	b := make([]byte, 0, 128)
+	b = strconv.AppendInt(append(b, `{"expires":`...), int64(expires), 10)
+	b = strconv.AppendInt(append(b, `,"batch":`...), int64(next.batch), 10)
+	if beat := min(r.heartbeat, expires/3); beat > 0 {
+		b = strconv.AppendInt(append(b, `,"idle_heartbeat":`...), int64(beat), 10)
+	}
+	// A pull that cannot bring too much needs no bound, and then no word from
+	// the server about its end either.
+	biggest := r.eng.nc.MaxPayload() + 4096
+	if bytes := max(pullBytes, biggest); int64(next.batch)*biggest > bytes {
+		if most := r.target.maxBytes; most > 0 {
+			bytes = min(bytes, int64(most))
+		}
+		b = strconv.AppendInt(append(b, `,"max_bytes":`...), bytes, 10)
+	}
+	b = append(b, '}')
+	reply := *r.inbox.Load() + "." + strconv.FormatUint(next.token, 10)
+	if err := r.eng.nc.PublishRequest(r.target.nextSubject, reply, b); err != nil {
+		r.log.Debug("natsx: pull not sent", "error", err)
+	}
+}
+
+// run handles one delivery on a worker.
+func (r *durableRoute) run(d *delivery) {
+	if r.eng.now() >= d.lease.Load() {
+		r.lapse(d)
+		return
+	}
+	if n := r.spec.route.attempts(); n > 0 && d.msg.Attempt() > n {
+		r.conclude(d, errCrashed, 0)
+		return
+	}
+	r.attempt(d)
+}
+
+func (r *durableRoute) lapse(d *delivery) {
+	d.outcome = Lapsed
+	r.log.Warn("natsx: lease lost, message left to its next delivery", r.about(d)...)
+}
+
+// conclude settles an attempt.
+func (r *durableRoute) conclude(d *delivery, err error, took time.Duration) {
+	d.took, d.err = took, err
+	if r.eng.now() >= d.lease.Load() {
+		r.lapse(d)
+		r.observe(d)
+		return
+	}
+	s := decide(r.spec.route, d.msg.Attempt(), err, rand.Float64())
+	d.outcome = s.outcome
+	switch s.action {
+	case actAck:
+		r.settle(d, ackAck)
+	case actNak:
+		r.log.Warn("natsx: attempt failed", append(r.about(d), "error", err, "retry_in", s.delay)...)
+		d.due = r.eng.now() + int64(s.delay)
+		// A nak that is sent after a reconnect may hit a delivery that somebody
+		// else has by then; the end of the lease does the same without it.
+		if r.eng.nc.IsConnected() {
+			r.settle(d, ackNak(s.delay))
+		}
+	case actTerm:
+		if s.outcome == Discarded {
+			r.log.Info("natsx: message discarded", append(r.about(d), "error", err)...)
+			r.settle(d, ackTerm("discarded"))
+		} else {
+			r.log.Error("natsx: message is dead and the route has no DLQ", append(r.about(d), "reason", s.reason, "error", err)...)
+			r.settle(d, ackTerm(string(s.reason)))
+		}
+	case actBury:
+		r.bury(d, s.reason)
+	}
+	r.observe(d)
+}
+
+// settle sends an acknowledgement, confirmed where the route asks for it. A
+// message whose acknowledgement is not confirmed within the lease has lapsed:
+// the server may deliver it again.
+func (r *durableRoute) settle(d *delivery, ack []byte) {
+	d.claim()
+	if r.spec.route.set&optConfirmAcks != 0 {
+		if !r.confirm(r.eng.closing, d, ack) {
+			r.lapse(d)
+		}
+		return
+	}
+	if err := r.eng.nc.Publish(d.msg.reply, ack); err != nil {
+		r.log.Warn("natsx: acknowledgement not sent", append(r.about(d), "error", err)...)
+	}
+}
+
+// confirm sends an acknowledgement until the server confirms it, and gives up
+// when the lease is lost or ctx ends.
+func (r *durableRoute) confirm(ctx context.Context, d *delivery, ack []byte) bool {
+	for pause := 50 * time.Millisecond; r.eng.now() < d.lease.Load(); pause = min(2*pause, time.Second) {
+		try, cancel := context.WithTimeout(ctx, 2*time.Second)
+		_, err := r.eng.nc.RequestWithContext(try, d.msg.reply, ack)
+		cancel()
+		if err == nil {
+			return true
+		}
+		if !wait(ctx, pause) {
+			return false
+		}
+	}
+	return false
+}
+
+// finish books a delivery whose worker is done with it. The pool is locked.
+func (r *durableRoute) finish(d *delivery) pull {
+	now := r.eng.now()
+	r.learn(d.took)
+	if d.outcome == Retried {
+		r.delayed.push(d.due)
+	}
+	if !d.held {
+		r.leases.remove(d)
+		r.count(d)
+	}
+	return r.plan(now)
+}
+
+// learn updates the mean handler time, fast upwards and slowly downwards: pulling
+// too little costs a little, holding too much keeps messages from other replicas.
+func (r *durableRoute) learn(took time.Duration) {
+	switch ns := max(float64(took), 1); {
+	case r.mean == 0:
+		r.mean = ns
+	case ns > r.mean:
+		r.mean += (ns - r.mean) / 4
+	default:
+		r.mean += (ns - r.mean) / 32
+	}
+}
+
+// tick is the keeper's visit: it expires pulls without a word, misses
+// heartbeats and plans anew. It returns what is due for a renewal.
+func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
+	p := r.eng.pool
+	p.mu.Lock()
+	due = r.leases.due(now, int64(r.target.ackWait)/3, due)
+	for len(r.delayed) > 0 && r.delayed[0] <= now {
+		r.delayed.pop()
+	}
+	crowded := 10*len(r.delayed) >= 9*r.target.maxAckPending
+	for i := 0; i < len(r.pulls); {
+		if r.pulls[i].expires+int64(r.heartbeat) < now {
+			r.ended(r.pulls[i].token, 0)
+			continue
+		}
+		i++
+	}
+	silent := false
+	if r.pulling && len(r.pulls) > 0 {
+		first := r.pulls[0].expires - int64(r.pullExpires())
+		silent = now-max(r.heard.Load(), first) > 2*int64(r.heartbeat)
+	}
+	next := r.plan(now)
+	p.mu.Unlock()
+	r.pull(next)
+	if crowded {
+		r.trouble("retries", errCrowded)
+	} else {
+		r.clear("retries")
+	}
+	if now >= r.notBefore {
+		r.clear("pull")
+	}
+	if silent {
+		r.verify()
+	}
+	return due
+}
+
+// leaseList holds the deliveries in hand by the time of their next renewal.
+// Guarded by the pool's mutex.
+type leaseList struct{ head, tail *delivery }
+
+func (l *leaseList) push(d *delivery) {
+	d.prev, d.next = l.tail, nil
+	if l.tail == nil {
+		l.head = d
+	} else {
+		l.tail.next = d
+	}
+	l.tail = d
+}
+
+func (l *leaseList) remove(d *delivery) {
+	if d.prev == nil {
+		l.head = d.next
+	} else {
+		d.prev.next = d.next
+	}
+	if d.next == nil {
+		l.tail = d.prev
+	} else {
+		d.next.prev = d.prev
+	}
+	d.prev, d.next = nil, nil
+}
+
+// due appends what must be renewed now and puts it back for a period later.
+func (l *leaseList) due(now, period int64, to []*delivery) []*delivery {
+	for l.head != nil && l.head.renew <= now {
+		d := l.head
+		l.remove(d)
+		d.renew = now + period
+		l.push(d)
+		to = append(to, d)
+	}
+	return to
+}
+
+// timeHeap is a binary heap of times, the earliest first.
+type timeHeap []int64
+
+func (h *timeHeap) push(t int64) {
+	s := append(*h, t)
+	for i := len(s) - 1; i > 0; {
+		up := (i - 1) / 2
+		if s[up] <= s[i] {
+			break
+		}
+		s[up], s[i] = s[i], s[up]
+		i = up
+	}
+	*h = s
+}
+
+func (h *timeHeap) pop() {
+	s := *h
+	n := len(s) - 1
+	s[0] = s[n]
+	s = s[:n]
+	for i := 0; ; {
+		low := 2*i + 1
+		if low >= n {
+			break
+		}
+		if low+1 < n && s[low+1] < s[low] {
+			low++
+		}
+		if s[i] <= s[low] {
+			break
+		}
+		s[i], s[low] = s[low], s[i]
+		i = low
+	}
+	*h = s
+}

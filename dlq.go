@@ -1,0 +1,400 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// Reason is why a message is dead.
+type Reason string
+
+// The reasons of a dead letter.
+const (
+	ReasonExhausted   Reason = "exhausted"   // the last retry failed
+	ReasonPermanent   Reason = "permanent"   // the handler returned Permanent
+	ReasonPanic       Reason = "panic"       // the last retry panicked
+	ReasonUndecodable Reason = "undecodable" // the payload did not decode
+	ReasonCrashed     Reason = "crashed"     // no attempt came back
+)
+
+// Headers of a dead letter. Of the original's headers, those that NATS would act
+// on (Nats-*) are kept as Natsx-Orig-*, since they would expire, schedule or
+// deduplicate the letter, and so are those that look like the letter's own.
+const (
+	HeaderDLQSubject   = "Natsx-Dlq-Subject"   // the original's subject
+	HeaderDLQStream    = "Natsx-Dlq-Stream"    // the original's stream
+	HeaderDLQSequence  = "Natsx-Dlq-Sequence"  // the original's sequence in it
+	HeaderDLQDurable   = "Natsx-Dlq-Durable"   // the durable that failed
+	HeaderDLQAttempts  = "Natsx-Dlq-Attempts"  // how often it was tried
+	HeaderDLQReason    = "Natsx-Dlq-Reason"    // a Reason
+	HeaderDLQError     = "Natsx-Dlq-Error"     // the last error's text, at most MaxLetterError bytes
+	HeaderDLQStack     = "Natsx-Dlq-Stack"     // of a panic, at most MaxLetterStack bytes, line feeds as \n
+	HeaderDLQTime      = "Natsx-Dlq-Time"      // of death, RFC 3339 with nanoseconds
+	HeaderDLQPublished = "Natsx-Dlq-Published" // when the original was stored, in the same form
+	HeaderDLQHost      = "Natsx-Dlq-Host"      // where it died
+	// HeaderDLQPointer is "true" on a letter without the payload, which was too
+	// large to be a letter: the original is still in its stream.
+	HeaderDLQPointer = "Natsx-Dlq-Pointer"
+)
+
+// Bounds of what of an error a dead letter carries, in bytes.
+const (
+	MaxLetterError = 4096
+	MaxLetterStack = 8192
+)
+
+const (
+	headerPrefix  = "Natsx-"
+	letterPrefix  = "Natsx-Dlq-"
+	origPrefix    = "Natsx-Orig-"
+	letterTry     = 2 * time.Second        // for one try to publish a letter
+	letterPause   = 250 * time.Millisecond // before the first retry, then doubled
+	letterPauseUp = 5 * time.Second        // at most
+	// pointerRest is how long a message stays unsettled whose letter is a
+	// pointer, on a stream that would delete it when it is settled.
+	pointerRest = 10 * 365 * 24 * time.Hour
+)
+
+// letterBox holds the dead messages of one route that the DLQ did not take yet.
+// Guarded by the pool's mutex.
+type letterBox struct {
+	queue  fifo[*delivery]
+	down   bool // the last try failed: the route does not pull
+	active bool // a goroutine writes
+}
+
+// letterTarget is the stream that captures a route's DLQ subject, as far as the
+// user may know it. Guarded by the pool's mutex once the route runs.
+type letterTarget struct {
+	stream     string // empty when it may not be asked for
+	maxMsgSize int64  // 0 unlimited
+}
+
+// checkDLQ makes sure that letters can be kept, and remembers where.
+func (r *durableRoute) checkDLQ(ctx context.Context) error {
+	subject := r.spec.route.dlq
+	bad := func(format string, args ...any) error {
+		return r.spec.fault("dlq", strconv.Quote(subject), fmt.Sprintf(format, args...), ErrBadDLQ)
+	}
+	names, err := r.streamNames(ctx, subject)
+	switch {
+	case errors.Is(err, ErrPermission):
+		r.log.Warn("natsx: DLQ cannot be checked", "subject", subject, "error", err)
+		return nil
+	case err != nil:
+		return r.spec.fault("dlq", strconv.Quote(subject), fmt.Sprintf("could not be looked up: %v", err), err)
+	case len(names) == 0:
+		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it", fmt.Errorf("%w: %w", ErrBadDLQ, ErrNoStream))
+	case len(names) > 1:
+		return bad("several streams capture it: %q", names)
+	}
+	info, err := r.streamInfo(ctx, names[0])
+	if errors.Is(err, ErrPermission) {
+		r.log.Warn("natsx: DLQ cannot be checked", "subject", subject, "stream", names[0], "error", err)
+		r.letterTarget = letterTarget{stream: names[0]}
+		return nil
+	}
+	if err != nil {
+		return r.spec.fault("dlq", strconv.Quote(subject), fmt.Sprintf("stream %q: %v", names[0], err), err)
+	}
+	if reason := letterFault(info, r.target.config); reason != "" {
+		return bad("stream %q %s", names[0], reason)
+	}
+	c := info.Config
+	if c.Discard == jetstream.DiscardOld && (c.MaxMsgs > 0 || c.MaxBytes > 0 || c.MaxMsgsPerSubject > 0) {
+		r.log.Warn("natsx: the DLQ's stream discards old letters when it is full; DiscardNew keeps them", "stream", names[0])
+	}
+	if c.Duplicates < 2*r.spec.route.lease() {
+		r.log.Warn("natsx: the DLQ's duplicate window is shorter than two ack waits: a process that dies while it writes a letter may leave it twice",
+			"stream", names[0], "window", c.Duplicates)
+	}
+	r.letterTarget = letterTarget{stream: names[0], maxMsgSize: max(int64(c.MaxMsgSize), 0)}
+	return nil
+}
+
+// letterFault tells why a stream cannot keep the letters of a source, or nothing.
+// The source is nil when it is not known.
+func letterFault(info *jetstream.StreamInfo, source *jetstream.StreamConfig) string {
+	c := info.Config
+	switch {
+	case c.NoAck:
+		return "does not acknowledge (NoAck)"
+	case c.Sealed:
+		return "is sealed"
+	case c.Mirror != nil:
+		return "is a mirror"
+	case c.PersistMode == jetstream.AsyncPersistMode:
+		return "acknowledges before it stores (async persist mode)"
+	case c.Retention == jetstream.InterestPolicy && info.State.Consumers == 0:
+		return "has interest retention and no consumer: it would store nothing"
+	case source == nil:
+		return ""
+	case c.Replicas < source.Replicas:
+		return fmt.Sprintf("has %d replicas, fewer than the %d of the source %q", c.Replicas, source.Replicas, source.Name)
+	case c.MaxMsgSize > 0 && (source.MaxMsgSize <= 0 || c.MaxMsgSize < source.MaxMsgSize):
+		return fmt.Sprintf("has a MaxMsgSize of %d, smaller than that of the source %q", c.MaxMsgSize, source.Name)
+	}
+	return ""
+}
+
+// bury moves a dead message to the DLQ, on the worker while the DLQ takes
+// letters. Else the message is held, its lease kept, the route stops pulling, and
+// one goroutine tries until the DLQ takes it: an acknowledgement without a stored
+// letter would lose the message.
+func (r *durableRoute) bury(d *delivery, reason Reason) {
+	p := r.eng.pool
+	d.letter = r.letter(d, reason)
+	p.mu.Lock()
+	down := r.letters.down
+	p.mu.Unlock()
+	if !down {
+		err := r.moveLetter(r.eng.closing, d)
+		if err == nil {
+			return
+		}
+		r.trouble("dlq", err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d.held = true
+	p.held++
+	r.letters.queue.push(d)
+	r.letters.down = true
+	if !r.letters.active {
+		r.letters.active = true
+		r.eng.background.Go(r.writeLetters)
+	}
+}
+
+// writeLetters moves held letters, the oldest first, until none is left.
+func (r *durableRoute) writeLetters() {
+	p := r.eng.pool
+	pause := letterPause
+	for {
+		p.mu.Lock()
+		if r.letters.queue.len() == 0 {
+			r.letters.active, r.letters.down = false, false
+			next := r.plan(r.eng.now())
+			p.mu.Unlock()
+			r.clear("dlq")
+			r.pull(next)
+			return
+		}
+		d := r.letters.queue.pop()
+		p.mu.Unlock()
+		for {
+			err := r.moveLetter(r.eng.closing, d)
+			if err == nil {
+				pause = letterPause
+				break
+			}
+			r.trouble("dlq", err)
+			if !wait(r.eng.closing, pause) {
+				return
+			}
+			pause = min(2*pause, letterPauseUp)
+			r.refreshDLQ()
+		}
+		p.mu.Lock()
+		p.held--
+		r.leases.remove(d)
+		r.count(d)
+		p.checkQuiet()
+		p.mu.Unlock()
+	}
+}
+
+// moveLetter publishes the letter of d and settles d once it is stored. Nil means
+// that nothing is left to do, also since the lease is lost: the next delivery
+// brings the same letter again, under the same id.
+func (r *durableRoute) moveLetter(ctx context.Context, d *delivery) error {
+	if r.eng.now() >= d.lease.Load() {
+		r.lapse(d)
+		return nil
+	}
+	if !d.stored {
+		p := r.eng.pool
+		p.mu.Lock()
+		stream := r.letterTarget.stream
+		p.mu.Unlock()
+		if stream != "" {
+			d.letter.Header.Set(nats.ExpectedStreamHdr, stream)
+		} else {
+			d.letter.Header.Del(nats.ExpectedStreamHdr)
+		}
+		try, cancel := context.WithTimeout(ctx, letterTry)
+		ack, err := publishOnce(try, r.eng.nc, d.letter)
+		cancel()
+		if err != nil {
+			return fmt.Errorf("natsx: dead letter not stored in %q: %w", r.spec.route.dlq, err)
+		}
+		if stream != "" && ack.Stream != stream {
+			return fmt.Errorf("natsx: dead letter acknowledged by stream %q, not by %q", ack.Stream, stream)
+		}
+		d.stored = true
+	}
+	settle := ackAck
+	if d.letter.Header.Get(HeaderDLQPointer) != "" {
+		settle = ackTerm("its dead letter points to it")
+		if !r.target.keepsTerminated() {
+			settle = ackNak(pointerRest)
+		}
+	}
+	d.claim()
+	if !r.confirm(ctx, d, settle) {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		r.lapse(d)
+	}
+	return nil
+}
+
+// refreshDLQ looks the DLQ's stream up again, which may have been made anew under
+// another name.
+func (r *durableRoute) refreshDLQ() {
+	ctx, cancel := context.WithTimeout(r.eng.closing, apiTimeout)
+	defer cancel()
+	var names []string
+	err := r.eng.call(ctx, "STREAM.NAMES", func(ctx context.Context) (err error) {
+		names, err = streamsFor(ctx, r.eng.js, r.spec.route.dlq)
+		return err
+	})
+	if err == nil && len(names) == 1 {
+		p := r.eng.pool
+		p.mu.Lock()
+		r.letterTarget.stream = names[0]
+		p.mu.Unlock()
+	}
+}
+
+// letter makes the dead letter of d. One that would be too large loses its error
+// and stack, then the original's headers, then the payload.
+func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
+	m := &d.msg
+	attempts := m.Attempt()
+	if reason == ReasonCrashed {
+		attempts--
+	}
+	id := fmt.Sprintf("%s@%d/%s/%d", m.stream, d.created, m.durable, m.seq)
+	core := nats.Header{
+		nats.MsgIdHdr:      {id},
+		HeaderDLQSubject:   {m.Subject},
+		HeaderDLQStream:    {m.stream},
+		HeaderDLQSequence:  {strconv.FormatUint(m.seq, 10)},
+		HeaderDLQDurable:   {m.durable},
+		HeaderDLQAttempts:  {strconv.Itoa(attempts)},
+		HeaderDLQReason:    {string(reason)},
+		HeaderDLQTime:      {time.Now().UTC().Format(time.RFC3339Nano)},
+		HeaderDLQPublished: {m.Time().UTC().Format(time.RFC3339Nano)},
+		HeaderDLQHost:      {hostname},
+	}
+	why := nats.Header{HeaderDLQError: {headerText(r.eng.errorText(d.err), MaxLetterError)}}
+	var panicked *PanicError
+	if errors.As(d.err, &panicked) && len(panicked.Stack) > 0 {
+		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), MaxLetterStack))
+	}
+	brief := nats.Header{HeaderDLQError: {headerText(r.eng.errorText(d.err), 128)}}
+	pointer := nats.Header{HeaderDLQPointer: {"true"}}
+	original := originalHeaders(m.Header, len(m.Data) == 0)
+
+	limit := r.eng.nc.MaxPayload()
+	if most := r.letterTarget.maxMsgSize; most > 0 {
+		limit = min(limit, most)
+	}
+	var letter *nats.Msg
+	for _, form := range []struct {
+		headers []nats.Header
+		data    []byte
+	}{
+		{[]nats.Header{original, why, core}, m.Data},
+		{[]nats.Header{original, brief, core}, m.Data},
+		{[]nats.Header{brief, core}, m.Data},
+		{[]nats.Header{original, why, core, pointer}, nil},
+		{[]nats.Header{brief, core, pointer}, nil},
+	} {
+		letter = &nats.Msg{Subject: r.spec.route.dlq, Header: nats.Header{}, Data: form.data}
+		for _, h := range form.headers {
+			for k, v := range h {
+				letter.Header[k] = v
+			}
+		}
+		// The expected stream is added when it is published.
+		if messageSize(letter)+len(nats.ExpectedStreamHdr)+MaxNameLength+4 <= int(limit) {
+			break
+		}
+	}
+	return letter
+}
+
+var hostname, _ = os.Hostname()
+
+// originalHeaders are the headers of a message as its letter keeps them. A Status
+// on an empty body is kept under another name too: clients take such a message
+// for a word of the server.
+func originalHeaders(h nats.Header, empty bool) nats.Header {
+	kept := make(nats.Header, len(h))
+	for k, v := range h {
+		switch {
+		case hasPrefixFold(k, "Nats-"):
+			k = origPrefix + k[len("Nats-"):]
+		case hasPrefixFold(k, letterPrefix), hasPrefixFold(k, origPrefix):
+			k = origPrefix + k
+		case empty && strings.EqualFold(k, "Status"):
+			k = origPrefix + k
+		}
+		kept[k] = append(kept[k], v...)
+	}
+	return kept
+}
+
+func hasPrefixFold(s, prefix string) bool {
+	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
+}
+
+// headerText makes text fit for a header value of at most most bytes: on one
+// line, with line feeds as \n and without other control characters.
+func headerText(text string, most int) string {
+	text = strings.ToValidUTF8(text, "\uFFFD")
+	text = strings.NewReplacer("\r\n", `\n`, "\n", `\n`, "\t", " ").Replace(text)
+	text = strings.Map(func(c rune) rune {
+		if unicode.IsControl(c) {
+			return ' '
+		}
+		return c
+	}, text)
+	text = strings.TrimSpace(text)
+	if len(text) <= most {
+		return text
+	}
+	cut := most - len("...")
+	for cut > 0 && !utf8.RuneStart(text[cut]) {
+		cut--
+	}
+	return text[:cut] + "..."
+}
+
+// messageSize is what counts against the server's max payload: headers as they
+// go over the wire, and data.
+func messageSize(m *nats.Msg) int {
+	size := len(m.Data)
+	if len(m.Header) > 0 {
+		size += len("NATS/1.0\r\n") + len("\r\n")
+		for k, values := range m.Header {
+			for _, v := range values {
+				size += len(k) + len(": ") + len(v) + len("\r\n")
+			}
+		}
+	}
+	return size
+}

@@ -1,0 +1,424 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// startAtOnce bounds how many routes start at the same time.
+const startAtOnce = 16
+
+// engine is one Run of a broker: starting, running, draining, over.
+type engine struct {
+	*Broker
+	pool        *pool
+	routes      []runner
+	durables    int       // number of durable routes
+	base        time.Time // of the engine's clock
+	apiPrefix   string    // of JetStream's API, with its last dot
+	inboxPrefix string
+
+	// intake ends when no more messages are wanted: the caller's context ended
+	// or something failed. handlers is what handlers run under; it ends at the
+	// drain timeout. closing bounds what is left to say to the server after that.
+	intake        context.Context
+	endIntake     context.CancelFunc
+	handlers      context.Context
+	abortHandlers context.CancelCauseFunc
+	closing       context.Context
+	endClosing    context.CancelFunc
+
+	background sync.WaitGroup // goroutines that routes start when something is wrong
+
+	mu         sync.Mutex
+	state      string // for Health, empty when all is well
+	failures   []error
+	claimed    map[string]Spec // by stream and durable
+	lastForced time.Time       // when the connection was last forced to reconnect
+}
+
+func newEngine(ctx context.Context, b *Broker, specs []Spec) *engine {
+	e := &engine{
+		Broker: b, pool: newPool(b.workers), base: time.Now(),
+		state: "is starting", claimed: map[string]Spec{},
+	}
+	e.intake, e.endIntake = context.WithCancel(ctx)
+	live := context.WithoutCancel(ctx)
+	e.handlers, e.abortHandlers = context.WithCancelCause(live)
+	e.closing, e.endClosing = context.WithCancel(live)
+	e.apiPrefix = "$JS.API."
+	switch opts := b.js.Options(); {
+	case opts.APIPrefix != "":
+		e.apiPrefix = strings.TrimSuffix(opts.APIPrefix, ".") + "."
+	case opts.Domain != "":
+		e.apiPrefix = "$JS." + opts.Domain + ".API."
+	}
+	inbox := b.nc.NewInbox()
+	e.inboxPrefix = inbox[:strings.LastIndexByte(inbox, '.')+1]
+	for _, spec := range specs {
+		if spec.route.durable != "" {
+			e.durables++
+		}
+	}
+	for _, spec := range specs {
+		e.routes = append(e.routes, newRunner(e, spec))
+	}
+	return e
+}
+
+// now is the engine's clock: nanoseconds since its start, monotonic.
+func (e *engine) now() int64 { return int64(time.Since(e.base)) }
+
+func (e *engine) run() error {
+	defer e.endIntake()
+	async := watchAsync(e.nc, e.onAsyncError)
+	status := e.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
+	watcher := make(chan struct{})
+	go func() {
+		defer close(watcher)
+		e.watchStatus(status)
+	}()
+	if e.nc.IsClosed() {
+		e.fail(ErrConnectionClosed)
+	}
+	e.pool.start()
+	keeper, endKeeper := context.WithCancel(context.Background())
+	kept := make(chan struct{})
+
+	started := e.start()
+	go func() {
+		defer close(kept)
+		e.keep(keeper)
+	}()
+	if started {
+		e.setState("")
+		close(e.ready)
+		e.log.Info("natsx: broker is ready", "routes", len(e.routes), "workers", e.workers)
+		<-e.intake.Done()
+	}
+	e.setState("is draining")
+	err := e.drain()
+	endKeeper()
+	<-kept
+	e.endClosing()
+	e.background.Wait()
+	async.stop()
+	e.nc.RemoveStatusListener(status)
+	<-watcher
+	e.abortHandlers(context.Canceled)
+	e.setState("has stopped")
+
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return errors.Join(append(e.failures, err)...)
+}
+
+// start brings every route to where it receives, and tells whether it did.
+func (e *engine) start() bool {
+	if !e.awaitConnection() {
+		return false
+	}
+	for _, s := range e.streams {
+		if err := s.ensure(e.intake, e.js); err != nil && e.intake.Err() == nil {
+			e.fail(err)
+		}
+	}
+	if e.failed() || !e.each(func(r runner) error { return r.locate(e.intake) }) {
+		return false
+	}
+	if !e.each(runner.start) {
+		return false
+	}
+	for e.nc.FlushTimeout(apiTimeout) != nil {
+		if e.intake.Err() != nil || e.nc.IsClosed() {
+			return false
+		}
+	}
+	return e.intake.Err() == nil
+}
+
+// each calls fn for every route, several at once, and reports all failures: one
+// does not stop the others from finding theirs.
+func (e *engine) each(fn func(runner) error) bool {
+	slots := make(chan struct{}, startAtOnce)
+	var wg sync.WaitGroup
+	for _, r := range e.routes {
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			if err := fn(r); err != nil && e.intake.Err() == nil {
+				e.note(err)
+			}
+		})
+	}
+	wg.Wait()
+	if e.failed() {
+		e.endIntake()
+	}
+	return e.intake.Err() == nil
+}
+
+// awaitConnection waits until the connection is up, which a first connect that is
+// retried in the background may take a while for.
+func (e *engine) awaitConnection() bool {
+	logged := false
+	for !e.nc.IsConnected() {
+		if !logged {
+			logged = true
+			e.log.Warn("natsx: waiting for the connection", "status", e.nc.Status().String())
+		}
+		if !wait(e.intake, 50*time.Millisecond) {
+			return false
+		}
+	}
+	return e.intake.Err() == nil
+}
+
+// claim makes a durable of a stream one route's own.
+func (e *engine) claim(stream string, s Spec) error {
+	key := stream + "\x00" + s.route.durable
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if earlier, taken := e.claimed[key]; taken {
+		return s.duplicateOf(earlier)
+	}
+	e.claimed[key] = s
+	return nil
+}
+
+// note records a failure; fail also ends the intake.
+func (e *engine) note(err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, known := range e.failures {
+		if known.Error() == err.Error() {
+			return
+		}
+	}
+	e.failures = append(e.failures, err)
+}
+
+func (e *engine) fail(err error) {
+	e.note(err)
+	e.endIntake()
+}
+
+func (e *engine) failed() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.failures) > 0
+}
+
+func (e *engine) setState(s string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.state = s
+}
+
+func (e *engine) isReady() bool {
+	select {
+	case <-e.ready:
+		return e.intake.Err() == nil
+	default:
+		return false
+	}
+}
+
+// call makes one call of JetStream's API within apiTimeout. A permission that the
+// user lacks ends it at once: the server refuses such a request with an
+// asynchronous error only.
+func (e *engine) call(ctx context.Context, subject string, fn func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	ctx, refuse := context.WithCancelCause(ctx)
+	defer refuse(nil)
+	w := watchAsync(e.nc, func(_ *nats.Subscription, err error) {
+		if denied := permissionError(err); denied != nil &&
+			(denied.Subject == e.apiPrefix+subject || denied.Operation == "subscribe" && strings.HasPrefix(denied.Subject, e.inboxPrefix)) {
+			refuse(denied)
+		}
+	})
+	defer w.stop()
+	err := fn(ctx)
+	if err != nil && errors.Is(context.Cause(ctx), ErrPermission) {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// onAsyncError ends the run when a route lacks a permission.
+func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
+	denied := permissionError(err)
+	if denied == nil {
+		return
+	}
+	for _, r := range e.routes {
+		if r.denied(denied) {
+			e.fail(r.base().spec.fault(denied.Operation, fmt.Sprintf("%q", denied.Subject), "permission denied by the server", denied))
+		}
+	}
+}
+
+func (e *engine) watchStatus(status <-chan nats.Status) {
+	for s := range status {
+		switch s {
+		case nats.CONNECTED:
+			for _, r := range e.routes {
+				r.verify()
+			}
+		case nats.CLOSED:
+			e.fail(ErrConnectionClosed)
+		}
+	}
+}
+
+// reconnect replaces a connection that is up in name only.
+func (e *engine) reconnect() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.nc.IsConnected() || time.Since(e.lastForced) < 2*time.Second {
+		return
+	}
+	e.lastForced = time.Now()
+	e.log.Warn("natsx: connection does not answer, reconnecting", "server", e.nc.ConnectedUrlRedacted())
+	if err := e.nc.ForceReconnect(); err != nil {
+		e.log.Error("natsx: reconnect failed", "error", err)
+	}
+}
+
+// alive makes sure of the connection with a round trip. Messages that come in
+// meanwhile are as good as its answer.
+func (e *engine) alive() bool {
+	before := e.nc.Stats().InMsgs
+	return e.nc.FlushTimeout(time.Second) == nil || e.nc.Stats().InMsgs != before
+}
+
+// keep visits every route all the time and renews the leases that they name.
+func (e *engine) keep(ctx context.Context) {
+	period := 500 * time.Millisecond
+	for _, r := range e.routes {
+		if d, ok := r.(*durableRoute); ok && d.target.ackWait > 0 {
+			period = min(period, max(d.target.ackWait/12, 5*time.Millisecond))
+		}
+	}
+	var due []*delivery
+	for wait(ctx, period) {
+		due = due[:0]
+		for _, r := range e.routes {
+			due = r.tick(e.now(), due)
+		}
+		if len(due) > 0 && e.nc.IsConnected() {
+			e.renew(due)
+		}
+		clear(due)
+	}
+}
+
+// renew sends in-progress acks. They count once the server has answered a ping
+// behind them: a lease is never longer in the client's eyes than in the server's.
+func (e *engine) renew(due []*delivery) {
+	sent := e.now()
+	renewed := due[:0]
+	for _, d := range due {
+		if d.renewing(func(d *delivery) { e.nc.Publish(d.msg.reply, ackInProgress) }) {
+			renewed = append(renewed, d)
+		}
+	}
+	if len(renewed) == 0 {
+		return
+	}
+	if e.nc.FlushTimeout(time.Second) != nil {
+		if !e.alive() {
+			e.reconnect()
+		}
+		return
+	}
+	for _, d := range renewed {
+		d.lease.Store(sent + int64(d.route.lease))
+	}
+}
+
+// drain ends the intake and waits for what is in hand.
+func (e *engine) drain() error {
+	e.endIntake()
+	ctx, cancel := context.WithTimeout(context.Background(), e.drainTimeout)
+	defer cancel()
+	var stopping sync.WaitGroup
+	for _, r := range e.routes {
+		stopping.Go(func() { r.stop(ctx) })
+	}
+	stopping.Wait()
+	select {
+	case <-e.pool.drained():
+		e.pool.close()
+		<-e.pool.gone
+		if e.nc.IsConnected() {
+			if err := e.nc.FlushTimeout(apiTimeout); err != nil {
+				e.log.Warn("natsx: acknowledgements not flushed", "error", err)
+			}
+		}
+		return nil
+	case <-ctx.Done():
+	}
+	cut := &DrainError{Timeout: e.drainTimeout, Abandoned: e.pool.unfinished()}
+	e.pool.close()
+	for _, r := range e.routes {
+		if c, ok := r.(*coreRoute); ok {
+			e.pool.mu.Lock()
+			c.makeRoom()
+			e.pool.mu.Unlock()
+		}
+	}
+	e.abortHandlers(ErrDrainTimeout)
+	grace := time.NewTimer(DrainGrace)
+	defer grace.Stop()
+	select {
+	case <-e.pool.gone:
+	case <-grace.C:
+		e.pool.mu.Lock()
+		cut.Running = e.pool.busy
+		e.pool.mu.Unlock()
+	}
+	e.nc.FlushTimeout(time.Second)
+	return cut
+}
+
+func (e *engine) health() error {
+	var errs []error
+	e.mu.Lock()
+	if e.state != "" {
+		errs = append(errs, errors.New("natsx: broker "+e.state))
+	}
+	errs = append(errs, e.failures...)
+	e.mu.Unlock()
+	if !e.nc.IsConnected() {
+		errs = append(errs, fmt.Errorf("natsx: connection is %s", strings.ToLower(e.nc.Status().String())))
+	}
+	for _, r := range e.routes {
+		errs = append(errs, r.base().health()...)
+	}
+	return errors.Join(errs...)
+}
+
+func (e *engine) stats() Stats {
+	e.pool.mu.Lock()
+	defer e.pool.mu.Unlock()
+	s := Stats{Routes: make([]RouteStats, len(e.routes))}
+	for i, r := range e.routes {
+		b := r.base()
+		st := b.stats
+		st.Running, st.Waiting = b.running, b.queue.len()
+		if d, ok := r.(*durableRoute); ok {
+			st.Stream = d.target.stream
+			st.Delayed = len(d.delayed)
+		}
+		s.Routes[i] = st
+	}
+	return s
+}

@@ -1,0 +1,201 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// route is what core and durable routes have in common while they run.
+type route struct {
+	lane
+	eng     *engine
+	spec    Spec
+	handler Handler // with the broker's middleware; a responder's answer goes into the delivery
+	log     *slog.Logger
+	lease   time.Duration // of a durable's messages, fixed once started
+
+	// Guarded by the pool's mutex.
+	stats  RouteStats
+	sub    *nats.Subscription
+	closed chan struct{} // closed when the subscription's last callback has returned
+
+	issuesMu sync.Mutex
+	issues   map[string]error // what keeps the route from its work, by kind
+}
+
+// runner is a running route.
+type runner interface {
+	job
+	base() *route
+	// locate finds and checks what the route needs.
+	locate(ctx context.Context) error
+	// start begins to receive.
+	start() error
+	// stop ends the intake: when it returns nothing more arrives. ctx bounds it.
+	stop(ctx context.Context)
+	// tick is called by the keeper all the time; it adds what needs a renewal.
+	tick(now int64, due []*delivery) []*delivery
+	// verify is called after a reconnect.
+	verify()
+	// denied tells whether the route needs what the server refused.
+	denied(*PermissionError) bool
+}
+
+func newRunner(e *engine, spec Spec) runner {
+	if spec.route.durable == "" {
+		r := &coreRoute{room: make(chan struct{}, 1)}
+		r.init(e, spec, r)
+		return r
+	}
+	r := &durableRoute{}
+	r.init(e, spec, r)
+	return r
+}
+
+func (r *route) init(e *engine, spec Spec, owner job) {
+	r.eng, r.spec, r.log, r.owner = e, spec, e.log, owner
+	r.handler = e.wrap(spec)
+	r.issues = map[string]error{}
+	r.limit = e.workers
+	if spec.route.set&optConcurrency != 0 {
+		r.limit = min(e.workers, spec.route.concurrency)
+	}
+	r.stats = RouteStats{Route: spec.route.filter, Durable: spec.route.durable}
+}
+
+// wrap puts the middleware around the route's function.
+func (e *engine) wrap(spec Spec) Handler {
+	h := spec.handler
+	if spec.kind == kindReply {
+		h = func(ctx context.Context, m *Msg) error {
+			data, err := spec.responder(ctx, m)
+			deliveryFrom(ctx).answer = data
+			return err
+		}
+	}
+	for i := len(e.middleware) - 1; i >= 0; i-- {
+		h = e.middleware[i](h)
+	}
+	return h
+}
+
+func (r *route) base() *route { return r }
+
+// about gives the log attributes of a delivery.
+func (r *route) about(d *delivery) []any {
+	args := []any{"route", r.spec.route.filter, "subject", d.msg.Subject}
+	if d.msg.durable != "" {
+		args = append(args, "durable", d.msg.durable, "stream", d.msg.stream, "sequence", d.msg.seq, "attempt", d.msg.Attempt())
+	}
+	var panicked *PanicError
+	if errors.As(d.err, &panicked) && len(panicked.Stack) > 0 {
+		args = append(args, "stack", string(panicked.Stack))
+	}
+	return args
+}
+
+// trouble records what keeps the route from its work, for Health, and logs it
+// when it is new.
+func (r *route) trouble(kind string, err error) {
+	r.issuesMu.Lock()
+	_, known := r.issues[kind]
+	r.issues[kind] = err
+	r.issuesMu.Unlock()
+	if !known {
+		r.log.Warn("natsx: route is in trouble", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind, "error", err)
+	}
+}
+
+// clear takes a trouble back.
+func (r *route) clear(kind string) {
+	r.issuesMu.Lock()
+	_, known := r.issues[kind]
+	delete(r.issues, kind)
+	r.issuesMu.Unlock()
+	if known {
+		r.log.Info("natsx: route is well again", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind)
+	}
+}
+
+func (r *route) health() []error {
+	r.issuesMu.Lock()
+	defer r.issuesMu.Unlock()
+	var errs []error
+	for kind, err := range r.issues {
+		errs = append(errs, &RouteError{
+			Route: r.spec.route.filter, Durable: r.spec.route.durable, Field: kind,
+			Reason: strings.TrimPrefix(err.Error(), "natsx: "), Err: err,
+		})
+	}
+	return errs
+}
+
+// count adds a finished delivery to the counters. The pool is locked.
+func (r *route) count(d *delivery) {
+	r.stats.HandlerTime += d.took
+	switch d.outcome {
+	case Succeeded:
+		r.stats.Succeeded++
+	case Retried:
+		r.stats.Retried++
+	case Dead:
+		r.stats.Dead++
+	case Discarded:
+		r.stats.Discarded++
+	case Lapsed:
+		r.stats.Lapsed++
+	case Failed:
+		r.stats.Failed++
+	}
+}
+
+func (r *route) observe(d *delivery) {
+	if o := r.eng.observer; o != nil {
+		o.Observe(d, Event{
+			Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &d.msg,
+			Outcome: d.outcome, Err: d.err, Duration: d.took,
+		})
+	}
+}
+
+// subscribe makes sub the route's subscription. Its callbacks may have begun.
+func (r *route) subscribe(subject, queue string, receive nats.MsgHandler) error {
+	closed := make(chan struct{})
+	sub, err := r.eng.nc.QueueSubscribe(subject, queue, receive)
+	if err != nil {
+		return r.spec.fault("subject", fmt.Sprintf("%q", subject), "could not subscribe: "+cause(err), err)
+	}
+	sub.SetClosedHandler(func(string) { close(closed) })
+	r.eng.pool.mu.Lock()
+	r.sub, r.closed = sub, closed
+	r.eng.pool.mu.Unlock()
+	return nil
+}
+
+// unsubscribe ends the subscription after the callbacks of all that the server
+// sent before it knew, and joins them. When ctx ends first, or without a
+// connection, what the client has buffered is dropped.
+func (r *route) unsubscribe(ctx context.Context) {
+	r.eng.pool.mu.Lock()
+	sub, closed := r.sub, r.closed
+	r.sub = nil
+	r.eng.pool.mu.Unlock()
+	if sub == nil {
+		return
+	}
+	if !r.eng.nc.IsConnected() || sub.Drain() != nil {
+		sub.Unsubscribe()
+	}
+	select {
+	case <-closed:
+	case <-ctx.Done():
+		sub.Unsubscribe()
+	}
+}

@@ -1,0 +1,208 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"runtime/debug"
+	"strconv"
+	"time"
+)
+
+// errCrashed stands for an attempt that never came back: the message was
+// delivered once more than its attempts.
+var errCrashed = errors.New("natsx: every attempt ended without a result: its process crashed or lost the lease")
+
+// action is what is done to a message after an attempt.
+type action uint8
+
+const (
+	actAck  action = iota // done
+	actNak                // deliver again after the delay
+	actTerm               // never deliver again, keep no letter
+	actBury               // move to the DLQ
+)
+
+// settlement is the decision about one attempt.
+type settlement struct {
+	action  action
+	delay   time.Duration // of actNak
+	reason  Reason        // of a dead message
+	outcome Outcome
+}
+
+// decide tells what becomes of a message of a durable from the result of an
+// attempt alone. spread is a random number in [0, 1) for the jitter.
+func decide(r RouteBuilder, attempt int, err error, spread float64) settlement {
+	var (
+		discard   *discardError
+		permanent *permanentError
+		undecoded *DecodeError
+		later     *retryAfterError
+		panicked  *PanicError
+	)
+	dead := func(reason Reason) settlement {
+		act := actTerm
+		if r.dlq != "" {
+			act = actBury
+		}
+		return settlement{action: act, reason: reason, outcome: Dead}
+	}
+	switch {
+	case err == nil:
+		return settlement{action: actAck, outcome: Succeeded}
+	case errors.Is(err, errCrashed):
+		return dead(ReasonCrashed)
+	case errors.As(err, &discard):
+		return settlement{action: actTerm, outcome: Discarded}
+	case errors.As(err, &permanent):
+		return dead(ReasonPermanent)
+	case errors.As(err, &undecoded):
+		return dead(ReasonUndecodable)
+	}
+	if n := r.attempts(); n > 0 && attempt >= n {
+		if errors.As(err, &panicked) {
+			return dead(ReasonPanic)
+		}
+		return dead(ReasonExhausted)
+	}
+	if errors.As(err, &later) {
+		return settlement{action: actNak, delay: later.delay, outcome: Retried}
+	}
+	low, high := r.backoff()
+	return settlement{action: actNak, delay: backoffDelay(low, high, attempt, spread), outcome: Retried}
+}
+
+// backoffDelay is the delay before retry k (from 1): low*2^(k-1) spread by ±20 %
+// with a random number in [0, 1), and never above high.
+func backoffDelay(low, high time.Duration, k int, spread float64) time.Duration {
+	d := math.Ldexp(float64(low), min(k-1, 62)) // at most 2^125, far from overflow
+	d = min(d, float64(high)) * (0.8 + 0.4*spread)
+	return min(time.Duration(min(d, math.MaxInt64/2)), high)
+}
+
+// invoke runs a handler and turns a panic into an error.
+func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = &PanicError{Value: v, Stack: debug.Stack()}
+		}
+	}()
+	return h(ctx, m)
+}
+
+// attempt runs the route's handler on d within its timeout and has its owner
+// conclude it exactly once, also when the handler leaves by runtime.Goexit.
+func (r *route) attempt(d *delivery) {
+	start := r.eng.now()
+	returned := false
+	defer func() {
+		if !returned {
+			r.owner.conclude(d, &PanicError{Value: "runtime.Goexit", Stack: nil}, time.Duration(r.eng.now()-start))
+		}
+	}()
+	var err error
+	if timeout := r.spec.route.timeout; timeout > 0 {
+		err = invokeWithin(timeout, r.handler, d)
+	} else {
+		err = invoke(r.handler, d, &d.msg)
+	}
+	returned = true
+	r.owner.conclude(d, err, time.Duration(r.eng.now()-start))
+}
+
+// invokeWithin is invoke with a deadline. What returns after the deadline has
+// failed, also when it says nothing of it: a handler that gave up its work at the
+// end of its context may well return nil.
+func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
+	ctx, cancel := context.WithTimeout(d, timeout)
+	defer cancel()
+	err := invoke(h, ctx, &d.msg)
+	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return err
+	}
+	switch {
+	case err == nil:
+		return fmt.Errorf("natsx: handler did not return within %s: %w", timeout, context.DeadlineExceeded)
+	case errors.Is(err, context.DeadlineExceeded):
+		return err
+	}
+	return fmt.Errorf("natsx: handler did not return within %s: %w: %w", timeout, context.DeadlineExceeded, err)
+}
+
+// ackInfo is what the reply subject of a delivered message tells.
+type ackInfo struct {
+	stream    string
+	consumer  string
+	delivered uint64
+	sequence  uint64
+	time      int64 // Unix nanoseconds
+}
+
+// parseDelivery reads an ack subject of either form (ADR-15, and the form with domain
+// and account hash of the server's js_ack_fc_v2):
+//
+//	$JS.ACK.<stream>.<consumer>.<delivered>.<sseq>.<cseq>.<time>.<pending>
+//	$JS.ACK.<domain>.<hash>.<stream>.<consumer>.<delivered>.<sseq>.<cseq>.<time>.<pending>[.<more>]
+func parseDelivery(reply string) (a ackInfo, ok bool) {
+	const prefix = "$JS.ACK."
+	if len(reply) <= len(prefix) || reply[:len(prefix)] != prefix {
+		return a, false
+	}
+	var dots [12]int
+	n := 0
+	for i := len(prefix); i < len(reply); i++ {
+		if reply[i] == '.' {
+			if n == len(dots) {
+				return a, false
+			}
+			dots[n] = i
+			n++
+		}
+	}
+	first := 0 // index of the dot that ends the stream's token
+	start := len(prefix)
+	switch {
+	case n == 6:
+	case n >= 8:
+		first = 2
+		start = dots[1] + 1
+	default:
+		return a, false
+	}
+	a.stream = reply[start:dots[first]]
+	a.consumer = reply[dots[first]+1 : dots[first+1]]
+	var okDelivered, okSeq, okTime bool
+	a.delivered, okDelivered = parseUint(reply[dots[first+1]+1 : dots[first+2]])
+	a.sequence, okSeq = parseUint(reply[dots[first+2]+1 : dots[first+3]])
+	var nanos uint64
+	nanos, okTime = parseUint(reply[dots[first+4]+1 : dots[first+5]])
+	a.time = int64(nanos)
+	return a, okDelivered && okSeq && okTime && a.stream != "" && a.consumer != "" && nanos <= math.MaxInt64
+}
+
+func parseUint(s string) (v uint64, ok bool) {
+	if s == "" || len(s) > 19 {
+		return 0, false
+	}
+	for i := range len(s) {
+		c := s[i] - '0'
+		if c > 9 {
+			return 0, false
+		}
+		v = v*10 + uint64(c)
+	}
+	return v, true
+}
+
+var (
+	ackAck        = []byte("+ACK")
+	ackInProgress = []byte("+WPI")
+)
+
+func ackNak(delay time.Duration) []byte {
+	return append(strconv.AppendInt([]byte(`-NAK {"delay":`), int64(delay), 10), '}')
+}
+
+func ackTerm(reason string) []byte { return []byte("+TERM " + reason) }
