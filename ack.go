@@ -9,10 +9,10 @@ import (
 )
 
 // parseAck reads a stream's answer to a publish: an ack, a refusal as
-// [*jetstream.APIError], or [ErrBadAck]. stream saves the allocation of a name
-// that is the same as the last one's.
-func parseAck(data []byte, stream string) (Ack, error) {
-	if ack, ok := parsePlainAck(data, stream); ok {
+// [*jetstream.APIError], or [ErrBadAck]. last is the stream of an earlier ack:
+// the same name is not allocated again.
+func parseAck(data []byte, last string) (Ack, error) {
+	if ack, ok := parsePlainAck(data, last); ok {
 		return ack, nil
 	}
 	var r struct {
@@ -35,7 +35,7 @@ func parseAck(data []byte, stream string) (Ack, error) {
 
 // parsePlainAck reads {"stream":"S","seq":1}, which almost every ack is, without
 // a JSON decoder. Whatever else it leaves to that.
-func parsePlainAck(data []byte, stream string) (Ack, bool) {
+func parsePlainAck(data []byte, last string) (Ack, bool) {
 	rest, ok := bytes.CutPrefix(data, []byte(`{"stream":"`))
 	if !ok {
 		return Ack{}, false
@@ -61,10 +61,10 @@ func parsePlainAck(data []byte, stream string) (Ack, bool) {
 		}
 		seq = seq*10 + uint64(c-'0')
 	}
-	if string(name) != stream {
-		stream = string(name)
+	if string(name) != last {
+		last = string(name)
 	}
-	return Ack{Stream: stream, Sequence: seq}, true
+	return Ack{Stream: last, Sequence: seq}, true
 }
 
 func cut(b []byte, n int) []byte { return b[:min(len(b), n)] }

@@ -198,18 +198,17 @@ func publishOnce(ctx context.Context, nc *nats.Conn, m *nats.Msg) (Ack, error) {
 	if err != nil {
 		return Ack{}, err
 	}
-	ack, err := parseAck(r.Data, "")
-	if err != nil {
-		return Ack{}, err
-	}
-	if want := m.Header.Get(jetstream.ExpectedStreamHeader); want != "" && ack.Stream != want {
-		return Ack{}, wrongStream(want, ack.Stream)
-	}
-	return ack, nil
+	return checkedAck(r.Data, m.Header.Get(jetstream.ExpectedStreamHeader), "")
 }
 
-func wrongStream(want, have string) error {
-	return failure(fmt.Sprintf("expected stream %q, stored in %q", want, have), ErrWrongStream)
+// checkedAck is [parseAck] for a message that expects a stream, unless want is
+// empty.
+func checkedAck(data []byte, want, last string) (Ack, error) {
+	ack, err := parseAck(data, last)
+	if err == nil && want != "" && ack.Stream != want {
+		return Ack{}, failure(fmt.Sprintf("expected stream %q, stored in %q", want, ack.Stream), ErrWrongStream)
+	}
+	return ack, err
 }
 
 // call is what the envelopes of one call have in common.
@@ -355,7 +354,7 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		}
 	}
 	if ctx.Err() != nil {
-		return ack, -1, o.timeout(ctx, err)
+		return ack, -1, o.ended(ctx.Err(), err)
 	}
 	return ack, wait, nil
 }
@@ -445,15 +444,16 @@ func (o *outgoing) refusal(api *jetstream.APIError) error {
 	return failure(fmt.Sprintf("publish to %q: refused: %s (%d)", o.e.subject, api.Description, api.ErrorCode), kind, api)
 }
 
-func (o *outgoing) timeout(ctx context.Context, last error) error {
+// ended is the error of a message that has no ack when its time is over.
+func (o *outgoing) ended(cause, last error) error {
 	what := fmt.Sprintf("publish to %q: no ack after %d tries", o.e.subject, o.tries)
 	if errors.Is(last, nats.ErrNoResponders) {
 		what += ", its stream has no leader"
 	}
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return failure(what, ErrTimeout, ctx.Err())
+	if errors.Is(cause, context.DeadlineExceeded) {
+		return failure(what, ErrTimeout, cause)
 	}
-	return failure(what+": "+ctx.Err().Error(), ctx.Err())
+	return failure(what+": "+cause.Error(), cause)
 }
 
 // isLocal tells the errors of a message that never left.

@@ -515,3 +515,189 @@ func FuzzParseAck(f *testing.F) {
 		}
 	})
 }
+
+func TestPublishAllKeepsOrderAndResults(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	s := createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}})
+	pub := NewPublisher(nc)
+	if acks, err := pub.PublishAll(testContext(t)); acks != nil || err != nil {
+		t.Errorf("nothing: got %v, %v", acks, err)
+	}
+	// More than may be in flight, with faults of all kinds among them.
+	const n = 3 * MaxPublishesInFlight / 2
+	es := make([]Envelope, n)
+	wantErr := map[int]error{}
+	for i := range es {
+		es[i] = To("s.x").Data(fmt.Append(nil, i)).Header("N", fmt.Sprint(i))
+		switch i {
+		case 0, n - 1:
+			es[i], wantErr[i] = To("nowhere"), ErrNoStream
+		case 7:
+			es[i], wantErr[i] = To("s.*"), ErrInvalidSubject
+		case 8:
+			es[i], wantErr[i] = es[i].ExpectLastSequence(12345678), ErrWrongSequence
+		case 9:
+			es[i], wantErr[i] = es[i].Data(make([]byte, nc.MaxPayload())), nats.ErrMaxPayload
+		case 10:
+			es[i], wantErr[i] = es[i].TTL(time.Hour), ErrTTLNotAllowed
+		case 4000:
+			es[i], wantErr[i] = To("nowhere.else"), ErrNoStream
+		}
+	}
+	es[20], es[21] = es[20].MsgID("same"), es[21].MsgID("same")
+	acks, err := pub.PublishAll(testContext(t), es...)
+	var failed *PublishError
+	if !errors.As(err, &failed) || len(failed.Errors) != n || len(failed.Unwrap()) != len(wantErr) || !errors.Is(err, ErrNoStream) {
+		t.Fatalf("got %v, want a PublishError of %d failures", err, len(wantErr))
+	}
+	if want := fmt.Sprintf("natsx: 7 of %d envelopes failed, the first is number 0: natsx: publish to \"nowhere\"", n); !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("got %q, want it to start with %q", err, want)
+	}
+	seq := uint64(0)
+	for i, ack := range acks {
+		if want := wantErr[i]; want != nil {
+			if !errors.Is(failed.Errors[i], want) || ack != (Ack{}) {
+				t.Errorf("envelope %d: got %+v, %v, want %v", i, ack, failed.Errors[i], want)
+			}
+			continue
+		}
+		if i != 21 {
+			seq++
+		}
+		if want := (Ack{Stream: "S", Sequence: seq, Duplicate: i == 21}); ack != want || failed.Errors[i] != nil {
+			t.Fatalf("envelope %d: got %+v, %v, want %+v", i, ack, failed.Errors[i], want)
+		}
+	}
+	m, err := s.GetLastMsgForSubject(testContext(t), "s.x")
+	if err != nil || string(m.Data) != fmt.Sprint(n-2) || m.Header.Get("N") != fmt.Sprint(n-2) || m.Sequence != seq {
+		t.Errorf("the last message is %d %q with %v, %v", m.Sequence, m.Data, m.Header, err)
+	}
+	if left := nc.NumSubscriptions(); left > 1 {
+		t.Errorf("%d subscriptions are left", left)
+	}
+}
+
+func TestPublishAllIsSafeForConcurrentUse(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}})
+	pub := NewPublisher(nc)
+	es := make([]Envelope, 500)
+	for i := range es {
+		es[i] = To("s.x").Data(make([]byte, 100))
+	}
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			if _, err := pub.PublishAll(testContext(t), es...); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := stored(t, nc, "S"); n != 8*len(es) {
+		t.Errorf("stored %d, want %d", n, 8*len(es))
+	}
+}
+
+func TestPublishAllRetriesLostAcks(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.x"}})
+	seen := ackThief(t, nc, "in.x", "s.x", 50)
+	es := make([]Envelope, 100)
+	for i := range es {
+		es[i] = To("in.x")
+		if i == 3 {
+			es[i] = es[i].ExpectLastSequence(3)
+		}
+	}
+	acks, err := NewPublisher(nc).PublishAll(testContext(t), es...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, ack := range acks {
+		if want := (Ack{Stream: "S", Sequence: uint64(i + 1), Duplicate: i < 50}); ack != want {
+			t.Errorf("envelope %d: got %+v, want %+v", i, ack, want)
+		}
+	}
+	if n := stored(t, nc, "S"); n != 100 || seen.Load() < 150 {
+		t.Errorf("stored %d of %d tries, want 100 of at least 150", n, seen.Load())
+	}
+}
+
+func TestPublishAllEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	sub, err := nc.SubscribeSync("hole")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub := NewPublisher(nc)
+	es := make([]Envelope, MaxPublishesInFlight+10)
+	for i := range es {
+		es[i] = To("hole")
+	}
+	ctx, cancel := context.WithCancel(testContext(t))
+	go func() {
+		sub.NextMsg(testLimit)
+		cancel()
+	}()
+	acks, err := pub.PublishAll(ctx, es...)
+	var failed *PublishError
+	if !errors.As(err, &failed) || !errors.Is(err, context.Canceled) || len(acks) != len(es) || len(failed.Unwrap()) != len(es) {
+		t.Fatalf("got %d acks, %v", len(acks), err)
+	}
+	if last := failed.Errors[len(es)-1]; !strings.Contains(last.Error(), "not sent") {
+		t.Errorf("the last envelope: got %v, want it not sent", last)
+	}
+	ctx, cancel = context.WithTimeout(testContext(t), 20*time.Millisecond)
+	defer cancel()
+	if _, err := pub.PublishAll(ctx, es...); !errors.Is(err, ErrTimeout) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %.200v, want ErrTimeout and DeadlineExceeded", err)
+	}
+}
+
+// TestPublishThroughALeaderElection stops the leader of the stream while
+// messages are published one by one and many at once.
+func TestPublishThroughALeaderElection(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	nc := connect(t, c.url())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}, Replicas: 3})
+	pub := NewPublisher(nc)
+	const n = 300
+	leader := c.leader(t, "S", "")
+	started := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for i := range n {
+			if i == n/10 {
+				close(started)
+			}
+			if _, err := pub.Publish(testContext(t), To("s.one").Data(fmt.Append(nil, i))); err != nil {
+				t.Errorf("publish %d: %v", i, err)
+			}
+		}
+	})
+	wg.Go(func() {
+		<-started
+		for range 5 {
+			es := make([]Envelope, n/5)
+			for i := range es {
+				es[i] = To("s.all")
+			}
+			if _, err := pub.PublishAll(testContext(t), es...); err != nil {
+				t.Errorf("publish all: %v", err)
+			}
+		}
+	})
+	<-started
+	leader.stop()
+	wg.Wait()
+	// In the two that are left, each message is there once.
+	if got := stored(t, nc, "S"); got != 2*n {
+		t.Errorf("stored %d, want %d", got, 2*n)
+	}
+}

@@ -1,0 +1,281 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Bounds of one [Publisher.PublishAll]: what is sent and not acknowledged yet.
+const (
+	MaxPublishesInFlight = 4096
+	MaxBytesInFlight     = 16 << 20 // of payload; one message may be larger
+)
+
+// PublishError tells which envelopes of a [Publisher.PublishAll] have no ack.
+type PublishError struct {
+	// Errors has an entry for each envelope, nil for those that are stored.
+	Errors []error
+}
+
+// Error counts the failures and gives the first.
+func (e *PublishError) Error() string {
+	failed, first := 0, -1
+	for i, err := range e.Errors {
+		if err != nil {
+			if failed++; first < 0 {
+				first = i
+			}
+		}
+	}
+	if first < 0 {
+		return "natsx: no envelope failed"
+	}
+	return fmt.Sprintf("natsx: %d of %d envelopes failed, the first is number %d: %v", failed, len(e.Errors), first, e.Errors[first])
+}
+
+// Unwrap returns the errors that are not nil.
+func (e *PublishError) Unwrap() []error {
+	var errs []error
+	for _, err := range e.Errors {
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errs
+}
+
+// PublishAll is [Publisher.Publish] for many envelopes at once, which do not wait
+// for each other's acks. At most [MaxPublishesInFlight] and [MaxBytesInFlight] are
+// under way. They are sent in their order, and stored in it unless one has to be
+// tried again.
+//
+// The acks are in the order of the envelopes. When some fail, the others are
+// published all the same, and the error is a [*PublishError]; the failed ones have
+// the zero Ack. When ctx has no deadline, it gives up when nothing was
+// acknowledged for [DefaultPublishTimeout]. What was not sent when ctx ended is
+// not sent.
+func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, error) {
+	if len(es) == 0 {
+		return nil, nil
+	}
+	b := bulk{
+		call: p.newCall(ctx),
+		es:   es,
+		acks: make([]Ack, len(es)),
+		slot: make([]int32, len(es)),
+		out:  make([]sent, min(len(es), MaxPublishesInFlight)),
+		// Twice as many, since a message that is tried again may have two acks.
+		replies: make(chan *nats.Msg, 2*min(len(es), MaxPublishesInFlight)),
+		inbox:   p.nc.NewInbox() + ".",
+		header:  make(nats.Header),
+	}
+	for i := range b.out {
+		b.free = append(b.free, int32(i))
+	}
+	sub, err := p.nc.ChanSubscribe(b.inbox+"*", b.replies)
+	if err != nil {
+		for i := range es {
+			b.fail(i, p.publishFailure(&outgoing{e: &es[i]}, err))
+		}
+		return b.acks, &PublishError{b.errs}
+	}
+	defer sub.Unsubscribe()
+	b.run(ctx)
+	if b.errs != nil {
+		return b.acks, &PublishError{b.errs}
+	}
+	return b.acks, nil
+}
+
+// bulk is one PublishAll. One goroutine, the caller's, sends and receives.
+type bulk struct {
+	call
+	es   []Envelope
+	acks []Ack
+	errs []error // nil until one fails
+
+	next    int     // the first envelope that was not sent
+	slot    []int32 // for each envelope its place in out plus one, 0 when it has none
+	out     []sent
+	free    []int32 // places in out
+	bytes   int     // of payload under way
+	replies chan *nats.Msg
+	inbox   string      // subject of the replies, which ends in the envelope's number
+	header  nats.Header // of the message that is being sent, kept for its memory
+	stream  string      // of the last ack
+}
+
+// sent is an envelope under way.
+type sent struct {
+	outgoing
+	index int
+	last  error     // why the last try failed
+	when  time.Time // of the next try, when no ack comes
+}
+
+var errNoAck = fmt.Errorf("no ack within %s: %w", ackWait, context.DeadlineExceeded)
+
+func (b *bulk) run(ctx context.Context) {
+	tick := time.NewTicker(25 * time.Millisecond)
+	defer tick.Stop()
+	progress := time.Now()
+	_, limited := ctx.Deadline()
+	for b.next < len(b.es) || len(b.free) < len(b.out) {
+		if err := ctx.Err(); err != nil {
+			b.abandon(err)
+			return
+		}
+		for b.next < len(b.es) && b.room() {
+			b.start(ctx)
+		}
+		select {
+		case r := <-b.replies:
+			b.receive(ctx, r)
+			for range len(b.replies) {
+				b.receive(ctx, <-b.replies)
+			}
+			progress = time.Now()
+		case now := <-tick.C:
+			b.overdue(ctx, now)
+			if !limited && now.Sub(progress) > DefaultPublishTimeout {
+				b.abandon(context.DeadlineExceeded)
+				return
+			}
+		case <-ctx.Done():
+		}
+	}
+}
+
+func (b *bulk) room() bool {
+	return len(b.free) == len(b.out) ||
+		len(b.free) > 0 && b.bytes+len(b.es[b.next].data) <= MaxBytesInFlight
+}
+
+// start sends the next envelope for the first time.
+func (b *bulk) start(ctx context.Context) {
+	i := b.next
+	b.next++
+	o, err := b.prepare(ctx, &b.es[i])
+	if err != nil {
+		b.fail(i, err)
+		return
+	}
+	place := b.free[len(b.free)-1]
+	b.free = b.free[:len(b.free)-1]
+	b.slot[i] = place + 1
+	b.bytes += len(o.e.data)
+	b.out[place] = sent{outgoing: o, index: i}
+	b.send(ctx, &b.out[place])
+}
+
+func (b *bulk) send(ctx context.Context, s *sent) {
+	// Names stay with empty values, which are not sent, so that neither the map
+	// nor its slices are made anew for each message.
+	if len(b.header) > 64 {
+		clear(b.header)
+	}
+	for k, v := range b.header {
+		b.header[k] = v[:0]
+	}
+	s.fill(b.header)
+	m := nats.Msg{Subject: s.subject, Reply: b.inbox + strconv.Itoa(s.index), Header: b.header, Data: s.e.data}
+	s.when = time.Now().Add(ackWait)
+	if err := b.p.nc.PublishMsg(&m); err != nil {
+		b.failed(ctx, s, err)
+	}
+}
+
+func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
+	i, err := strconv.Atoi(r.Subject[len(b.inbox):])
+	if err != nil || i < 0 || i >= len(b.es) || b.slot[i] == 0 {
+		return // of a try before the one that was acknowledged
+	}
+	s := &b.out[b.slot[i]-1]
+	if len(r.Data) == 0 && r.Header.Get("Status") == "503" {
+		b.failed(ctx, s, nats.ErrNoResponders)
+		return
+	}
+	ack, err := checkedAck(r.Data, s.e.stream, b.stream)
+	if err != nil {
+		b.failed(ctx, s, err)
+		return
+	}
+	b.stream = ack.Stream
+	b.acks[i] = ack
+	b.release(s)
+}
+
+// failed ends an envelope or has it tried again.
+func (b *bulk) failed(ctx context.Context, s *sent, err error) {
+	ack, wait, final := b.after(ctx, &s.outgoing, err)
+	switch {
+	case wait >= 0:
+		s.last, s.when = err, time.Now().Add(wait)
+	case final != nil:
+		b.fail(s.index, final)
+		b.release(s)
+	default:
+		b.acks[s.index] = ack
+		b.release(s)
+	}
+}
+
+// overdue sends again what waited for long enough.
+func (b *bulk) overdue(ctx context.Context, now time.Time) {
+	for place := range b.out {
+		s := &b.out[place]
+		if s.e == nil || s.when.After(now) {
+			continue
+		}
+		if s.last == nil {
+			b.failed(ctx, s, errNoAck)
+		}
+		if s.e != nil {
+			s.last = nil
+			b.send(ctx, s)
+		}
+	}
+}
+
+func (b *bulk) release(s *sent) {
+	place := b.slot[s.index] - 1
+	b.slot[s.index] = 0
+	b.bytes -= len(s.e.data)
+	b.free = append(b.free, place)
+	*s = sent{}
+}
+
+func (b *bulk) fail(i int, err error) {
+	if b.errs == nil {
+		b.errs = make([]error, len(b.es))
+	}
+	b.errs[i] = err
+}
+
+// abandon ends everything that has no ack.
+func (b *bulk) abandon(cause error) {
+	for place := range b.out {
+		if s := &b.out[place]; s.e != nil {
+			last := s.last
+			if last == nil {
+				last = errNoAck
+			}
+			s.tries++
+			b.fail(s.index, s.ended(cause, last))
+			b.release(s)
+		}
+	}
+	unsent := "not sent: " + cause.Error()
+	for ; b.next < len(b.es); b.next++ {
+		err := failure(fmt.Sprintf("publish to %q: %s", b.es[b.next].subject, unsent), cause)
+		if errors.Is(cause, context.DeadlineExceeded) {
+			err = failure(fmt.Sprintf("publish to %q: %s", b.es[b.next].subject, unsent), ErrTimeout, cause)
+		}
+		b.fail(b.next, err)
+	}
+}
