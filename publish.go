@@ -110,7 +110,7 @@ func WithPublisherJetStream(js jetstream.JetStream) PublisherOption {
 
 // NewPublisher returns a publisher over nc.
 func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
-	p := &Publisher{nc: nc, prefix: rand.Text()}
+	p := &Publisher{nc: nc, prefix: rand.Text()[:16]}
 	for _, opt := range opts {
 		opt(p)
 	}
