@@ -349,12 +349,14 @@ func (r *durableRoute) pull(next pull) {
 
 // run handles one delivery on a worker.
 func (r *durableRoute) run(d *delivery) {
-	if r.eng.now() >= d.lease.Load() {
+	now := r.eng.now()
+	d.began, d.ended = now, now
+	if now >= d.lease.Load() {
 		r.lapse(d)
 		return
 	}
 	if n := r.spec.route.attempts(); n > 0 && d.msg.Attempt() > n {
-		r.conclude(d, errCrashed, 0)
+		r.conclude(d, errCrashed)
 		return
 	}
 	r.attempt(d)
@@ -366,9 +368,9 @@ func (r *durableRoute) lapse(d *delivery) {
 }
 
 // conclude settles an attempt.
-func (r *durableRoute) conclude(d *delivery, err error, took time.Duration) {
-	d.took, d.err = took, err
-	if r.eng.now() >= d.lease.Load() {
+func (r *durableRoute) conclude(d *delivery, err error) {
+	d.err = err
+	if d.ended >= d.lease.Load() {
 		r.lapse(d)
 		r.observe(d)
 		return
@@ -380,7 +382,7 @@ func (r *durableRoute) conclude(d *delivery, err error, took time.Duration) {
 		r.settle(d, ackAck)
 	case actNak:
 		r.log.Warn("natsx: attempt failed", append(r.about(d), "error", err, "retry_in", s.delay)...)
-		d.due = r.eng.now() + int64(s.delay)
+		d.due = d.ended + int64(s.delay)
 		// A nak that is sent after a reconnect may hit a delivery that somebody
 		// else has by then; the end of the lease does the same without it.
 		if r.eng.nc.IsConnected() {
@@ -435,8 +437,9 @@ func (r *durableRoute) confirm(ctx context.Context, d *delivery, ack []byte) boo
 
 // finish books a delivery whose worker is done with it. The pool is locked.
 func (r *durableRoute) finish(d *delivery) pull {
-	now := r.eng.now()
-	r.learn(d.took)
+	if d.ended != d.began { // else it was given up without a run
+		r.learn(d.took())
+	}
 	if d.outcome == Retried {
 		r.delayed.push(d.due)
 	}
@@ -444,13 +447,13 @@ func (r *durableRoute) finish(d *delivery) pull {
 		r.leases.remove(d)
 		r.count(d)
 	}
-	return r.plan(now)
+	return r.plan(d.ended)
 }
 
 // learn updates the mean handler time, fast upwards and slowly downwards: pulling
 // too little costs a little, holding too much keeps messages from other replicas.
 func (r *durableRoute) learn(took time.Duration) {
-	switch ns := max(float64(took), 1); {
+	switch ns := float64(took); {
 	case r.mean == 0:
 		r.mean = ns
 	case ns > r.mean:

@@ -2,7 +2,6 @@ package natsx
 
 import (
 	"context"
-	"errors"
 	"strconv"
 	"time"
 
@@ -63,6 +62,7 @@ func (r *coreRoute) isReply() bool { return r.spec.kind == kindReply }
 
 // run handles one message on a worker.
 func (r *coreRoute) run(d *delivery) {
+	d.began = r.eng.now()
 	if r.isReply() && r.spec.route.timeout > 0 {
 		// The requester is answered when the time is up, whatever the responder
 		// does with the end of its context.
@@ -75,13 +75,12 @@ func (r *coreRoute) run(d *delivery) {
 }
 
 // conclude books the result of a message, and answers a request.
-func (r *coreRoute) conclude(d *delivery, err error, took time.Duration) {
-	d.took, d.err = took, err
-	var discard *discardError
+func (r *coreRoute) conclude(d *delivery, err error) {
+	d.err = err
 	switch {
 	case err == nil:
 		d.outcome = Succeeded
-	case errors.As(err, &discard):
+	case is[*discardError](err):
 		d.outcome = Discarded
 	default:
 		d.outcome = Failed

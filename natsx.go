@@ -114,7 +114,8 @@ type delivery struct {
 
 	// The attempt, written by the worker that runs it.
 	outcome  Outcome
-	took     time.Duration
+	began    int64 // when it was started or given up, engine time
+	ended    int64 // when the handler had returned, engine time
 	err      error
 	due      int64        // of its retry, engine time
 	answer   []byte       // of a responder
@@ -151,6 +152,9 @@ func (d *delivery) claim() {
 		runtime.Gosched()
 	}
 }
+
+// took is how long the handler ran.
+func (d *delivery) took() time.Duration { return time.Duration(d.ended - d.began) }
 
 type deliveryKey struct{}
 

@@ -1,9 +1,6 @@
 package natsx
 
-import (
-	"sync"
-	"time"
-)
+import "sync"
 
 // pool runs the deliveries of all lanes on a fixed number of workers.
 //
@@ -43,7 +40,7 @@ type job interface {
 	// run handles and settles d on a worker.
 	run(d *delivery)
 	// conclude settles d by the result of its handler, as a part of run.
-	conclude(d *delivery, err error, took time.Duration)
+	conclude(d *delivery, err error)
 	// finish books d, with the pool locked, and says what to pull next.
 	finish(d *delivery) pull
 	// pull asks the server for messages, with the pool unlocked.

@@ -94,8 +94,7 @@ func (r *route) about(d *delivery) []any {
 	if d.msg.durable != "" {
 		args = append(args, "durable", d.msg.durable, "stream", d.msg.stream, "sequence", d.msg.seq, "attempt", d.msg.Attempt())
 	}
-	var panicked *PanicError
-	if errors.As(d.err, &panicked) && len(panicked.Stack) > 0 {
+	if panicked, ok := errors.AsType[*PanicError](d.err); ok && len(panicked.Stack) > 0 {
 		args = append(args, "stack", string(panicked.Stack))
 	}
 	return args
@@ -139,7 +138,7 @@ func (r *route) health() []error {
 
 // count adds a finished delivery to the counters. The pool is locked.
 func (r *route) count(d *delivery) {
-	r.stats.HandlerTime += d.took
+	r.stats.HandlerTime += d.took()
 	switch d.outcome {
 	case Succeeded:
 		r.stats.Succeeded++
@@ -160,7 +159,7 @@ func (r *route) observe(d *delivery) {
 	if o := r.eng.observer; o != nil {
 		o.Observe(d, Event{
 			Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &d.msg,
-			Outcome: d.outcome, Err: d.err, Duration: d.took,
+			Outcome: d.outcome, Err: d.err, Duration: d.took(),
 		})
 	}
 }

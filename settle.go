@@ -35,13 +35,9 @@ type settlement struct {
 // decide tells what becomes of a message of a durable from the result of an
 // attempt alone. spread is a random number in [0, 1) for the jitter.
 func decide(r RouteBuilder, attempt int, err error, spread float64) settlement {
-	var (
-		discard   *discardError
-		permanent *permanentError
-		undecoded *DecodeError
-		later     *retryAfterError
-		panicked  *PanicError
-	)
+	if err == nil {
+		return settlement{action: actAck, outcome: Succeeded}
+	}
 	dead := func(reason Reason) settlement {
 		act := actTerm
 		if r.dlq != "" {
@@ -50,28 +46,32 @@ func decide(r RouteBuilder, attempt int, err error, spread float64) settlement {
 		return settlement{action: act, reason: reason, outcome: Dead}
 	}
 	switch {
-	case err == nil:
-		return settlement{action: actAck, outcome: Succeeded}
 	case errors.Is(err, errCrashed):
 		return dead(ReasonCrashed)
-	case errors.As(err, &discard):
+	case is[*discardError](err):
 		return settlement{action: actTerm, outcome: Discarded}
-	case errors.As(err, &permanent):
+	case is[*permanentError](err):
 		return dead(ReasonPermanent)
-	case errors.As(err, &undecoded):
+	case is[*DecodeError](err):
 		return dead(ReasonUndecodable)
 	}
 	if n := r.attempts(); n > 0 && attempt >= n {
-		if errors.As(err, &panicked) {
+		if is[*PanicError](err) {
 			return dead(ReasonPanic)
 		}
 		return dead(ReasonExhausted)
 	}
-	if errors.As(err, &later) {
+	if later, ok := errors.AsType[*retryAfterError](err); ok {
 		return settlement{action: actNak, delay: later.delay, outcome: Retried}
 	}
 	low, high := r.backoff()
 	return settlement{action: actNak, delay: backoffDelay(low, high, attempt, spread), outcome: Retried}
+}
+
+// is tells whether err's chain has an error of type E.
+func is[E error](err error) bool {
+	_, ok := errors.AsType[E](err)
+	return ok
 }
 
 // backoffDelay is the delay before retry k (from 1): low*2^(k-1) spread by ±20 %
@@ -95,11 +95,11 @@ func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 // attempt runs the route's handler on d within its timeout and has its owner
 // conclude it exactly once, also when the handler leaves by runtime.Goexit.
 func (r *route) attempt(d *delivery) {
-	start := r.eng.now()
 	returned := false
 	defer func() {
 		if !returned {
-			r.owner.conclude(d, &PanicError{Value: "runtime.Goexit", Stack: nil}, time.Duration(r.eng.now()-start))
+			d.ended = r.eng.now()
+			r.owner.conclude(d, &PanicError{Value: "runtime.Goexit"})
 		}
 	}()
 	var err error
@@ -109,7 +109,8 @@ func (r *route) attempt(d *delivery) {
 		err = invoke(r.handler, d, &d.msg)
 	}
 	returned = true
-	r.owner.conclude(d, err, time.Duration(r.eng.now()-start))
+	d.ended = r.eng.now()
+	r.owner.conclude(d, err)
 }
 
 // invokeWithin is invoke with a deadline. What returns after the deadline has
