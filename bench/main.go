@@ -51,21 +51,28 @@ var sections = []section{
 	{name: "publish-sync", title: "Publishing one at a time, 128 B", share: 0.05, size: 128, does: publishing, peers: []peer{
 		{name: "nats.go Publish", run: publishSync},
 		{name: "Publish with a message id", run: publishSyncID},
+		{name: natsxPrefix + " Publish", run: natsxPublish},
 	}},
 	{name: "publish-async", title: "Publishing many at once, 128 B", share: 1, size: 128, does: publishing, peers: []peer{
 		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
 		{name: "the same with message ids", run: publishAsyncID},
+		{name: natsxPrefix + " PublishAll", run: natsxPublishAll},
 	}},
 	{name: "publish-fast", title: "Publishing many at once, 128 B, the stream allows batch ingest", share: 1, size: 128, does: fastPublishing, peers: []peer{
 		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
+		{name: natsxPrefix + " PublishAll", run: natsxPublishAll},
 		{name: "orbit.go fast ingest, defaults", run: fastIngest(0, 0)},
 		{name: "orbit.go fast ingest, flow 1,000 x 4", run: fastIngest(1000, 4)},
 	}},
 	{name: "request-1", title: "Request-reply, 1 requester, 128 B", share: 0.05, size: 128, does: requesting, peers: []peer{
 		{name: "nats.go Request, micro", run: microRequests(1)},
+		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(1, natsRequester)},
+		{name: natsxPrefix + " Reply and Request", run: natsxRequests(1, natsxRequester)},
 	}},
 	{name: "request-64", title: "Request-reply, 64 requesters, 128 B", share: 0.5, size: 128, does: requesting, peers: []peer{
 		{name: "nats.go Request, micro", run: microRequests(64)},
+		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(64, natsRequester)},
+		{name: natsxPrefix + " Reply and Request", run: natsxRequests(64, natsxRequester)},
 	}},
 	{name: "replay", title: "Reading a stream in order, as fast as possible, 128 B", share: 1, size: 128, does: reading, peers: []peer{
 		{name: "nats.go ordered consumer", run: orderedConsumer},

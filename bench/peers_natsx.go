@@ -2,15 +2,22 @@ package main
 
 import (
 	"context"
+	"log/slog"
+	"os"
 	"time"
+
+	"github.com/nats-io/nats.go"
 
 	"github.com/natsx/natsx"
 )
 
+// quiet drops the word that a broker is ready, and keeps warnings.
+var quiet = natsx.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+
 // natsxConsume is a route as a service would have it, with retries, a dead
 // letter queue and the pool.
 func natsxConsume(j *job) error {
-	broker := natsx.NewBroker(j.nc, natsx.WithWorkers(workers))
+	broker := natsx.NewBroker(j.nc, natsx.WithWorkers(workers), quiet)
 	route := natsx.Route(benchSubject).Stream(benchStream).Durable("natsx").
 		Retry(5).Backoff(time.Second, time.Minute).DLQ(dlqSubject).
 		Handle(func(context.Context, *natsx.Msg) error {
@@ -34,4 +41,72 @@ func natsxConsume(j *job) error {
 	}
 	cancel()
 	return <-ended
+}
+
+func natsxPublish(j *job) error {
+	pub := natsx.NewPublisher(j.nc)
+	return j.publish(func(payload []byte) error {
+		for range j.n {
+			if _, err := pub.Publish(j.ctx, natsx.To(benchSubject).Data(payload)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// natsxPublishAll hands all envelopes to one call.
+func natsxPublishAll(j *job) error {
+	pub := natsx.NewPublisher(j.nc)
+	return j.publish(func(payload []byte) error {
+		es := make([]natsx.Envelope, j.n)
+		for i := range es {
+			es[i] = natsx.To(benchSubject).Data(payload)
+		}
+		_, err := pub.PublishAll(j.ctx, es...)
+		return err
+	})
+}
+
+// natsxRequests has a natsx route answer, on a connection of its own, what
+// nats.go or natsx requests.
+func natsxRequests(requesters int, request func(*job) func([]byte) ([]byte, error)) func(*job) error {
+	return func(j *job) error {
+		nc, err := nats.Connect(j.url)
+		if err != nil {
+			return err
+		}
+		defer nc.Close()
+		broker := natsx.NewBroker(nc, natsx.WithWorkers(workers), quiet)
+		ctx, cancel := context.WithCancel(j.ctx)
+		defer cancel()
+		ended := make(chan error, 1)
+		go func() {
+			ended <- broker.Run(ctx, natsx.Route(requestSubject).Queue("q").Reply(
+				func(_ context.Context, m *natsx.Msg) ([]byte, error) { return m.Data, nil }))
+		}()
+		select {
+		case err := <-ended:
+			return err
+		case <-broker.Ready():
+		}
+		if err := j.requests(requesters, request(j)); err != nil {
+			return err
+		}
+		cancel()
+		return <-ended
+	}
+}
+
+func natsRequester(j *job) func([]byte) ([]byte, error) { return j.natsRequest }
+
+func natsxRequester(j *job) func([]byte) ([]byte, error) {
+	pub := natsx.NewPublisher(j.nc)
+	return func(payload []byte) ([]byte, error) {
+		m, err := pub.Request(j.ctx, natsx.To(requestSubject).Data(payload))
+		if err != nil {
+			return nil, err
+		}
+		return m.Data, nil
+	}
 }
