@@ -562,7 +562,7 @@ func (r RouteBuilder) attempts() int {
 	if r.set&optRetry == 0 {
 		return 0
 	}
-	return r.retry + 1
+	return max(r.retry, r.retry+1) // Retry(math.MaxInt) does not wrap around
 }
 
 func (r RouteBuilder) backoff() (low, high time.Duration) {
