@@ -71,8 +71,12 @@ func DecodeReply[Req, Resp any](codec Codec, fn func(context.Context, Req) (Resp
 		if err != nil {
 			return nil, err
 		}
+		data, err := codec.Marshal(resp)
+		if err != nil {
+			return nil, err
+		}
 		m.ReplyHeader().Set("Content-Type", codec.ContentType())
-		return codec.Marshal(resp)
+		return data, nil
 	}
 }
 
