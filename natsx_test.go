@@ -207,3 +207,101 @@ func eventually(t testing.TB, what string, cond func() bool) {
 		}
 	}
 }
+
+func TestMsg(t *testing.T) {
+	t.Parallel()
+	core := &Msg{Subject: "orders.eu.new"}
+	if core.Attempt() != 1 || !core.Time().IsZero() || core.Stream() != "" || core.Durable() != "" || core.Sequence() != 0 {
+		t.Errorf("core message: attempt %d, time %v, stream %q, durable %q, sequence %d, want 1 and nothing",
+			core.Attempt(), core.Time(), core.Stream(), core.Durable(), core.Sequence())
+	}
+	for i, want := range []string{"orders", "eu", "new", ""} {
+		if got := core.Token(i); got != want {
+			t.Errorf("Token(%d) = %q, want %q", i, got, want)
+		}
+	}
+	at := time.Unix(1, 500)
+	m := &Msg{stream: "S", durable: "D", seq: 9, attempt: 3, time: at.UnixNano()}
+	if m.Attempt() != 3 || !m.Time().Equal(at) || m.Stream() != "S" || m.Durable() != "D" || m.Sequence() != 9 {
+		t.Errorf("message of a durable: attempt %d, time %v, stream %q, durable %q, sequence %d", m.Attempt(), m.Time(), m.Stream(), m.Durable(), m.Sequence())
+	}
+	m.ReplyHeader().Set("K", "v")
+	if got := m.ReplyHeader().Get("K"); got != "v" {
+		t.Errorf("reply header K = %q, want v", got)
+	}
+}
+
+func TestMsgFrom(t *testing.T) {
+	t.Parallel()
+	type key struct{}
+	type other struct{}
+	parent, cancel := context.WithCancel(context.WithValue(t.Context(), key{}, "value"))
+	d := &delivery{Context: parent, msg: Msg{Subject: "a"}}
+	child, stop := context.WithTimeout(context.WithValue(d, other{}, 1), time.Hour)
+	defer stop()
+	if m := MsgFrom(child); m != &d.msg {
+		t.Errorf("MsgFrom of a derived context = %v, want the message", m)
+	}
+	if got := child.Value(key{}); got != "value" {
+		t.Errorf("the parent's value is %v, want value", got)
+	}
+	if m := MsgFrom(parent); m != nil {
+		t.Errorf("MsgFrom of the parent = %v, want nil", m)
+	}
+	cancel()
+	if !errors.Is(child.Err(), context.Canceled) {
+		t.Errorf("child ended with %v, want the parent's end", child.Err())
+	}
+}
+
+func TestConnect(t *testing.T) {
+	t.Parallel()
+	url := startServer(t).ClientURL()
+	nc, err := Connect(url)
+	if err != nil {
+		t.Fatalf("Connect: %v", err)
+	}
+	defer nc.Close()
+	o := nc.Opts
+	if o.Name == "" || o.MaxReconnect != -1 || !o.RetryOnFailedConnect || o.ReconnectWait != 500*time.Millisecond ||
+		o.ReconnectJitter != 500*time.Millisecond || o.ReconnectJitterTLS != 2*time.Second || o.DrainTimeout != 30*time.Second || o.AsyncErrorCB == nil {
+		t.Errorf("options %+v are not the documented defaults", o)
+	}
+	own, err := Connect(url, nats.Name("mine"), nats.MaxReconnects(3), nats.DrainTimeout(time.Second))
+	if err != nil {
+		t.Fatalf("Connect: %v", err)
+	}
+	defer own.Close()
+	if o := own.Opts; o.Name != "mine" || o.MaxReconnect != 3 || o.DrainTimeout != time.Second || !o.RetryOnFailedConnect {
+		t.Errorf("options %+v do not hold the caller's", o)
+	}
+}
+
+func TestConnectBeforeTheServer(t *testing.T) {
+	t.Parallel()
+	p := startPhoenix(t)
+	p.stop()
+	connected := make(chan struct{})
+	nc, err := Connect(p.url(), nats.ReconnectWait(10*time.Millisecond), nats.ReconnectJitter(0, 0),
+		nats.ConnectHandler(func(*nats.Conn) { close(connected) }))
+	if err != nil {
+		t.Fatalf("Connect without a server: %v", err)
+	}
+	defer nc.Close()
+	p.start(t)
+	receive(t, connected, "the connection")
+}
+
+// FuzzToken holds Token against a split of the whole subject.
+func FuzzToken(f *testing.F) {
+	f.Add("a.b.c", 1)
+	f.Fuzz(func(t *testing.T, subject string, i int) {
+		want := ""
+		if tokens := strings.Split(subject, "."); i >= 0 && i < len(tokens) {
+			want = tokens[i]
+		}
+		if got := (&Msg{Subject: subject}).Token(i); got != want {
+			t.Errorf("Token(%d) of %q = %q, want %q", i, subject, got, want)
+		}
+	})
+}
