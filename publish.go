@@ -397,25 +397,28 @@ func (c *call) lookUp(ctx context.Context, subject string) finding {
 }
 
 // probe asks whether a stream has a message with this id, without storing
-// anything: with or without replicas, the server looks for duplicates before it
-// compares the last message id, which is expected to be one that cannot be.
+// anything: an invalid rollup is what the server, with and without replicas,
+// refuses after it has looked for a duplicate and before it does anything else.
 func (p *Publisher) probe(ctx context.Context, subject, id string) (ack Ack, stored bool, err error) {
 	m := &nats.Msg{Subject: subject, Header: nats.Header{
-		jetstream.MsgIDHeader:             {id},
-		jetstream.ExpectedLastMsgIDHeader: {"natsx-probe-" + rand.Text()},
+		jetstream.MsgIDHeader: {id},
+		jetstream.MsgRollup:   {"natsx-probe"},
 	}}
 	ack, err = tryPublish(ctx, p.nc, m)
 	var api *jetstream.APIError
-	if errors.As(err, &api) && api.ErrorCode == codeWrongLastMsgID {
+	if errors.As(err, &api) && api.ErrorCode == codeRollupFailed {
 		return Ack{}, false, nil
 	}
-	return ack, err == nil && ack.Duplicate, err
+	if err == nil && !ack.Duplicate {
+		err = failure(fmt.Sprintf("publish to %q: a probe was stored", subject), ErrBadAck)
+	}
+	return ack, err == nil, err
 }
 
 // Error codes of the server that nats.go does not name.
 const (
 	codeStreamNotMatch jetstream.ErrorCode = 10060
-	codeWrongLastMsgID jetstream.ErrorCode = 10070
+	codeRollupFailed   jetstream.ErrorCode = 10111
 	codeIDInProcess    jetstream.ErrorCode = 10158
 	codeTTLDisabled    jetstream.ErrorCode = 10166
 )

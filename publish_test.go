@@ -263,44 +263,71 @@ func ackThief(t *testing.T, nc *nats.Conn, from, to string, steal int64) *atomic
 	return &seen
 }
 
+// withAndWithoutReplicas runs a test against a server and a cluster, whose streams
+// check a publish in another order.
+func withAndWithoutReplicas(t *testing.T, run func(t *testing.T, nc *nats.Conn, replicas int)) {
+	t.Run("one server", func(t *testing.T) {
+		t.Parallel()
+		run(t, connect(t, startServer(t).ClientURL()), 1)
+	})
+	t.Run("three replicas", func(t *testing.T) {
+		t.Parallel()
+		run(t, connect(t, startCluster(t).url()), 3)
+	})
+}
+
 func TestPublishRetriesALostAckUnderOneID(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
-		name string
-		e    Envelope
+		name   string
+		e      Envelope
+		want   error
+		stored int
 	}{
-		{"automatic id", To("in.x")},
-		{"own id", To("in.x").MsgID("mine")},
+		{"automatic", To("in.automatic"), nil, 1},
+		{"own", To("in.own").MsgID("mine"), nil, 1},
 		// The retry meets a wrong sequence, of its own first try.
-		{"expectation", To("in.x").ExpectLastSequence(0)},
+		{"sequence", To("in.sequence").ExpectLastSequence(0), nil, 1},
+		{"subject", To("in.subject").ExpectLastSubjectSequence(0), nil, 1},
+		// The retry meets one that was wrong from the start.
+		{"wrong", To("in.wrong").ExpectLastSequence(5), ErrWrongSequence, 0},
 	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			nc := connect(t, startServer(t).ClientURL())
-			s := createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.x"}})
-			seen := ackThief(t, nc, "in.x", "s.x", 1)
-			ack, err := NewPublisher(nc).Publish(testContext(t), tt.e)
-			if err != nil || ack != (Ack{Stream: "S", Sequence: 1, Duplicate: true}) {
-				t.Errorf("got %+v, %v, want the first try's ack", ack, err)
-			}
-			info, err := s.Info(testContext(t))
-			if err != nil || info.State.Msgs != 1 || seen.Load() < 2 {
-				t.Errorf("stream has %d messages of %d tries (%v), want 1 of several", info.State.Msgs, seen.Load(), err)
-			}
-		})
-	}
-	t.Run("a sequence that is really wrong", func(t *testing.T) {
-		t.Parallel()
-		nc := connect(t, startServer(t).ClientURL())
-		s := createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.x"}})
-		ackThief(t, nc, "in.x", "s.x", 1)
-		_, err := NewPublisher(nc).Publish(testContext(t), To("in.x").ExpectLastSequence(5))
-		if !errors.Is(err, ErrWrongSequence) {
-			t.Errorf("got %v, want ErrWrongSequence", err)
+	withAndWithoutReplicas(t, func(t *testing.T, nc *nats.Conn, replicas int) {
+		for _, tt := range tests {
+			t.Run(tt.name, func(t *testing.T) {
+				createStream(t, nc, jetstream.StreamConfig{Name: tt.name, Subjects: []string{"s." + tt.name}, Replicas: replicas})
+				seen := ackThief(t, nc, "in."+tt.name, "s."+tt.name, 1)
+				ack, err := NewPublisher(nc).Publish(testContext(t), tt.e)
+				if !errors.Is(err, tt.want) || tt.want == nil && ack != (Ack{Stream: tt.name, Sequence: 1, Duplicate: true}) {
+					t.Errorf("got %+v, %v, want the first try's ack or %v", ack, err, tt.want)
+				}
+				if n := stored(t, nc, tt.name); n != tt.stored || seen.Load() < 2 {
+					t.Errorf("stream has %d messages of %d tries, want %d of several", n, seen.Load(), tt.stored)
+				}
+			})
 		}
-		if info, err := s.Info(testContext(t)); err != nil || info.State.Msgs != 0 {
-			t.Errorf("stream has %d messages (%v), want none: a probe stores nothing", info.State.Msgs, err)
+	})
+}
+
+// TestProbeStoresNothing looks for an id that is not there, and then stores it.
+func TestProbeStoresNothing(t *testing.T) {
+	t.Parallel()
+	withAndWithoutReplicas(t, func(t *testing.T, nc *nats.Conn, replicas int) {
+		createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}, Replicas: replicas})
+		pub := NewPublisher(nc)
+		ctx := testContext(t)
+		for range 2 {
+			if ack, found, err := pub.probe(ctx, "s.a", "id"); found || err != nil {
+				t.Errorf("before: got %+v, %t, %v, want nothing", ack, found, err)
+			}
+		}
+		want := Ack{Stream: "S", Sequence: 1}
+		if ack, err := pub.Publish(ctx, To("s.a").MsgID("id")); err != nil || ack != want {
+			t.Errorf("publish: got %+v, %v, want %+v", ack, err, want)
+		}
+		want.Duplicate = true
+		if ack, found, err := pub.probe(ctx, "s.a", "id"); !found || err != nil || ack != want {
+			t.Errorf("after: got %+v, %t, %v, want %+v", ack, found, err, want)
 		}
 	})
 }
