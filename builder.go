@@ -370,13 +370,14 @@ func Validate(specs ...Spec) error {
 }
 
 // sharesDurable tells whether both routes certainly use one durable of one
-// stream: it is named the same, or looked up by filters that overlap.
+// stream: it is named the same, or looked up by filters that overlap. A stream
+// that is named for one route alone may be a mirror of the other's.
 func (s Spec) sharesDurable(o Spec) bool {
 	a, b := s.route, o.route
 	if a.durable == "" || a.durable != b.durable {
 		return false
 	}
-	if a.stream != "" && b.stream != "" {
+	if a.stream != "" || b.stream != "" {
 		return a.stream == b.stream
 	}
 	return subjectsOverlap(a.filter, b.filter)

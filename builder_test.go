@@ -182,6 +182,7 @@ func TestValidateAcrossRoutes(t *testing.T) {
 	}{
 		{"nothing shared", []Spec{route("a.*", "one").Handle(nop), route("a.*", "two").Handle(nop), Route("a.*").Handle(nop), Route("a.*").Handle(nop)}, nil},
 		{"one durable of two streams", []Spec{route("a.*", "d").Stream("A").Handle(nop), route("a.*", "d").Stream("B").Handle(nop)}, nil},
+		{"one durable of a stream and of its mirror", []Spec{route("a.*", "d").Handle(nop), route("a.*", "d").Stream("MIRROR").Handle(nop)}, nil},
 		{"one durable, filters apart", []Spec{route("a.*", "d").Handle(nop), route("b.*", "d").Handle(nop)}, nil},
 		{"one filter", []Spec{route("a.*", "d").Handle(nop), route("a.*", "d").Handle(nop)},
 			[]string{`natsx: route "a.*" durable "d": durable "d": is already used by route "a.*" of the same stream`}},
