@@ -145,12 +145,7 @@ func (b *Broker) validate() error {
 			add("middleware %d is nil", i)
 		}
 	}
-	for _, s := range b.streams {
-		if err := s.Validate(); err != nil {
-			faults = append(faults, err)
-		}
-	}
-	return errors.Join(faults...)
+	return errors.Join(append(faults, validateStreams(b.streams))...)
 }
 
 // Ready is closed when every route receives. It stays open when Run fails first.

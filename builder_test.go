@@ -270,7 +270,12 @@ func TestRunReportsEveryFault(t *testing.T) {
 	if len(specs) != 25 {
 		t.Fatalf("%d specs, want 25", len(specs))
 	}
-	err := NewBroker(nc).Run(testContext(t), specs...)
+	want = append([]string{
+		`natsx: stream "S": replicas 0: must be 1 to 5`,
+		`natsx: stream "T": subjects "a.b": overlaps with "a.*" of stream "S"`,
+	}, want...)
+	b := NewBroker(nc, WithStreams(Stream("S").Subjects("a.*").Replicas(0), Stream("T").Subjects("a.b")))
+	err := b.Run(testContext(t), specs...)
 	if diff := cmp.Diff(want, lines(err)); diff != "" {
 		t.Errorf("faults (-want +got):\n%s", diff)
 	}

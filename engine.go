@@ -125,11 +125,15 @@ func (e *engine) start() bool {
 		return false
 	}
 	for _, s := range e.streams {
-		if err := s.ensure(e.intake, e.js); err != nil && e.intake.Err() == nil {
-			e.fail(err)
+		if err := s.ensure(e.intake, e.js, e.log); err != nil && e.intake.Err() == nil {
+			e.note(err)
 		}
 	}
-	if e.failed() || !e.each(func(r runner) error { return r.locate(e.intake) }) {
+	if e.failed() {
+		e.endIntake()
+		return false
+	}
+	if !e.each(func(r runner) error { return r.locate(e.intake) }) {
 		return false
 	}
 	if !e.each(runner.start) {

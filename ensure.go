@@ -90,11 +90,11 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 	if err != nil {
 		return fmt.Errorf("natsx: stream %q: %w", s.name, err)
 	}
-	return s.ensure(ctx, js)
+	return s.ensure(ctx, js, slog.Default())
 }
 
-// ensure is Ensure for a description that was validated.
-func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream) error {
+// ensure is Ensure for a description that was validated, with another logger.
+func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream, log *slog.Logger) error {
 	wait, patience := 50*time.Millisecond, shortStreamRequest
 	for attempt := 1; ; attempt++ {
 		err := s.settle(ctx, js, patience)
@@ -102,7 +102,7 @@ func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream) error {
 			return err
 		}
 		if attempt == 3 { // not what a race of processes that start at once leaves behind
-			slog.Warn("natsx: stream cannot be ensured yet, trying on", "stream", s.name, "error", err)
+			log.Warn("natsx: stream cannot be ensured yet, trying on", "stream", s.name, "error", err)
 		}
 		timer := time.NewTimer(wait)
 		select {

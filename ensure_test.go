@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"testing"
@@ -263,6 +264,7 @@ func TestEnsureConflicts(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	createStream(t, nc, jetstream.StreamConfig{Name: "ORIGIN", Subjects: []string{"origin"}})
 	createStream(t, nc, jetstream.StreamConfig{Name: "MIRROR", Mirror: &jetstream.StreamSource{Name: "ORIGIN"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "TUNED", Mirror: &jetstream.StreamSource{Name: "ORIGIN"}})
 	createStream(t, nc, jetstream.StreamConfig{Name: "QUEUE", Subjects: []string{"queue"}, Retention: jetstream.WorkQueuePolicy})
 	createStream(t, nc, jetstream.StreamConfig{Name: "AGED", Subjects: []string{"aged"}, MaxAge: time.Minute})
 	createStream(t, nc, jetstream.StreamConfig{Name: "SEALED", Subjects: []string{"sealed"}})
@@ -298,7 +300,7 @@ func TestEnsureConflicts(t *testing.T) {
 	}
 	t.Run("mirror is tuned", func(t *testing.T) {
 		t.Parallel()
-		if err := Stream("MIRROR").MaxAge(time.Hour).Ensure(testContext(t), nc); err != nil {
+		if err := Stream("TUNED").MaxAge(time.Hour).Ensure(testContext(t), nc); err != nil {
 			t.Errorf("Ensure: %v", err)
 		}
 	})
@@ -376,9 +378,11 @@ func TestEnsureWaitsForJetStream(t *testing.T) {
 	nc := connect(t, srv.ClientURL())
 	js, sent := tracedJetStream(t, nc)
 	done := make(chan error, 1)
-	go func() { done <- Stream("S").ensure(testContext(t), js) }()
-	receive(t, sent, "the first request")
-	receive(t, sent, "the second request")
+	book, log := newLogBook()
+	go func() { done <- Stream("S").ensure(testContext(t), js, log) }()
+	for range 5 {
+		receive(t, sent, "a request")
+	}
 	if err := srv.EnableJetStream(&server.JetStreamConfig{StoreDir: t.TempDir()}); err != nil {
 		t.Fatal(err)
 	}
@@ -386,6 +390,9 @@ func TestEnsureWaitsForJetStream(t *testing.T) {
 		t.Errorf("ensure: %v", err)
 	}
 	streamConfig(t, nc, "S")
+	if got := book.alarms("stream cannot be ensured yet"); len(got) != 1 {
+		t.Errorf("%d alarms %q, want 1", len(got), got)
+	}
 }
 
 func TestEnsureEndsWithItsContext(t *testing.T) {
@@ -395,7 +402,7 @@ func TestEnsureEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	done := make(chan error, 1)
-	go func() { done <- Stream("S").ensure(ctx, js) }()
+	go func() { done <- Stream("S").ensure(ctx, js, slog.New(slog.DiscardHandler)) }()
 	receive(t, sent, "the first request")
 	receive(t, sent, "the second request")
 	cancel()
@@ -498,6 +505,39 @@ func TestStreamVerify(t *testing.T) {
 	}
 	if err := spec.verify(jetstream.StreamConfig{AllowDirect: true, MaxMsgs: 5, AllowBatchPublish: true}); err != nil {
 		t.Errorf("verify = %v, want nil", err)
+	}
+}
+
+// TestRunEnsuresStreams starts a route whose stream does not exist before.
+func TestRunEnsuresStreams(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	got := make(chan string, 1)
+	handle := func(_ context.Context, m *Msg) error {
+		got <- m.Stream()
+		return nil
+	}
+	b := NewBroker(nc, WithStreams(Stream("ORDERS").Subjects("orders.*"), Stream("DLQ").Subjects("dlq.>")))
+	runBroker(t, b, Route("orders.*").Durable("billing").Retry(1).DLQ("dlq.orders").Handle(handle))
+	publish(t, nc, nats.NewMsg("orders.new"))
+	if stream := receive(t, got, "the message"); stream != "ORDERS" {
+		t.Errorf("message of stream %q, want ORDERS", stream)
+	}
+}
+
+func TestRunReportsStreamConflicts(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "A", Subjects: []string{"a"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "B", Subjects: []string{"b"}})
+	b := NewBroker(nc, WithStreams(Stream("A").Storage(jetstream.MemoryStorage), Stream("B").Storage(jetstream.MemoryStorage)))
+	err := b.Run(testContext(t), Route("a").Durable("d").Handle(nop))
+	want := []string{
+		`natsx: stream "A" exists with other settings: storage is File, not Memory: the server cannot change it`,
+		`natsx: stream "B" exists with other settings: storage is File, not Memory: the server cannot change it`,
+	}
+	if diff := cmp.Diff(want, lines(err)); diff != "" || !errors.Is(err, ErrStreamConflict) {
+		t.Errorf("Run (-want +got):\n%s", diff)
 	}
 }
 
