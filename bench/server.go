@@ -133,7 +133,7 @@ func prepare(url string, s section, n int) error {
 	}
 	payload := make([]byte, s.size)
 	for range n {
-		if _, err := js.PublishAsync(benchSubject, payload); err != nil {
+		if _, err := js.PublishAsync(benchSubject, payload, jetstream.WithStallWait(time.Minute)); err != nil {
 			return err
 		}
 	}
