@@ -11,6 +11,7 @@ import (
 
 // asyncPending bounds PublishAsync's messages in flight.
 const asyncPending = 4_000
+
 // publish times fn, which stores j.n messages, each acknowledged.
 func (j *job) publish(fn func(payload []byte) error) error {
 	payload := make([]byte, j.size)
