@@ -4,118 +4,563 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync/atomic"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// ordersStream makes the streams of most tests: ORDERS for orders.> and DLQ for
-// dlq.>.
-func ordersStream(t testing.TB, nc *nats.Conn, retention jetstream.RetentionPolicy) {
+// orders makes the streams of most tests: ORDERS for orders.> and DLQ for dlq.>.
+func orders(t testing.TB, nc *nats.Conn, edit ...func(*jetstream.StreamConfig)) {
 	t.Helper()
-	createStream(t, nc, jetstream.StreamConfig{Name: "ORDERS", Subjects: []string{"orders.>"}, Retention: retention})
+	cfg := jetstream.StreamConfig{Name: "ORDERS", Subjects: []string{"orders.>"}}
+	for _, fn := range edit {
+		fn(&cfg)
+	}
+	createStream(t, nc, cfg)
 	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
 }
 
-func publishN(t testing.TB, nc *nats.Conn, subject string, n int) {
+func workQueue(cfg *jetstream.StreamConfig) { cfg.Retention = jetstream.WorkQueuePolicy }
+
+// publishAcked stores a message for each payload.
+func publishAcked(t testing.TB, nc *nats.Conn, subject string, payloads ...string) {
 	t.Helper()
 	js := jetStream(t, nc)
-	for i := range n {
-		if _, err := js.PublishAsync(subject, []byte(fmt.Sprint(i))); err != nil {
-			t.Fatal(err)
+	for _, p := range payloads {
+		if _, err := js.Publish(testContext(t), subject, []byte(p)); err != nil {
+			t.Fatalf("publish: %v", err)
 		}
 	}
-	receive(t, js.PublishAsyncComplete(), "publish acks")
 }
 
-func TestDurableEndToEnd(t *testing.T) {
+// routeStats waits until the counters of the only route are as cond wants them.
+func routeStats(t testing.TB, b *Broker, what string, cond func(RouteStats) bool) RouteStats {
+	t.Helper()
+	eventually(t, what, func() bool { return cond(b.Stats().Routes[0]) })
+	return b.Stats().Routes[0]
+}
+
+func succeed(context.Context, *Msg) error { return nil }
+
+// Every outcome of the documented table, end to end on a work-queue stream, where
+// what is settled is deleted.
+func TestOutcomesOfADurable(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	ordersStream(t, nc, jetstream.WorkQueuePolicy)
-	publishN(t, nc, "orders.new", 500)
-	var handled atomic.Int64
-	b := NewBroker(nc, WithWorkers(8))
-	r := runBroker(t, b, Route("orders.*").Durable("billing").Retry(2).Backoff(10*time.Millisecond, 50*time.Millisecond).DLQ("dlq.orders").
-		Handle(func(ctx context.Context, m *Msg) error {
-			handled.Add(1)
-			if string(m.Data) == "7" {
-				return errors.New("never")
+	orders(t, nc, workQueue)
+	publishAcked(t, nc, "orders.new", "ok", "once", "always", "permanent", "discard", "panic", "late", "{bad json", "goexit", "after")
+	var mu sync.Mutex
+	attempts := map[string][]int{}
+	type order struct{ ID int }
+	typed := JSON(func(context.Context, order) error { return nil })
+	b := NewBroker(nc, WithWorkers(4), WithErrorText(func(err error) string { return "text: " + err.Error() }))
+	r := runBroker(t, b, Route("orders.*").Durable("billing").Retry(1).Backoff(time.Millisecond, 10*time.Millisecond).
+		Timeout(2*time.Second).DLQ("dlq.orders").Handle(func(ctx context.Context, m *Msg) error {
+		mu.Lock()
+		attempts[string(m.Data)] = append(attempts[string(m.Data)], m.Attempt())
+		mu.Unlock()
+		switch string(m.Data) {
+		case "once":
+			if m.Attempt() == 1 {
+				return errors.New("passing")
 			}
-			if string(m.Data) == "8" && m.Attempt() < 3 {
-				return errors.New("twice")
+		case "always":
+			return errors.New("broken")
+		case "permanent":
+			return Permanent(errors.New("no such customer"))
+		case "discard":
+			return Discard(errors.New("not for us"))
+		case "panic":
+			panic("oops")
+		case "late":
+			<-ctx.Done()
+		case "{bad json":
+			return typed(ctx, m)
+		case "goexit":
+			runtime.Goexit()
+		case "after":
+			if m.Attempt() == 1 {
+				return RetryAfter(0, errors.New("soon"))
+			}
+		}
+		return nil
+	}))
+	routeStats(t, b, "all are settled", func(s RouteStats) bool { return s.Succeeded+s.Dead+s.Discarded == 10 })
+	if err := r.stop(t); err != nil {
+		t.Fatalf("Run: %v", err)
+	}
+	got := b.Stats().Routes[0]
+	if got.HandlerTime < 4*time.Second {
+		t.Errorf("handler time %s, want the two timeouts at least", got.HandlerTime)
+	}
+	got.HandlerTime, got.Delayed = 0, 0
+	want := RouteStats{Route: "orders.*", Durable: "billing", Stream: "ORDERS",
+		Received: 16, Succeeded: 3, Retried: 6, Dead: 6, Discarded: 1}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("stats differ (-want +got):\n%s", diff)
+	}
+	wantAttempts := map[string][]int{
+		"ok": {1}, "once": {1, 2}, "always": {1, 2}, "permanent": {1}, "discard": {1},
+		"panic": {1, 2}, "late": {1, 2}, "{bad json": {1}, "goexit": {1, 2}, "after": {1, 2},
+	}
+	if diff := cmp.Diff(wantAttempts, attempts); diff != "" {
+		t.Errorf("attempts differ (-want +got):\n%s", diff)
+	}
+	dead := map[string]string{}
+	for _, l := range letters(t, nc, "DLQ") {
+		dead[string(l.Data)] = l.Header.Get(HeaderDLQReason) + " " + l.Header.Get(HeaderDLQAttempts) + " " + l.Header.Get(HeaderDLQError)
+		if stack := l.Header.Get(HeaderDLQStack); (string(l.Data) == "panic") != strings.Contains(stack, "TestOutcomesOfADurable") {
+			t.Errorf("letter %q has the stack %q", l.Data, stack)
+		}
+	}
+	wantDead := map[string]string{
+		"always":    "exhausted 2 text: broken",
+		"permanent": "permanent 1 text: no such customer",
+		"panic":     "panic 2 text: natsx: handler panicked: oops",
+		"late":      "exhausted 2 text: natsx: handler did not return within 2s: context deadline exceeded",
+		"{bad json": `undecodable 1 text: natsx: decode application/json from "orders.new": invalid character 'b' looking for beginning of object key string`,
+		"goexit":    "panic 2 text: natsx: handler panicked: runtime.Goexit",
+	}
+	if diff := cmp.Diff(wantDead, dead); diff != "" {
+		t.Errorf("letters differ (-want +got):\n%s", diff)
+	}
+	if n := stored(t, nc, "ORDERS"); n != 0 {
+		t.Errorf("%d messages left in the source", n)
+	}
+}
+
+func TestConfirmedAcksAreStored(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	publishAcked(t, nc, "orders.new", "ok", "retry", "discard")
+	b := NewBroker(nc)
+	runBroker(t, b, Route("orders.*").Durable("billing").ConfirmAcks().Backoff(time.Millisecond, time.Millisecond).
+		Handle(func(_ context.Context, m *Msg) error {
+			switch {
+			case string(m.Data) == "retry" && m.Attempt() == 1:
+				return errors.New("again")
+			case string(m.Data) == "discard":
+				return Discard(nil)
 			}
 			return nil
 		}))
-	eventually(t, "all are settled", func() bool {
-		s := b.Stats().Routes[0]
-		return s.Succeeded == 499 && s.Dead == 1
-	})
-	if err := b.Health(); err != nil {
-		t.Error("health:", err)
+	routeStats(t, b, "all are settled", func(s RouteStats) bool { return s.Succeeded == 2 && s.Discarded == 1 })
+	// No flush and no polling: what was counted was confirmed.
+	info := consumerInfo(t, nc, "ORDERS", "billing")
+	if info.NumAckPending != 0 || info.AckFloor.Stream != 3 {
+		t.Errorf("pending %d, ack floor %d, want 0 and 3", info.NumAckPending, info.AckFloor.Stream)
 	}
-	if err := r.stop(t); err != nil {
-		t.Fatal(err)
-	}
-	if n := handled.Load(); n != 504 {
-		t.Errorf("handled %d times, want 504", n)
-	}
+}
+
+func TestDurableStartsWhereItIsTold(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	publishAcked(t, nc, "orders.a", "1", "2")
+	publishAcked(t, nc, "orders.b", "3", "4")
 	s, err := jetStream(t, nc).Stream(testContext(t), "ORDERS")
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "source is empty", func() bool {
-		info, err := s.Info(testContext(t))
-		return err == nil && info.State.Msgs == 0
-	})
-	letter, err := jetStream(t, nc).Stream(testContext(t), "DLQ")
+	third, err := s.GetMsg(testContext(t), 3)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := letter.GetMsg(testContext(t), 1)
-	if err != nil {
-		t.Fatal(err)
+	base := Route("orders.*")
+	tests := []struct {
+		name  string
+		route RouteBuilder
+		want  string // of 1 to 4 and 5, which comes later
+	}{
+		{"all", base, "1 2 3 4 5"},
+		{"new", base.DeliverNew(), "5"},
+		{"last", base.DeliverLast(), "4 5"},
+		{"last-per-subject", base.DeliverLastPerSubject(), "2 4 5"},
+		{"sequence", base.DeliverFromSequence(2), "2 3 4 5"},
+		{"time", base.DeliverFromTime(third.Time), "3 4 5"},
+		{"last-called-wins", base.DeliverNew().DeliverFromSequence(4), "4 5"},
 	}
-	t.Log(m.Header)
+	got := make([]chan string, len(tests))
+	var specs []Spec
+	for i, tt := range tests {
+		got[i] = make(chan string, 10)
+		specs = append(specs, tt.route.Durable(tt.name).Concurrency(1).Handle(func(_ context.Context, m *Msg) error {
+			got[i] <- string(m.Data)
+			return nil
+		}))
+	}
+	runBroker(t, NewBroker(nc), specs...)
+	publishAcked(t, nc, "orders.a", "5")
+	for i, tt := range tests {
+		var all []string
+		for len(all) == 0 || all[len(all)-1] != "5" {
+			all = append(all, receive(t, got[i], "messages of "+tt.name))
+		}
+		if s := strings.Join(all, " "); s != tt.want {
+			t.Errorf("%s: got %q, want %q", tt.name, s, tt.want)
+		}
+	}
 }
 
-func TestCoreEndToEnd(t *testing.T) {
+func TestExistingDurable(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	var handled atomic.Int64
-	b := NewBroker(nc, WithWorkers(8))
-	runBroker(t, b,
-		Route("a.*").Handle(func(context.Context, *Msg) error { handled.Add(1); return nil }),
-		Route("q").Queue("g").Reply(func(ctx context.Context, m *Msg) ([]byte, error) {
-			switch string(m.Data) {
-			case "fail":
-				return nil, Fail(404, "no such thing")
-			case "panic":
-				panic("boom")
+	orders(t, nc)
+	js := jetStream(t, nc)
+	base := jetstream.ConsumerConfig{
+		FilterSubject: "orders.*", AckPolicy: jetstream.AckExplicitPolicy,
+		AckWait: 7 * time.Second, MaxDeliver: 3, MaxAckPending: 10, Description: "kept",
+	}
+	with := func(edit func(*jetstream.ConsumerConfig)) jetstream.ConsumerConfig {
+		cfg := base
+		edit(&cfg)
+		return cfg
+	}
+	tests := []struct {
+		name    string
+		have    jetstream.ConsumerConfig
+		refused string // part of the reason, empty when it is adopted
+	}{
+		{"plain", base, ""},
+		{"backoff", with(func(c *jetstream.ConsumerConfig) { c.BackOff = []time.Duration{time.Second} }), "BackOff"},
+		{"ack-all", with(func(c *jetstream.ConsumerConfig) { c.AckPolicy = jetstream.AckAllPolicy }), "ack policy"},
+		{"filter", with(func(c *jetstream.ConsumerConfig) { c.FilterSubject = "orders.x" }), `["orders.x"]`},
+		{"filters", with(func(c *jetstream.ConsumerConfig) {
+			c.FilterSubject, c.FilterSubjects = "", []string{"orders.x", "orders.y"}
+		}), `["orders.x" "orders.y"]`},
+		{"headers-only", with(func(c *jetstream.ConsumerConfig) { c.HeadersOnly = true }), "headers only"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			tt.have.Durable = tt.name
+			if _, err := js.CreateConsumer(testContext(t), "ORDERS", tt.have); err != nil {
+				t.Fatal(err)
 			}
-			m.ReplyHeader().Set("X", "y")
-			return []byte("re: " + string(m.Data)), nil
+			b := NewBroker(nc)
+			route := Route("orders.*").Durable(tt.name).AckWait(5 * time.Second).Handle(succeed)
+			if tt.refused != "" {
+				err := b.Run(testContext(t), route)
+				var fault *RouteError
+				if !errors.Is(err, ErrConsumerConflict) || !errors.As(err, &fault) || fault.Durable != tt.name || !strings.Contains(err.Error(), tt.refused) {
+					t.Errorf("got %v, want ErrConsumerConflict for its %s", err, tt.refused)
+				}
+				return
+			}
+			runBroker(t, b, route)
+			info := consumerInfo(t, nc, "ORDERS", tt.name)
+			got := info.Config
+			if got.AckWait != 5*time.Second || got.MaxDeliver != -1 || got.MaxAckPending != DefaultMaxAckPending || got.Description != "kept" {
+				t.Errorf("adopted as %+v", got)
+			}
+		})
+	}
+}
+
+func TestStartUpRefusals(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "A", Subjects: []string{"a.>"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "B", Subjects: []string{"b.>"}, Retention: jetstream.WorkQueuePolicy})
+	createStream(t, nc, jetstream.StreamConfig{Name: "I", Subjects: []string{"i.>"}, Retention: jetstream.InterestPolicy})
+	tests := []struct {
+		name  string
+		specs []Spec
+		want  []error
+	}{
+		{"no stream", []Spec{Route("x.*").Durable("d").Handle(succeed)}, []error{ErrNoStream}},
+		{"named stream is missing", []Spec{Route("x.*").Durable("d").Stream("X").Handle(succeed)}, []error{jetstream.ErrStreamNotFound}},
+		{"several streams", []Spec{Route(">").Durable("d").Handle(succeed)}, []error{ErrAmbiguousStream}},
+		{"work queue would lose", []Spec{Route("b.*").Durable("d").Retry(1).Handle(succeed)}, []error{ErrWouldLose}},
+		{"interest would lose", []Spec{Route("i.*").Durable("d").Retry(0).Handle(succeed)}, []error{ErrWouldLose}},
+		{"one durable, one stream, found at start", []Spec{
+			Route("a.x").Durable("twice").Handle(succeed), Route("a.y").Durable("twice").Handle(succeed),
+		}, []error{ErrDuplicateDurable}},
+		{"all causes", []Spec{
+			Route("x.*").Durable("d").Handle(succeed), Route("b.*").Durable("e").Retry(1).Handle(succeed),
+			Route("core").Handle(succeed), Route("a.z").Durable("f").DLQ("nowhere").Handle(succeed),
+		}, []error{ErrNoStream, ErrWouldLose, ErrBadDLQ}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			b := NewBroker(nc)
+			err := b.Run(testContext(t), tt.specs...)
+			for _, want := range tt.want {
+				if !errors.Is(err, want) {
+					t.Errorf("got %v, want %v", err, want)
+				}
+			}
+			select {
+			case <-b.Ready():
+				t.Error("broker said it was ready")
+			default:
+			}
+			if b.Health() == nil {
+				t.Error("healthy after a failed start")
+			}
+		})
+	}
+}
+
+func TestOneDurableNameOnTwoStreams(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "A", Subjects: []string{"a.>"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "B", Subjects: []string{"b.>"}})
+	got := make(chan string, 2)
+	handle := func(_ context.Context, m *Msg) error { got <- m.Stream() + m.Durable(); return nil }
+	runBroker(t, NewBroker(nc), Route("a.*").Durable("svc").Handle(handle), Route("b.*").Durable("svc").Handle(handle))
+	publishAcked(t, nc, "a.x", "")
+	publishAcked(t, nc, "b.x", "")
+	both := []string{receive(t, got, "a message"), receive(t, got, "a message")}
+	slices.Sort(both)
+	if diff := cmp.Diff([]string{"Asvc", "Bsvc"}, both); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestMaxAckPendingYieldsToLimits(t *testing.T) {
+	t.Parallel()
+	for _, limited := range []string{"stream", "server"} {
+		t.Run(limited, func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t, func(o *server.Options) {
+				if limited == "server" {
+					o.JetStreamLimits.MaxAckPending = 500
+				}
+			})
+			nc := connect(t, s.ClientURL())
+			orders(t, nc, func(c *jetstream.StreamConfig) {
+				if limited == "stream" {
+					c.ConsumerLimits.MaxAckPending = 500
+				}
+			})
+			runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").Handle(succeed))
+			info := consumerInfo(t, nc, "ORDERS", "d")
+			if got := info.Config.MaxAckPending; got != 500 {
+				t.Errorf("MaxAckPending %d, want 500", got)
+			}
+			err := NewBroker(nc).Run(testContext(t), Route("orders.*").Durable("e").MaxAckPending(501).Handle(succeed))
+			if err == nil || !strings.Contains(err.Error(), "500") {
+				t.Errorf("an explicit cap above the limit: got %v", err)
+			}
+		})
+	}
+}
+
+func TestPullLimitsOfTheConsumer(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	if _, err := jetStream(t, nc).CreateConsumer(testContext(t), "ORDERS", jetstream.ConsumerConfig{
+		Durable: "small", FilterSubject: "orders.*", AckPolicy: jetstream.AckExplicitPolicy,
+		MaxRequestBatch: 3, MaxRequestExpires: 2 * time.Second,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var payloads []string
+	for i := range 100 {
+		payloads = append(payloads, strconv.Itoa(i))
+	}
+	publishAcked(t, nc, "orders.new", payloads...)
+	b := NewBroker(nc)
+	runBroker(t, b, Route("orders.*").Durable("small").Handle(succeed))
+	s := routeStats(t, b, "all are handled", func(s RouteStats) bool { return s.Succeeded == 100 })
+	if s.Received != 100 {
+		t.Errorf("received %d, want 100", s.Received)
+	}
+}
+
+type observed struct {
+	mu     sync.Mutex
+	events []Event
+}
+
+func (o *observed) Observe(ctx context.Context, e Event) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if MsgFrom(ctx) == e.Msg {
+		o.events = append(o.events, e)
+	}
+}
+
+func TestMiddlewareAndObserverSeeEveryKindOfRoute(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	var mu sync.Mutex
+	var trail []string
+	mw := func(name string) Middleware {
+		return func(next Handler) Handler {
+			return func(ctx context.Context, m *Msg) error {
+				mu.Lock()
+				trail = append(trail, name+" "+m.Subject)
+				mu.Unlock()
+				return next(ctx, m)
+			}
+		}
+	}
+	o := &observed{}
+	b := NewBroker(nc, WithWorkers(1), WithMiddleware(mw("outer"), mw("inner")), WithObserver(o))
+	runBroker(t, b,
+		Route("orders.*").Durable("d").Handle(func(context.Context, *Msg) error { return Discard(errors.New("no")) }),
+		Route("core").Handle(func(context.Context, *Msg) error { return errors.New("lost") }),
+		Route("ask").Reply(func(context.Context, *Msg) ([]byte, error) { return []byte("yes"), nil }))
+	publishAcked(t, nc, "orders.new", "")
+	routeStats(t, b, "the durable's message is handled", func(s RouteStats) bool { return s.Discarded == 1 })
+	if err := nc.Publish("core", nil); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the core message is handled", func() bool { return b.Stats().Routes[1].Failed == 1 })
+	if m, err := nc.Request("ask", nil, testLimit); err != nil || string(m.Data) != "yes" {
+		t.Fatalf("request: %v", err)
+	}
+	eventually(t, "the request is counted", func() bool { return b.Stats().Routes[2].Succeeded == 1 })
+	mu.Lock()
+	defer mu.Unlock()
+	want := []string{"outer orders.new", "inner orders.new", "outer core", "inner core", "outer ask", "inner ask"}
+	if diff := cmp.Diff(want, trail); diff != "" {
+		t.Errorf("middleware (-want +got):\n%s", diff)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var got []string
+	for _, e := range o.events {
+		got = append(got, fmt.Sprintf("%s %s %s %v", e.Route, e.Durable, e.Outcome, e.Err))
+	}
+	wantEvents := []string{"orders.* d discarded no", "core  failed lost", "ask  succeeded <nil>"}
+	if diff := cmp.Diff(wantEvents, got); diff != "" {
+		t.Errorf("events (-want +got):\n%s", diff)
+	}
+}
+
+func TestRunOnce(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	b := NewBroker(nc)
+	if err := b.Health(); err == nil {
+		t.Error("healthy before it runs")
+	}
+	r := runBroker(t, b, Route("a").Handle(succeed))
+	if err := b.Health(); err != nil {
+		t.Errorf("health while it runs: %v", err)
+	}
+	if err := b.Run(testContext(t), Route("a").Handle(succeed)); !errors.Is(err, ErrAlreadyRun) {
+		t.Errorf("a second Run: got %v", err)
+	}
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if err := b.Health(); err == nil {
+		t.Error("healthy after it ran")
+	}
+}
+
+func TestFaultyOptions(t *testing.T) {
+	t.Parallel()
+	err := NewBroker(nil, WithWorkers(0), WithDrainTimeout(-1), WithMiddleware(nil), WithErrorText(nil)).
+		Run(context.Background(), Route("a b").Handle(succeed))
+	for _, want := range []string{"connection", "workers 0", "drain timeout -1ns", "middleware 0", "error text", `"a b"`} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error does not name %q: %v", want, err)
+		}
+	}
+	if !errors.Is(err, ErrOutOfRange) || !errors.Is(err, ErrInvalidSubject) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A first connect that nobody answers is waited for, and ends with the context.
+func TestRunWaitsForTheConnection(t *testing.T) {
+	t.Parallel()
+	nc, err := Connect("nats://127.0.0.1:1", nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}))
+	if err != nil {
+		t.Fatalf("Connect: %v", err)
+	}
+	defer nc.Close()
+	b := NewBroker(nc)
+	r := startBroker(t, b, Route("a").Handle(succeed))
+	eventually(t, "health tells of the connection", func() bool {
+		err := b.Health()
+		return err != nil && strings.Contains(err.Error(), "connection is")
+	})
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+func TestClosedConnectionEndsRun(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	r := runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").Handle(succeed), Route("a").Handle(succeed))
+	nc.Close()
+	if err := r.wait(t); !errors.Is(err, ErrConnectionClosed) {
+		t.Errorf("got %v, want ErrConnectionClosed", err)
+	}
+}
+
+func TestDomainAndPrefix(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, func(o *server.Options) { o.JetStreamDomain = "hub" })
+	nc := connect(t, s.ClientURL())
+	orders(t, nc, workQueue)
+	publishAcked(t, nc, "orders.new", "a", "bad")
+	for _, make := range []func() (jetstream.JetStream, error){
+		func() (jetstream.JetStream, error) { return jetstream.NewWithDomain(nc, "hub") },
+		func() (jetstream.JetStream, error) { return jetstream.NewWithAPIPrefix(nc, "$JS.hub.API") },
+	} {
+		js, err := make()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := NewBroker(nc, WithJetStream(js))
+		r := runBroker(t, b, Route("orders.*").Durable("d").Retry(0).DLQ("dlq.orders").Handle(func(_ context.Context, m *Msg) error {
+			if string(m.Data) == "bad" {
+				return errors.New("bad")
+			}
+			return nil
 		}))
-	for range 1000 {
-		if err := nc.Publish("a.b", nil); err != nil {
+		routeStats(t, b, "all are settled", func(s RouteStats) bool { return s.Succeeded == 1 && s.Dead == 1 })
+		if err := r.stop(t); err != nil {
+			t.Fatal(err)
+		}
+		publishAcked(t, nc, "orders.new", "a", "bad")
+	}
+}
+
+// A core route that is not fast enough blocks its subscription and not the
+// connection; what NATS drops is counted.
+func TestSlowConsumerIsCounted(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL(), nats.SyncQueueLen(1))
+	hold := make(chan struct{})
+	b := NewBroker(nc, WithWorkers(1))
+	r := startBroker(t, b, Route("flood").Handle(func(context.Context, *Msg) error { <-hold; return nil }))
+	defer close(hold)
+	receive(t, b.Ready(), "the broker")
+	// The default limit of a subscription is 64 MiB.
+	payload := make([]byte, 512<<10)
+	for range 1 + coreQueue + 300 {
+		if err := nc.Publish("flood", payload); err != nil {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, "all handled", func() bool { return handled.Load() == 1000 })
-	pub := NewPublisher(nc)
-	m, err := pub.Request(testContext(t), To("q").Data([]byte("hi")))
-	if err != nil || string(m.Data) != "re: hi" || m.Header.Get("X") != "y" {
-		t.Fatalf("got %v, %v", m, err)
-	}
-	_, err = pub.Request(testContext(t), To("q").Data([]byte("fail")))
-	var re *ReplyError
-	if !errors.As(err, &re) || re.Code != 404 {
-		t.Fatal(err)
-	}
-	_, err = pub.Request(testContext(t), To("q").Data([]byte("panic")))
-	if !errors.As(err, &re) || re.Code != 500 {
-		t.Fatal(err)
+	eventually(t, "drops are counted", func() bool { return b.Stats().Routes[0].Dropped > 0 })
+	select {
+	case <-r.done:
+		t.Fatalf("Run returned: %v", r.err)
+	default:
 	}
 }
