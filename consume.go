@@ -379,7 +379,12 @@ func (r *durableRoute) conclude(d *delivery, err error) {
 	d.outcome = s.outcome
 	switch s.action {
 	case actAck:
-		r.settle(d, ackAck)
+		if r.spec.route.set&optConfirmAcks == 0 {
+			d.claim()
+			r.eng.acks.push(d.msg.reply)
+		} else {
+			r.settle(d, ackAck)
+		}
 	case actNak:
 		r.log.Warn("natsx: attempt failed", append(r.about(d), "error", err, "retry_in", s.delay)...)
 		d.due = d.ended + int64(s.delay)

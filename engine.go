@@ -18,6 +18,7 @@ const startAtOnce = 16
 type engine struct {
 	*Broker
 	pool        *pool
+	acks        *acker
 	routes      []runner
 	durables    int       // number of durable routes
 	base        time.Time // of the engine's clock
@@ -48,6 +49,11 @@ func newEngine(ctx context.Context, b *Broker, specs []Spec) *engine {
 		Broker: b, pool: newPool(b.workers), base: time.Now(),
 		state: "is starting", claimed: map[string]Spec{},
 	}
+	e.acks = newAcker(func(reply string) {
+		if err := b.nc.Publish(reply, ackAck); err != nil {
+			b.log.Warn("natsx: acknowledgement not sent", "reply", reply, "error", err)
+		}
+	})
 	e.intake, e.endIntake = context.WithCancel(ctx)
 	live := context.WithoutCancel(ctx)
 	e.handlers, e.abortHandlers = context.WithCancelCause(live)
@@ -88,6 +94,7 @@ func (e *engine) run() error {
 		e.fail(ErrConnectionClosed)
 	}
 	e.pool.start()
+	go e.acks.run()
 	keeper, endKeeper := context.WithCancel(context.Background())
 	kept := make(chan struct{})
 
@@ -362,6 +369,7 @@ func (e *engine) drain() error {
 	case <-e.pool.drained():
 		e.pool.close()
 		<-e.pool.gone
+		e.acks.stop()
 		if e.nc.IsConnected() {
 			if err := e.nc.FlushTimeout(apiTimeout); err != nil {
 				e.log.Warn("natsx: acknowledgements not flushed", "error", err)
@@ -389,6 +397,7 @@ func (e *engine) drain() error {
 		cut.Running = e.pool.busy
 		e.pool.mu.Unlock()
 	}
+	e.acks.stop()
 	e.nc.FlushTimeout(time.Second)
 	return cut
 }
