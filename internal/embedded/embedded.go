@@ -1,0 +1,47 @@
+// Package embedded runs a nats-server inside the process, so that the examples
+// need nothing but Go.
+package embedded
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+)
+
+// Run starts a nats-server with JetStream on a free port of the loopback, with its
+// files in a new temporary directory. It returns the server's URL once clients can
+// connect, and stop, which ends the server and removes its files; close the
+// connections before.
+func Run() (url string, stop func(), err error) {
+	dir, err := os.MkdirTemp("", "natsx-example-")
+	if err != nil {
+		return "", nil, fmt.Errorf("embedded nats-server: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(dir)
+		}
+	}()
+	s, err := server.NewServer(&server.Options{
+		Host: "127.0.0.1", Port: server.RANDOM_PORT,
+		JetStream: true, StoreDir: dir,
+		NoLog: true, NoSigs: true,
+	})
+	if err != nil {
+		return "", nil, fmt.Errorf("embedded nats-server: %w", err)
+	}
+	s.Start()
+	stop = func() {
+		s.Shutdown()
+		s.WaitForShutdown()
+		os.RemoveAll(dir)
+	}
+	if !s.ReadyForConnections(30 * time.Second) {
+		stop()
+		return "", nil, errors.New("embedded nats-server: not ready within 30 s")
+	}
+	return s.ClientURL(), stop, nil
+}
