@@ -1,0 +1,268 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/natsx/natsx"
+)
+
+// fate is what becomes of an order.
+type fate struct {
+	outcome natsx.Outcome
+	reason  natsx.Reason // of a dead one
+	retries int
+}
+
+// fateOf tells from an order alone what must become of it. An order without an
+// item stands for one that does not decode.
+func fateOf(o order) fate {
+	switch {
+	case o.Item == "":
+		return fate{outcome: natsx.Dead, reason: natsx.ReasonUndecodable}
+	case o.Card == cardCancelled:
+		return fate{outcome: natsx.Discarded}
+	case o.Cents == 0:
+		return fate{outcome: natsx.Dead, reason: natsx.ReasonPermanent}
+	case o.Card == cardBusy:
+		return fate{outcome: natsx.Succeeded, retries: 1}
+	case o.Card == cardDeclined:
+		return fate{outcome: natsx.Dead, reason: natsx.ReasonExhausted, retries: retries}
+	case o.Card == cardCursed:
+		return fate{outcome: natsx.Dead, reason: natsx.ReasonPanic, retries: retries}
+	}
+	return fate{outcome: natsx.Succeeded}
+}
+
+// tally keeps what was published beside what became of it, by the sequence in the
+// stream. It is the broker's observer.
+type tally struct {
+	say     *screen
+	durable string
+	shared  bool // other processes may bill and audit the same orders
+
+	repeats, duplicates, priced, refused, audited atomic.Int64
+
+	mu        sync.Mutex
+	published map[uint64]order
+	seen      map[uint64]fate
+	open      int           // published and not settled
+	progress  chan struct{} // told when open changes; capacity 1
+}
+
+func newTally(say *screen, durable string, shared bool) *tally {
+	return &tally{
+		say: say, durable: durable, shared: shared,
+		published: map[uint64]order{}, seen: map[uint64]fate{},
+		progress: make(chan struct{}, 1),
+	}
+}
+
+func (f fate) settled() bool {
+	return f.outcome == natsx.Succeeded || f.outcome == natsx.Dead || f.outcome == natsx.Discarded
+}
+
+// publish books an order once its stream has it. Billing may have been faster.
+func (t *tally) publish(seq uint64, o order) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.published[seq] = o
+	if !t.seen[seq].settled() {
+		t.open++
+	}
+	t.changed()
+}
+
+// Observe books the attempts of the billing route and shows them.
+func (t *tally) Observe(_ context.Context, e natsx.Event) {
+	if e.Durable != t.durable {
+		return
+	}
+	t.show(e)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	seq := e.Msg.Sequence()
+	f := t.seen[seq]
+	f.outcome = e.Outcome
+	if e.Outcome == natsx.Retried {
+		f.retries++
+	}
+	t.seen[seq] = f
+	if _, mine := t.published[seq]; mine && f.settled() {
+		t.open--
+	}
+	t.changed()
+}
+
+func (t *tally) show(e natsx.Event) {
+	id := e.Msg.Header.Get("Nats-Msg-Id")
+	id = id[strings.LastIndexByte(id, '/')+1:]
+	attempt := e.Msg.Attempt()
+	var o order
+	_ = json.Unmarshal(e.Msg.Data, &o) // the zero order when it does not decode
+	switch e.Outcome {
+	case natsx.Succeeded:
+		what := fmt.Sprintf("✓ charged %d.%02d for %d %s", o.Cents/100, o.Cents%100, o.Count, o.Item)
+		if attempt > 1 {
+			what += fmt.Sprintf(" at attempt %d", attempt)
+		}
+		t.say.line(green, "billing", id, what)
+	case natsx.Retried:
+		t.say.line(yellow, "billing", id, fmt.Sprintf("↻ attempt %d: %s", attempt, brief(e.Err)))
+	case natsx.Dead:
+		t.say.line(red, "billing", id, fmt.Sprintf("✗ dead at attempt %d: %s", attempt, brief(e.Err)))
+	case natsx.Discarded:
+		t.say.line(grey, "billing", id, "· discarded: "+brief(e.Err))
+	default:
+		t.say.line(yellow, "billing", id, "… "+string(e.Outcome))
+	}
+}
+
+func brief(err error) string {
+	var panicked *natsx.PanicError
+	if errors.As(err, &panicked) {
+		return fmt.Sprintf("panic: %v", panicked.Value)
+	}
+	var undecodable *natsx.DecodeError
+	if errors.As(err, &undecodable) {
+		return "does not decode: " + undecodable.Err.Error()
+	}
+	return err.Error()
+}
+
+// changed wakes whoever waits. The tally is locked.
+func (t *tally) changed() {
+	select {
+	case t.progress <- struct{}{}:
+	default:
+	}
+}
+
+// wait returns when every published order is settled, or ctx has ended.
+func (t *tally) wait(ctx context.Context) {
+	for {
+		t.mu.Lock()
+		open := t.open
+		t.mu.Unlock()
+		if open == 0 {
+			return
+		}
+		select {
+		case <-t.progress:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// letter is what the summary tells of a dead letter.
+type letter struct {
+	sequence uint64 // of the original
+	reason   natsx.Reason
+	attempts string
+	err      string
+}
+
+// summary prints what happened, and returns what does not fit what was published.
+func (t *tally) summary(letters []letter) (faults []string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
+
+	buried := map[uint64]letter{}
+	for _, l := range letters {
+		if _, mine := t.published[l.sequence]; !mine {
+			continue // of an earlier run of the same shop
+		}
+		if _, twice := buried[l.sequence]; twice {
+			fault("sequence %d has two dead letters", l.sequence)
+		}
+		buried[l.sequence] = l
+	}
+
+	var handled, again, discarded, retried, left, asked int
+	var dead []string
+	for _, seq := range slices.Sorted(maps.Keys(t.published)) {
+		o, got := t.published[seq], t.seen[seq]
+		if o.Item != "" {
+			asked++
+		}
+		retried += got.retries
+		l, hasLetter := buried[seq]
+		if !got.settled() && (t.shared || !hasLetter) {
+			delete(buried, seq)
+			left++
+			continue
+		}
+		got.reason = l.reason
+		want := fateOf(o)
+		if t.shared {
+			want.retries = got.retries
+		}
+		if got != want {
+			fault("%s (sequence %d) ended as %+v, not as %+v", o.ID, seq, got, want)
+		}
+		switch got.outcome {
+		case natsx.Succeeded:
+			handled++
+			if got.retries > 0 {
+				again++
+			}
+		case natsx.Discarded:
+			discarded++
+		case natsx.Dead:
+			dead = append(dead, fmt.Sprintf("%-5s %-12s after %s: %s", o.ID, l.reason, plural(l.attempts, "attempt"), strings.TrimPrefix(l.err, "natsx: ")))
+		}
+	}
+	published := len(t.published)
+	priced, refused := t.priced.Load(), t.refused.Load()
+	if n := handled + discarded + len(dead) + left; n != published {
+		fault("%d orders published, %d accounted for", published, n)
+	}
+	if len(dead) != len(buried) {
+		fault("%d orders are dead, %d letters are in the DLQ", len(dead), len(buried))
+	}
+	if priced+refused != int64(asked) {
+		fault("%d price requests, %d replies", asked, priced+refused)
+	}
+	if t.repeats.Load() != t.duplicates.Load() {
+		fault("%d orders sent twice, %d recognised as duplicates", t.repeats.Load(), t.duplicates.Load())
+	}
+	sent := int64(published) + t.repeats.Load()
+	if n := t.audited.Load(); n > sent && !t.shared {
+		fault("%d messages sent, %d audited", sent, n)
+	}
+
+	row := func(name, format string, args ...any) {
+		t.say.printf("  %s %s\n", t.say.paint(bold, fmt.Sprintf("%-10s", name)), fmt.Sprintf(format, args...))
+	}
+	t.say.printf("\n%s\n", t.say.paint(bold, "Summary"))
+	row("published", "%d orders, %d of them sent twice and stored once", published, t.duplicates.Load())
+	row("handled", "%d, %d of them after a retry", handled, again)
+	row("retried", "%d attempts", retried)
+	row("discarded", "%d", discarded)
+	row("dead", "%d letters in the DLQ", len(dead))
+	for _, d := range dead {
+		t.say.printf("             %s\n", t.say.paint(red, d))
+	}
+	row("replies", "%d: %d prices, %d refused", priced+refused, priced, refused)
+	row("audited", "%d of %d messages sent here", t.audited.Load(), sent)
+	if left > 0 {
+		row("left", "%d in the stream, for the next run or another process", left)
+	}
+	return faults
+}
+
+func plural(n, noun string) string {
+	if n == "1" {
+		return "1 " + noun
+	}
+	return n + " " + noun + "s"
+}
