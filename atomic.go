@@ -56,7 +56,7 @@ func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, err
 	defer cancel()
 	b := atomicBatch{call: p.newCall(ctx), out: make([]outgoing, len(es))}
 	for i := range es {
-		o, err := b.prepare(ctx, &es[i])
+		o, err := b.prepare(ctx, &es[i], false)
 		if err != nil {
 			return Ack{}, err
 		}

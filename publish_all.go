@@ -115,7 +115,7 @@ type sent struct {
 	outgoing
 	index int
 	last  error     // why the last try failed
-	when  time.Time // of the next try, when no ack comes
+	when  time.Time // of the next try, when no ack comes and there is an id to try it with
 }
 
 var errNoAck = fmt.Errorf("no ack within %s: %w", ackWait, context.DeadlineExceeded)
@@ -160,7 +160,7 @@ func (b *bulk) room() bool {
 func (b *bulk) start(ctx context.Context) {
 	i := b.next
 	b.next++
-	o, err := b.prepare(ctx, &b.es[i])
+	o, err := b.prepare(ctx, &b.es[i], b.p.bare)
 	if err != nil {
 		b.fail(i, err)
 		return
@@ -175,8 +175,9 @@ func (b *bulk) start(ctx context.Context) {
 
 func (b *bulk) send(ctx context.Context, s *sent) {
 	// Names stay with empty values, which are not sent, so that neither the map
-	// nor its slices are made anew for each message.
-	if len(b.header) > 64 {
+	// nor its slices are made anew for each message. A message without an id may
+	// have no headers at all.
+	if len(b.header) > 64 || s.id == "" {
 		clear(b.header)
 	}
 	for k, v := range b.header {
@@ -229,7 +230,7 @@ func (b *bulk) failed(ctx context.Context, s *sent, err error) {
 func (b *bulk) overdue(ctx context.Context, now time.Time) {
 	for place := range b.out {
 		s := &b.out[place]
-		if s.e == nil || s.when.After(now) {
+		if s.e == nil || s.when.After(now) || s.id == "" && s.last == nil {
 			continue
 		}
 		if s.last == nil {

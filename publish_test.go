@@ -332,6 +332,44 @@ func TestProbeStoresNothing(t *testing.T) {
 	})
 }
 
+func TestPublishWithoutMessageIDsSendsOnce(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	s := createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.x"}})
+	// It has to meet the wait for an ack, which it does not cut short.
+	seen := ackThief(t, nc, "in.x", "s.x", 2)
+	pub := NewPublisher(nc, WithoutMessageIDs())
+	ctx, cancel := context.WithTimeout(testContext(t), 3*ackWait/2)
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := pub.Publish(ctx, To("in.x")); !errors.Is(err, ErrTimeout) {
+			t.Errorf("publish: got %v, want ErrTimeout", err)
+		}
+	})
+	wg.Go(func() {
+		if _, err := pub.PublishAll(ctx, To("in.x")); !errors.Is(err, ErrTimeout) {
+			t.Errorf("publish all: got %v, want ErrTimeout", err)
+		}
+	})
+	wg.Wait()
+	if n := stored(t, nc, "S"); n != 2 || seen.Load() != 2 {
+		t.Errorf("stored %d of %d tries, want 2 of 2", n, seen.Load())
+	}
+	if acks, err := pub.PublishAll(testContext(t), To("in.x").MsgID("i"), To("in.x")); err != nil || acks[1].Sequence != 4 {
+		t.Errorf("got %v, %v", acks, err)
+	}
+	for seq, want := range map[uint64]nats.Header{3: {"Nats-Msg-Id": {"i"}}, 4: nil} {
+		m, err := s.GetMsg(testContext(t), seq)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, m.Header); diff != "" {
+			t.Errorf("message %d (-want +got):\n%s", seq, diff)
+		}
+	}
+}
+
 func TestPublishEndsWithItsContext(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
