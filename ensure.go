@@ -97,7 +97,7 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream, log *slog.Logger) error {
 	wait, patience := 50*time.Millisecond, shortStreamRequest
 	for attempt := 1; ; attempt++ {
-		err := s.settle(ctx, js, patience)
+		err := s.ensureOnce(ctx, js, patience)
 		if err == nil || !passes(err) || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 			return err
 		}
@@ -115,9 +115,9 @@ func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream, log *slo
 	}
 }
 
-// settle is one attempt of ensure. What another process does between its
+// ensureOnce is one attempt of ensure. What another process does between its
 // requests ends in an error that passes, and the next attempt sees it.
-func (s StreamSpec) settle(ctx context.Context, js jetstream.JetStream, patience time.Duration) error {
+func (s StreamSpec) ensureOnce(ctx context.Context, js jetstream.JetStream, patience time.Duration) error {
 	var stream jetstream.Stream
 	request := func(verb string, do func(context.Context) (jetstream.Stream, error)) error {
 		ctx, cancel := context.WithTimeout(ctx, patience)
@@ -404,6 +404,7 @@ func passes(err error) bool {
 		return false
 	}
 	const (
+		clusterNoPeers     = 10005
 		clusterNotLeader   = 10009
 		clusterRequired    = 10010
 		insufficient       = 10023
@@ -413,6 +414,8 @@ func passes(err error) bool {
 	switch api.ErrorCode {
 	case clusterNotLeader:
 		return true
+	case clusterNoPeers: // for now, when servers are on their way back
+		return strings.Contains(api.Description, "peer offline")
 	case clusterRequired, insufficient, noAccount, clusterUnsupported, jetstream.JSErrCodeJetStreamNotEnabledForAccount:
 		return false
 	}

@@ -374,8 +374,8 @@ func tracedJetStream(t *testing.T, nc *nats.Conn) (jetstream.JetStream, <-chan s
 
 func TestEnsureWaitsForJetStream(t *testing.T) {
 	t.Parallel()
-	srv := startServer(t, func(o *server.Options) { o.JetStream = false })
-	nc := connect(t, srv.ClientURL())
+	p := startPhoenix(t, func(o *server.Options) { o.JetStream = false })
+	nc := connect(t, p.url())
 	js, sent := tracedJetStream(t, nc)
 	done := make(chan error, 1)
 	book, log := newLogBook()
@@ -383,15 +383,40 @@ func TestEnsureWaitsForJetStream(t *testing.T) {
 	for range 5 {
 		receive(t, sent, "a request")
 	}
-	if err := srv.EnableJetStream(&server.JetStreamConfig{StoreDir: t.TempDir()}); err != nil {
-		t.Fatal(err)
-	}
+	p.stop()
+	p.opts.JetStream = true
+	p.start(t)
 	if err := receive(t, done, "ensure"); err != nil {
 		t.Errorf("ensure: %v", err)
 	}
 	streamConfig(t, nc, "S")
 	if got := book.alarms("stream cannot be ensured yet"); len(got) != 1 {
 		t.Errorf("%d alarms %q, want 1", len(got), got)
+	}
+}
+
+// TestEnsureWaitsForALeader starts on the one server of three that is up.
+func TestEnsureWaitsForALeader(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	for _, p := range c.servers[1:] {
+		p.stop()
+	}
+	nc := connect(t, c.servers[0].url())
+	js, sent := tracedJetStream(t, nc)
+	done := make(chan error, 1)
+	_, log := newLogBook()
+	go func() { done <- Stream("S").Replicas(3).ensure(testContext(t), js, log) }()
+	receive(t, sent, "the first request")
+	receive(t, sent, "the second request")
+	for _, p := range c.servers[1:] {
+		p.start(t)
+	}
+	if err := receive(t, done, "ensure"); err != nil {
+		t.Errorf("ensure: %v", err)
+	}
+	if got := streamConfig(t, nc, "S").Replicas; got != 3 {
+		t.Errorf("%d replicas, want 3", got)
 	}
 }
 
@@ -477,6 +502,8 @@ func TestStreamPasses(t *testing.T) {
 		{"request deadline", context.DeadlineExceeded, true},
 		{"no meta leader", api(503, 10008), true},
 		{"not the leader", api(500, 10009), true},
+		{"a server that is away", &jetstream.APIError{Code: 400, ErrorCode: 10005, Description: "no suitable peers for placement, peer offline"}, true},
+		{"too few servers", &jetstream.APIError{Code: 400, ErrorCode: 10005, Description: "no suitable peers for placement"}, false},
 		{"created by another", jetstream.ErrStreamNameAlreadyInUse, true},
 		{"deleted by another", jetstream.ErrStreamNotFound, true},
 		{"no JetStream for the account", jetstream.ErrJetStreamNotEnabledForAccount, false},
