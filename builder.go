@@ -270,7 +270,15 @@ func (r RouteBuilder) HandleBatch(fn BatchHandler) Spec {
 	return Spec{route: r, kind: kindBatch, batch: fn}
 }
 
-// Reply ends the chain of a core route whose messages are requests.
+// Reply ends the chain of a core route whose messages are requests. Each is
+// answered: with the responder's result, at the end of Timeout with code 504
+// whether the responder has returned or not, and with code 503 at once while more
+// than [WaitingRequestsPerHandler] wait for each handler of the route (and more
+// than [MinWaitingRequests]), or when a shutdown passes its drain timeout.
+//
+// The deadline of a requester that tells it, as [Publisher.Request] does, ends the
+// responder's context as well; a request that has waited beyond it is answered
+// with 504 and not run. A result that comes after the answer is dropped and logged.
 func (r RouteBuilder) Reply(fn Responder) Spec {
 	return Spec{route: r, kind: kindReply, responder: fn}
 }

@@ -359,7 +359,7 @@ func (r *durableRoute) run(d *delivery) {
 		r.conclude(d, errCrashed)
 		return
 	}
-	r.attempt(d)
+	r.attempt(d, r.spec.route.timeout)
 }
 
 func (r *durableRoute) lapse(d *delivery) {

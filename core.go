@@ -2,6 +2,10 @@ package natsx
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
 	"strconv"
 	"time"
 
@@ -12,9 +16,20 @@ const (
 	// coreQueue is how many messages of a core route may wait for a worker. When
 	// they do, the rest waits in the subscription, up to its pending limits.
 	coreQueue = 1024
-	// MaxWaitingRequests is how many requests of one route may wait for a worker;
-	// one more is answered with code 503 at once.
-	MaxWaitingRequests = 1024
+	// WaitingRequestsPerHandler is how many requests may wait for each handler
+	// that a reply route runs at once; MinWaitingRequests may in any case. One
+	// more is answered with code 503 at once.
+	WaitingRequestsPerHandler = 16
+	MinWaitingRequests        = 128
+)
+
+var (
+	errBusy         = Fail(http.StatusServiceUnavailable, "service is busy")
+	errShuttingDown = Fail(http.StatusServiceUnavailable, "service is shutting down")
+	// errGone is a request whose requester waits no more.
+	errGone = fmt.Errorf("natsx: the requester's deadline passed before a worker was free: %w", context.DeadlineExceeded)
+	// errLate is a result that came after the request was answered without it.
+	errLate = fmt.Errorf("natsx: responder was too late: %w", context.DeadlineExceeded)
 )
 
 // coreRoute consumes one route from a core NATS subscription: messages, or requests
@@ -23,9 +38,10 @@ type coreRoute struct {
 	route
 
 	// Guarded by the pool's mutex.
-	full    bool          // the callback waits for room
-	room    chan struct{} // told when there is room again; capacity 1
-	dropped uint64        // by the client as a slow consumer, when last asked
+	full      bool          // the callback waits for room
+	room      chan struct{} // told when there is room again; capacity 1
+	dropped   uint64        // by the client as a slow consumer, when last asked
+	lastError error         // of a request
 }
 
 // receive is the subscription's callback. It blocks while the route has enough to
@@ -36,94 +52,185 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		route:   &r.route,
 		msg:     Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, reply: m.Reply},
 	}
+	if r.isReply() {
+		r.admit(d)
+		return
+	}
 	p := r.eng.pool
 	p.mu.Lock()
 	r.stats.Received++
-	if r.isReply() {
-		if r.queue.len() >= MaxWaitingRequests {
-			r.stats.Failed++
-			p.mu.Unlock()
-			r.respond(d, Fail(503, "service is busy"))
-			return
-		}
-	} else {
-		for r.queue.len() >= coreQueue && !p.closed {
-			r.full = true
-			p.mu.Unlock()
-			<-r.room
-			p.mu.Lock()
-		}
+	for r.queue.len() >= coreQueue && !p.closed {
+		r.full = true
+		p.mu.Unlock()
+		<-r.room
+		p.mu.Lock()
 	}
 	p.put(&r.lane, d)
 	p.mu.Unlock()
+}
+
+// admit queues a request, or refuses it while too many wait.
+func (r *coreRoute) admit(d *delivery) {
+	if patience, ok := requestTimeout(d.msg.Header); ok {
+		d.due = r.eng.now() + int64(min(patience, math.MaxInt64/2))
+	}
+	p := r.eng.pool
+	var refusal error
+	p.mu.Lock()
+	r.stats.Received++
+	switch {
+	case p.closed:
+		refusal = errShuttingDown
+	case r.queue.len() >= max(MinWaitingRequests, WaitingRequestsPerHandler*r.limit):
+		refusal = errBusy
+	default:
+		p.put(&r.lane, d)
+	}
+	p.mu.Unlock()
+	if refusal != nil {
+		r.refuse(d, refusal)
+	}
+}
+
+// refuse answers and books a request that no worker takes.
+func (r *coreRoute) refuse(d *delivery, err error) {
+	r.conclude(d, err)
+	r.eng.pool.mu.Lock()
+	r.book(d)
+	r.eng.pool.mu.Unlock()
+}
+
+// giveUp lets go of what no worker will take any more, after the pool was closed.
+func (r *coreRoute) giveUp() {
+	p := r.eng.pool
+	p.mu.Lock()
+	r.makeRoom()
+	var rest []*delivery
+	for r.isReply() && r.queue.len() > 0 {
+		rest = append(rest, r.queue.pop())
+		p.waiting--
+	}
+	p.mu.Unlock()
+	for _, d := range rest {
+		r.refuse(d, errShuttingDown)
+	}
 }
 
 func (r *coreRoute) isReply() bool { return r.spec.kind == kindReply }
 
 // run handles one message on a worker.
 func (r *coreRoute) run(d *delivery) {
-	d.began = r.eng.now()
-	if r.isReply() && r.spec.route.timeout > 0 {
-		// The requester is answered when the time is up, whatever the responder
-		// does with the end of its context.
-		late := time.AfterFunc(r.spec.route.timeout, func() {
-			r.respond(d, Fail(504, "no answer within "+r.spec.route.timeout.String()))
-		})
-		defer late.Stop()
+	now := r.eng.now()
+	d.began, d.ended = now, now
+	timeout := r.spec.route.timeout
+	if !r.isReply() {
+		r.attempt(d, timeout)
+		return
 	}
-	r.attempt(d)
+	patience := timeout
+	if d.due > 0 {
+		if patience = time.Duration(d.due - now); patience <= 0 {
+			r.conclude(d, errGone)
+			return
+		}
+	}
+	if timeout == 0 || patience < timeout {
+		// Nobody waits for an answer at the end of the requester's patience.
+		r.attempt(d, patience)
+		return
+	}
+	// The requester is answered when the time is up, whatever the responder does
+	// with the end of its context.
+	answered := make(chan struct{})
+	late := time.AfterFunc(timeout, func() {
+		defer close(answered)
+		if !d.answered.Swap(true) {
+			r.send(d, nil, nil, Fail(http.StatusGatewayTimeout, "no answer within "+timeout.String()))
+		}
+	})
+	defer func() {
+		if !late.Stop() {
+			<-answered
+		}
+	}()
+	r.attempt(d, timeout)
 }
 
 // conclude books the result of a message, and answers a request.
 func (r *coreRoute) conclude(d *delivery, err error) {
+	if r.isReply() {
+		err = r.respond(d, err)
+	}
 	d.err = err
 	switch {
 	case err == nil:
 		d.outcome = Succeeded
+	case r.isReply():
+		d.outcome = Failed
 	case is[*discardError](err):
 		d.outcome = Discarded
 	default:
 		d.outcome = Failed
 	}
-	if r.isReply() {
-		r.respond(d, err)
-	} else if err != nil {
+	if err != nil && !r.isReply() {
 		r.log.Error("natsx: handler failed, core message is gone", append(r.about(d), "error", err)...)
 	}
 	r.observe(d)
 }
 
-// respond answers a request once; a second answer is dropped.
-func (r *coreRoute) respond(d *delivery, err error) {
-	if d.msg.reply == "" || d.answered.Swap(true) {
-		return
+// respond answers a request with the result of its responder, unless it was
+// answered at its deadline, and returns the error that counts.
+func (r *coreRoute) respond(d *delivery, err error) error {
+	if d.answered.Swap(true) {
+		if err == nil {
+			err = errLate
+		}
+		r.log.Warn("natsx: responder was too late, its result is dropped", append(r.about(d), "error", err, "took", d.took())...)
+		return err
 	}
-	var data []byte
-	var header nats.Header
-	if err == nil { // else the responder may still be at work on both
-		data, header = d.answer, d.msg.answer
+	if errors.Is(err, context.Canceled) && r.eng.handlers.Err() != nil {
+		err = fmt.Errorf("%w: %w", errShuttingDown, err)
 	}
+	return r.send(d, d.answer, d.msg.answer, err)
+}
+
+// send publishes the answer that data, header and err make, and returns the error
+// that the requester got.
+func (r *coreRoute) send(d *delivery, data []byte, header nats.Header, err error) error {
 	data, header, internal := answer(data, header, err)
 	if internal {
-		r.log.Error("natsx: request failed, answered as internal error", append(r.about(d), "error", err)...)
+		r.log.Error("natsx: request failed", append(r.about(d), "error", err)...)
+	}
+	if d.msg.reply == "" {
+		return err
 	}
 	reply := &nats.Msg{Subject: d.msg.reply, Data: data, Header: header}
 	if most := r.eng.nc.MaxPayload(); int64(messageSize(reply)) > most {
-		r.log.Error("natsx: answer is too large, answered as internal error", append(r.about(d), "bytes", messageSize(reply))...)
-		reply.Data, reply.Header, _ = answer(nil, nil, Fail(500, "answer is larger than "+strconv.FormatInt(most, 10)+" bytes"))
+		r.log.Error("natsx: answer is too large", append(r.about(d), "bytes", messageSize(reply), "max", most)...)
+		err = errors.Join(Fail(http.StatusInternalServerError, "answer is larger than "+strconv.FormatInt(most, 10)+" bytes"), err)
+		reply.Data, reply.Header, _ = answer(nil, nil, err)
 	}
-	if err := r.eng.nc.PublishMsg(reply); err != nil {
-		r.log.Error("natsx: answer not sent", append(r.about(d), "error", err)...)
+	if failed := r.eng.nc.PublishMsg(reply); failed != nil {
+		r.log.Error("natsx: answer not sent", append(r.about(d), "error", failed)...)
 	}
+	return err
 }
 
 // finish books a message whose worker is done with it. The pool is locked.
 func (r *coreRoute) finish(d *delivery) pull {
-	r.count(d)
+	r.book(d)
 	if r.full && r.queue.len() <= coreQueue/2 {
 		r.makeRoom()
 	}
 	return pull{}
+}
+
+// book adds a finished message to the counters. The pool is locked.
+func (r *coreRoute) book(d *delivery) {
+	r.count(d)
+	if r.isReply() && d.err != nil {
+		r.lastError = d.err
+	}
 }
 
 // makeRoom lets a waiting callback go on. The pool is locked.

@@ -382,9 +382,7 @@ func (e *engine) drain() error {
 	e.pool.close()
 	for _, r := range e.routes {
 		if c, ok := r.(*coreRoute); ok {
-			e.pool.mu.Lock()
-			c.makeRoom()
-			e.pool.mu.Unlock()
+			c.giveUp()
 		}
 	}
 	e.abortHandlers(ErrDrainTimeout)

@@ -117,7 +117,7 @@ type delivery struct {
 	began    int64 // when it was started or given up, engine time
 	ended    int64 // when the handler had returned, engine time
 	err      error
-	due      int64        // of its retry, engine time
+	due      int64        // of its retry, or when a requester waits no more; engine time
 	answer   []byte       // of a responder
 	answered atomic.Bool  // the request was replied to
 	settling atomic.Int32 // see delivery.renewing

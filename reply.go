@@ -44,13 +44,25 @@ func (e *ReplyError) code() string {
 // that does not decode as 400 and a passed deadline as 504.
 func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
 
-// answer makes the reply of a responder's result. It is internal when the
-// requester learns nothing of err, so that err is to be logged.
+// replyFor is what a requester is told of err, which is not nil. It is internal
+// when that is less than err says, so that err is to be logged.
+func replyFor(err error) (reply *ReplyError, internal bool) {
+	if reply, ok := errors.AsType[*ReplyError](err); ok {
+		return reply, false
+	}
+	if undecodable, ok := errors.AsType[*DecodeError](err); ok {
+		return &ReplyError{Code: http.StatusBadRequest, Message: "request does not decode as " + undecodable.ContentType}, false
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return &ReplyError{Code: http.StatusGatewayTimeout, Message: "timeout"}, true
+	}
+	return &ReplyError{Code: http.StatusInternalServerError, Message: "internal error"}, true
+}
+
+// answer makes the reply of a responder's result. Of an error that was not meant
+// for the requester, it takes neither payload nor headers along.
 func answer(data []byte, hdr nats.Header, err error) (payload []byte, header nats.Header, internal bool) {
-	var reply *ReplyError
-	var undecodable *DecodeError
-	switch {
-	case err == nil:
+	if err == nil {
 		// Clients take a status without a payload for a word of the server, such
 		// as 503 for nobody there.
 		if len(data) == 0 && len(hdr["Status"]) > 0 {
@@ -58,21 +70,13 @@ func answer(data []byte, hdr nats.Header, err error) (payload []byte, header nat
 			delete(hdr, "Status")
 		}
 		return data, hdr, false
-	case errors.As(err, &reply):
+	}
+	reply, internal := replyFor(err)
+	if is[*ReplyError](err) {
 		header = cloneHeader(hdr)
 		delete(header, "Status")
-	case errors.As(err, &undecodable):
-		reply = &ReplyError{Code: http.StatusBadRequest, Message: "request does not decode as " + undecodable.ContentType}
-		data = nil
-	case errors.Is(err, context.DeadlineExceeded):
-		reply = &ReplyError{Code: http.StatusGatewayTimeout, Message: "timeout"}
-		data, internal = nil, true
-	default:
-		reply = &ReplyError{Code: http.StatusInternalServerError, Message: "internal error"}
-		data, internal = nil, true
-	}
-	if header == nil {
-		header = nats.Header{}
+	} else {
+		data, header = nil, make(nats.Header, 2)
 	}
 	message := reply.Message
 	if message == "" {

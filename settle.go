@@ -92,9 +92,10 @@ func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 	return h(ctx, m)
 }
 
-// attempt runs the route's handler on d within its timeout and has its owner
-// conclude it exactly once, also when the handler leaves by runtime.Goexit.
-func (r *route) attempt(d *delivery) {
+// attempt runs the route's handler on d within timeout, unless that is 0, and has
+// its owner conclude it exactly once, also when the handler leaves by
+// runtime.Goexit.
+func (r *route) attempt(d *delivery, timeout time.Duration) {
 	returned := false
 	defer func() {
 		if !returned {
@@ -103,7 +104,7 @@ func (r *route) attempt(d *delivery) {
 		}
 	}()
 	var err error
-	if timeout := r.spec.route.timeout; timeout > 0 {
+	if timeout > 0 {
 		err = invokeWithin(timeout, r.handler, d)
 	} else {
 		err = invoke(r.handler, d, &d.msg)
