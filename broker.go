@@ -63,6 +63,7 @@ type Broker struct {
 	streams      []StreamSpec
 	observer     Observer
 	errorText    func(error) string
+	service      *service // nil without WithService
 
 	ready chan struct{} // closed when every route receives
 	ran   atomic.Pointer[engine]
@@ -139,6 +140,9 @@ func (b *Broker) validate() error {
 	}
 	if b.errorText == nil {
 		add("error text function is nil")
+	}
+	if b.service != nil {
+		faults = append(faults, b.service.faults()...)
 	}
 	for i, mw := range b.middleware {
 		if mw == nil {

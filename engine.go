@@ -20,9 +20,10 @@ type engine struct {
 	pool        *pool
 	acks        *acker
 	routes      []runner
-	durables    int       // number of durable routes
-	base        time.Time // of the engine's clock
-	apiPrefix   string    // of JetStream's API, with its last dot
+	discovery   *discovery // nil until it answers, and without WithService
+	durables    int        // number of durable routes
+	base        time.Time  // of the engine's clock
+	apiPrefix   string     // of JetStream's API, with its last dot
 	inboxPrefix string
 
 	// intake ends when no more messages are wanted: the caller's context ended
@@ -145,6 +146,13 @@ func (e *engine) start() bool {
 	}
 	if !e.each(runner.start) {
 		return false
+	}
+	if e.service != nil {
+		var err error
+		if e.discovery, err = startDiscovery(e); err != nil {
+			e.fail(err)
+			return false
+		}
 	}
 	for e.nc.FlushTimeout(apiTimeout) != nil {
 		if e.intake.Err() != nil || e.nc.IsClosed() {
@@ -274,6 +282,9 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 			e.fail(r.base().spec.fault(denied.Operation, fmt.Sprintf("%q", denied.Subject), "permission denied by the server", denied))
 		}
 	}
+	if e.service != nil && e.service.denied(denied) {
+		e.fail(e.service.failure(denied))
+	}
 }
 
 func (e *engine) watchStatus(status <-chan nats.Status) {
@@ -358,6 +369,9 @@ func (e *engine) renew(due []*delivery) {
 // drain ends the intake and waits for what is in hand.
 func (e *engine) drain() error {
 	e.endIntake()
+	if e.discovery != nil {
+		e.discovery.stop()
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), e.drainTimeout)
 	defer cancel()
 	var stopping sync.WaitGroup

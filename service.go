@@ -1,0 +1,215 @@
+package natsx
+
+import (
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/micro"
+)
+
+// WithService lists the broker's reply routes as one NATS micro service, one
+// endpoint for each: tools such as the nats CLI then find it, and read the
+// requests, errors and handler times of every route. Of the name only letters,
+// digits, dash and underscore are allowed, the version is a semantic one
+// ("1.4.0"), the description is free text. [Broker.Run] refuses others with
+// [ErrInvalidName].
+//
+// An endpoint is named after its route, with a dash for each dot and an
+// underscore for whatever else its name may not hold, and tells the route's own
+// queue group: without [RouteBuilder.Queue] every replica answers every request.
+// A refused request counts as one and as an error, like every other that was
+// answered with an error. The service is listed from when the broker is ready
+// until its shutdown begins. Its user needs the permission to subscribe to
+// $SRV.> as well.
+func WithService(name, version, description string) Option {
+	return func(b *Broker) { b.service = &service{name, version, description} }
+}
+
+// service is what WithService was given.
+type service struct{ name, version, description string }
+
+var (
+	serviceName     = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
+	semanticVersion = regexp.MustCompile(`^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)` +
+		`(-(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(\.(0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*)?` +
+		`(\+[0-9a-zA-Z-]+(\.[0-9a-zA-Z-]+)*)?$`)
+)
+
+func (s *service) faults() []error {
+	var faults []error
+	if !serviceName.MatchString(s.name) {
+		faults = append(faults, fmt.Errorf("natsx: service name %q: must be letters, digits, dashes and underscores: %w", s.name, ErrInvalidName))
+	}
+	if !semanticVersion.MatchString(s.version) {
+		faults = append(faults, fmt.Errorf("natsx: service %q: version %q: must be a semantic version such as 1.0.0: %w", s.name, s.version, ErrInvalidName))
+	}
+	return faults
+}
+
+// denied tells whether the service needs what the server refused.
+func (s *service) denied(e *PermissionError) bool {
+	return e.Operation == "subscribe" && strings.HasPrefix(e.Subject, micro.APIPrefix+".")
+}
+
+func (s *service) failure(err error) error {
+	return failure(fmt.Sprintf("service %q: %s", s.name, cause(err)), err)
+}
+
+// discovery answers for the service on the subjects of NATS micro. It does not use
+// [micro.AddService], which runs its endpoints' handlers in its own subscriptions
+// and would count and time those instead of the pool's work.
+type discovery struct {
+	*service
+	eng      *engine
+	identity micro.ServiceIdentity
+	started  time.Time
+	subs     []*nats.Subscription
+	asked    chan *nats.Msg // nats.go sends, and nobody closes it
+	stopped  chan struct{}
+	answers  sync.WaitGroup
+}
+
+// mostAsked bounds the questions that wait; nats.go drops more.
+const mostAsked = 256
+
+// startDiscovery begins to answer. The caller stops what it gets, also when it
+// comes with an error.
+func startDiscovery(e *engine) (*discovery, error) {
+	s := e.service
+	inbox := e.nc.NewInbox()
+	d := &discovery{
+		service: s, eng: e, started: time.Now().UTC(),
+		identity: micro.ServiceIdentity{
+			Name: s.name, Version: s.version, Metadata: map[string]string{},
+			ID: inbox[strings.LastIndexByte(inbox, '.')+1:],
+		},
+		asked: make(chan *nats.Msg, mostAsked), stopped: make(chan struct{}),
+	}
+	d.answers.Go(d.serve)
+	for _, verb := range []micro.Verb{micro.PingVerb, micro.InfoVerb, micro.StatsVerb} {
+		for _, of := range [][2]string{{}, {s.name}, {s.name, d.identity.ID}} {
+			subject, err := micro.ControlSubject(verb, of[0], of[1])
+			if err != nil {
+				return d, s.failure(err)
+			}
+			sub, err := e.nc.ChanSubscribe(subject, d.asked)
+			if err != nil {
+				return d, s.failure(err)
+			}
+			d.subs = append(d.subs, sub)
+		}
+	}
+	return d, nil
+}
+
+func (d *discovery) stop() {
+	for _, sub := range d.subs {
+		sub.Unsubscribe() // fails on a closed connection, which is as good
+	}
+	close(d.stopped)
+	d.answers.Wait()
+}
+
+func (d *discovery) serve() {
+	for {
+		select {
+		case m := <-d.asked:
+			if m.Reply == "" {
+				continue
+			}
+			if err := d.answer(m); err != nil {
+				d.eng.log.Warn("natsx: service question not answered", "subject", m.Subject, "error", err)
+			}
+		case <-d.stopped:
+			return
+		}
+	}
+}
+
+func (d *discovery) answer(m *nats.Msg) error {
+	var v any
+	switch subjectToken(m.Subject, 1) {
+	case micro.InfoVerb.String():
+		v = d.info()
+	case micro.StatsVerb.String():
+		v = d.stats()
+	default:
+		v = micro.Ping{ServiceIdentity: d.identity, Type: micro.PingResponseType}
+	}
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return m.Respond(data)
+}
+
+func (d *discovery) info() micro.Info {
+	info := micro.Info{
+		ServiceIdentity: d.identity, Type: micro.InfoResponseType,
+		Description: d.description, Endpoints: []micro.EndpointInfo{},
+	}
+	for _, r := range d.eng.responders() {
+		info.Endpoints = append(info.Endpoints, micro.EndpointInfo{
+			Name: endpointName(r.spec.route.filter), Subject: r.spec.route.filter,
+			QueueGroup: r.spec.route.queue, Metadata: map[string]string{},
+		})
+	}
+	return info
+}
+
+func (d *discovery) stats() micro.Stats {
+	stats := micro.Stats{
+		ServiceIdentity: d.identity, Type: micro.StatsResponseType,
+		Started: d.started, Endpoints: []*micro.EndpointStats{},
+	}
+	for _, r := range d.eng.responders() {
+		d.eng.pool.mu.Lock()
+		counted, last := r.stats, r.lastError
+		d.eng.pool.mu.Unlock()
+		s := &micro.EndpointStats{
+			Name: endpointName(r.spec.route.filter), Subject: r.spec.route.filter, QueueGroup: r.spec.route.queue,
+			NumRequests:    int(counted.Succeeded + counted.Failed),
+			NumErrors:      int(counted.Failed),
+			ProcessingTime: counted.HandlerTime,
+		}
+		if s.NumRequests > 0 {
+			s.AverageProcessingTime = s.ProcessingTime / time.Duration(s.NumRequests)
+		}
+		if last != nil {
+			// What the requester was told, and no more: this leaves the process.
+			reply, _ := replyFor(last)
+			s.LastError = reply.code() + ":" + reply.Message
+		}
+		stats.Endpoints = append(stats.Endpoints, s)
+	}
+	return stats
+}
+
+// responders are the engine's reply routes, in the order given to Run.
+func (e *engine) responders() []*coreRoute {
+	var found []*coreRoute
+	for _, r := range e.routes {
+		if c, ok := r.(*coreRoute); ok && c.isReply() {
+			found = append(found, c)
+		}
+	}
+	return found
+}
+
+// endpointName makes a name that micro allows of a route's subject.
+func endpointName(subject string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == '.':
+			return '-'
+		case r < 0x80 && serviceName.MatchString(string(r)):
+			return r
+		}
+		return '_'
+	}, subject)
+}
