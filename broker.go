@@ -110,14 +110,14 @@ func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
 	if err := errors.Join(b.validate(), Validate(specs...)); err != nil {
 		return err
 	}
-	if b.js == nil {
-		js, err := jetstream.New(b.nc)
-		if err != nil {
+	js := b.js
+	if js == nil {
+		var err error
+		if js, err = jetstream.New(b.nc); err != nil {
 			return fmt.Errorf("natsx: JetStream context: %w", err)
 		}
-		b.js = js
 	}
-	e := newEngine(ctx, b, specs)
+	e := newEngine(ctx, b, js, specs)
 	if !b.ran.CompareAndSwap(nil, e) {
 		return ErrAlreadyRun
 	}

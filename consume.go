@@ -49,6 +49,7 @@ type durableRoute struct {
 
 	heartbeat time.Duration          // of the server while a pull waits
 	inbox     atomic.Pointer[string] // pulls reply to inbox.<token>
+	located   atomic.Bool            // target is complete
 	heard     atomic.Int64           // engine time of the last word from the server
 	gate      sync.Mutex             // one of resume, pause and stop at a time
 
@@ -61,6 +62,7 @@ type durableRoute struct {
 	outstanding  int    // messages asked for and not here yet
 	tokens       uint64
 	mean         float64 // of the handler's time in ns, leaning to the slow side
+	finished     int64   // engine time of the last finish, or of the first arrival after a pause
 	leases       leaseList
 	delayed      timeHeap // when the retries given back by this process come due
 	verifying    bool
@@ -71,6 +73,9 @@ type durableRoute struct {
 
 // start opens the route for messages.
 func (r *durableRoute) start() error {
+	r.eng.pool.mu.Lock()
+	r.stats.Stream = r.target.stream
+	r.eng.pool.mu.Unlock()
 	r.lease = r.target.ackWait
 	r.heartbeat = min(max(r.target.ackWait/6, 500*time.Millisecond), 5*time.Second)
 	return r.resume()
@@ -145,6 +150,9 @@ func (r *durableRoute) stop(ctx context.Context) {
 }
 
 func (r *durableRoute) denied(e *PermissionError) bool {
+	if !r.located.Load() {
+		return false // whoever asks for something now hears of it
+	}
 	if e.Operation == "subscribe" {
 		return strings.HasPrefix(e.Subject, r.eng.inboxPrefix)
 	}
@@ -191,6 +199,9 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.pulls = r.pulls[:0]
 	}
 	r.leases.push(d)
+	if r.running == 0 && r.queue.len() == 0 {
+		r.finished = now
+	}
 	p.put(&r.lane, d)
 	next := r.plan(now)
 	p.mu.Unlock()
@@ -321,7 +332,8 @@ func (r *durableRoute) pullExpires() time.Duration {
 // pull sends a planned pull (the pull protocol of ADR-13). A failure to send is
 // found by the missing heartbeats.
 func (r *durableRoute) pull(next pull) {
-	if next.batch == 0 {
+	// A pull that waited for a reconnect would come on top of the new ones.
+	if next.batch == 0 || !r.eng.nc.IsConnected() {
 		return
 	}
 	expires := r.pullExpires()
@@ -402,7 +414,9 @@ func (r *durableRoute) conclude(d *delivery, err error) {
 			r.settle(d, ackTerm(string(s.reason)))
 		}
 	case actBury:
-		r.bury(d, s.reason)
+		if !r.bury(d, s.reason) {
+			return // whoever moves the letter concludes
+		}
 	}
 	r.observe(d)
 }
@@ -442,13 +456,14 @@ func (r *durableRoute) confirm(ctx context.Context, d *delivery, ack []byte) boo
 
 // finish books a delivery whose worker is done with it. The pool is locked.
 func (r *durableRoute) finish(d *delivery) pull {
+	r.finished = d.ended
 	if d.ended != d.began { // else it was given up without a run
 		r.learn(d.took())
 	}
-	if d.outcome == Retried {
-		r.delayed.push(d.due)
-	}
 	if !d.held {
+		if d.outcome == Retried {
+			r.delayed.push(d.due)
+		}
 		r.leases.remove(d)
 		r.count(d)
 	}
@@ -485,6 +500,9 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 		}
 		i++
 	}
+	if since := now - r.finished; r.running > 0 && float64(since) > r.mean {
+		r.learn(time.Duration(since)) // of handlers that hang, before they return
+	}
 	silent := false
 	if r.pulling && len(r.pulls) > 0 {
 		first := r.pulls[0].expires - int64(r.pullExpires())
@@ -498,7 +516,7 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	} else {
 		r.clear("retries")
 	}
-	if now >= r.notBefore {
+	if now > r.notBefore+int64(10*pullPause) {
 		r.clear("pull")
 	}
 	if silent {

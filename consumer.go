@@ -90,7 +90,11 @@ func (r *durableRoute) locate(ctx context.Context) error {
 			return err
 		}
 	}
-	return r.ensureConsumer(ctx)
+	if err := r.ensureConsumer(ctx); err != nil {
+		return err
+	}
+	r.located.Store(true)
+	return nil
 }
 
 // ensureConsumer creates the durable, or adopts the one that exists.
@@ -274,11 +278,12 @@ func (r *durableRoute) verified() bool {
 		if ctx.Err() != nil || !r.eng.nc.IsConnected() {
 			return false
 		}
-		if !r.eng.alive() {
-			r.eng.reconnect()
+		if !r.eng.alive() && r.eng.reconnect() {
 			return false
 		}
+		r.eng.asking <- struct{}{}
 		info, err := r.consumerInfoOnce(ctx)
+		<-r.eng.asking
 		gone := error(nil)
 		switch {
 		case err == nil && info.Created.Equal(r.target.consumerCreated), errors.Is(err, ErrPermission):

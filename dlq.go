@@ -148,10 +148,10 @@ func letterFault(info *jetstream.StreamInfo, source *jetstream.StreamConfig) str
 }
 
 // bury moves a dead message to the DLQ, on the worker while the DLQ takes
-// letters. Else the message is held, its lease kept, the route stops pulling, and
-// one goroutine tries until the DLQ takes it: an acknowledgement without a stored
-// letter would lose the message.
-func (r *durableRoute) bury(d *delivery, reason Reason) {
+// letters, and returns true. Else the message is held, its lease kept, the route
+// stops pulling, and one goroutine tries until the DLQ takes it: an
+// acknowledgement without a stored letter would lose the message.
+func (r *durableRoute) bury(d *delivery, reason Reason) bool {
 	p := r.eng.pool
 	d.letter = r.letter(d, reason)
 	p.mu.Lock()
@@ -160,13 +160,13 @@ func (r *durableRoute) bury(d *delivery, reason Reason) {
 	if !down {
 		err := r.moveLetter(r.eng.closing, d)
 		if err == nil {
-			return
+			return true
 		}
 		r.trouble("dlq", err)
 	}
+	d.held = true
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	d.held = true
 	p.held++
 	r.letters.queue.push(d)
 	r.letters.down = true
@@ -174,6 +174,7 @@ func (r *durableRoute) bury(d *delivery, reason Reason) {
 		r.letters.active = true
 		r.eng.background.Go(r.writeLetters)
 	}
+	return false
 }
 
 // writeLetters moves held letters, the oldest first, until none is left.
@@ -205,6 +206,7 @@ func (r *durableRoute) writeLetters() {
 			pause = min(2*pause, letterPauseUp)
 			r.refreshDLQ()
 		}
+		r.observe(d)
 		p.mu.Lock()
 		p.held--
 		r.leases.remove(d)

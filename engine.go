@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // startAtOnce bounds how many routes start at the same time.
@@ -17,6 +18,7 @@ const startAtOnce = 16
 // engine is one Run of a broker: starting, running, draining, over.
 type engine struct {
 	*Broker
+	js          jetstream.JetStream
 	pool        *pool
 	acks        *acker
 	routes      []runner
@@ -37,6 +39,7 @@ type engine struct {
 	endClosing    context.CancelFunc
 
 	background sync.WaitGroup // goroutines that routes start when something is wrong
+	asking     chan struct{}  // slots for those that ask for their consumer
 
 	mu         sync.Mutex
 	state      string // for Health, empty when all is well
@@ -45,10 +48,10 @@ type engine struct {
 	lastForced time.Time       // when the connection was last forced to reconnect
 }
 
-func newEngine(ctx context.Context, b *Broker, specs []Spec) *engine {
+func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []Spec) *engine {
 	e := &engine{
-		Broker: b, pool: newPool(b.workers), base: time.Now(),
-		state: "is starting", claimed: map[string]Spec{},
+		Broker: b, js: js, pool: newPool(b.workers), base: time.Now(),
+		asking: make(chan struct{}, startAtOnce), state: "is starting", claimed: map[string]Spec{},
 	}
 	e.acks = newAcker(func(reply string) {
 		if err := b.nc.Publish(reply, ackAck); err != nil {
@@ -60,7 +63,7 @@ func newEngine(ctx context.Context, b *Broker, specs []Spec) *engine {
 	e.handlers, e.abortHandlers = context.WithCancelCause(live)
 	e.closing, e.endClosing = context.WithCancel(live)
 	e.apiPrefix = "$JS.API."
-	switch opts := b.js.Options(); {
+	switch opts := js.Options(); {
 	case opts.APIPrefix != "":
 		e.apiPrefix = strings.TrimSuffix(opts.APIPrefix, ".") + "."
 	case opts.Domain != "":
@@ -96,15 +99,14 @@ func (e *engine) run() error {
 	}
 	e.pool.start()
 	go e.acks.run()
+	prepared := e.prepare()
 	keeper, endKeeper := context.WithCancel(context.Background())
 	kept := make(chan struct{})
-
-	started := e.start()
 	go func() {
 		defer close(kept)
 		e.keep(keeper)
 	}()
-	if started {
+	if prepared && e.open() {
 		e.setState("")
 		close(e.ready)
 		e.log.Info("natsx: broker is ready", "routes", len(e.routes), "workers", e.workers)
@@ -127,8 +129,9 @@ func (e *engine) run() error {
 	return errors.Join(append(e.failures, err)...)
 }
 
-// start brings every route to where it receives, and tells whether it did.
-func (e *engine) start() bool {
+// prepare makes the streams and finds or makes what every route needs. It tells
+// whether the routes can be opened.
+func (e *engine) prepare() bool {
 	if !e.awaitConnection() {
 		return false
 	}
@@ -141,9 +144,11 @@ func (e *engine) start() bool {
 		e.endIntake()
 		return false
 	}
-	if !e.each(func(r runner) error { return r.locate(e.intake) }) {
-		return false
-	}
+	return e.each(func(r runner) error { return r.locate(e.intake) })
+}
+
+// open has every route receive, and tells whether all do.
+func (e *engine) open() bool {
 	if !e.each(runner.start) {
 		return false
 	}
@@ -300,18 +305,24 @@ func (e *engine) watchStatus(status <-chan nats.Status) {
 	}
 }
 
-// reconnect replaces a connection that is up in name only.
-func (e *engine) reconnect() {
+// reconnect replaces a connection that is up in name only, but not one after
+// another. It tells whether the connection will come back as a new one.
+func (e *engine) reconnect() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if !e.nc.IsConnected() || time.Since(e.lastForced) < 2*time.Second {
-		return
+	if !e.nc.IsConnected() {
+		return true
+	}
+	if time.Since(e.lastForced) < 2*time.Second {
+		return false
 	}
 	e.lastForced = time.Now()
 	e.log.Warn("natsx: connection does not answer, reconnecting", "server", e.nc.ConnectedUrlRedacted())
 	if err := e.nc.ForceReconnect(); err != nil {
 		e.log.Error("natsx: reconnect failed", "error", err)
+		return false
 	}
+	return true
 }
 
 // alive makes sure of the connection with a round trip. Messages that come in
@@ -348,7 +359,8 @@ func (e *engine) renew(due []*delivery) {
 	sent := e.now()
 	renewed := due[:0]
 	for _, d := range due {
-		if d.renewing(func(d *delivery) { e.nc.Publish(d.msg.reply, ackInProgress) }) {
+		// Past its end a lease may be somebody else's.
+		if sent < d.lease.Load() && d.renewing(func(d *delivery) { e.nc.Publish(d.msg.reply, ackInProgress) }) {
 			renewed = append(renewed, d)
 		}
 	}
@@ -384,12 +396,7 @@ func (e *engine) drain() error {
 		e.pool.close()
 		<-e.pool.gone
 		e.acks.stop()
-		if e.nc.IsConnected() {
-			if err := e.nc.FlushTimeout(apiTimeout); err != nil {
-				e.log.Warn("natsx: acknowledgements not flushed", "error", err)
-			}
-		}
-		return nil
+		return e.flush(ctx)
 	case <-ctx.Done():
 	}
 	cut := &DrainError{Timeout: e.drainTimeout, Abandoned: e.pool.unfinished()}
@@ -412,6 +419,25 @@ func (e *engine) drain() error {
 	e.acks.stop()
 	e.nc.FlushTimeout(time.Second)
 	return cut
+}
+
+// flush has the server take what was said last. Without a connection it waits for
+// one, unless there is nothing to say.
+func (e *engine) flush(ctx context.Context) error {
+	for {
+		if n, err := e.nc.Buffered(); err != nil || n == 0 && !e.nc.IsConnected() {
+			return nil // closed, which is told elsewhere
+		}
+		try, cancel := context.WithTimeout(ctx, apiTimeout)
+		err := e.nc.FlushWithContext(try)
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if !wait(ctx, 50*time.Millisecond) {
+			return fmt.Errorf("%w: the last acknowledgements were not flushed within %s: %w", ErrDrainTimeout, e.drainTimeout, err)
+		}
+	}
 }
 
 func (e *engine) health() error {
@@ -440,7 +466,6 @@ func (e *engine) stats() Stats {
 		st := b.stats
 		st.Running, st.Waiting = b.running, b.queue.len()
 		if d, ok := r.(*durableRoute); ok {
-			st.Stream = d.target.stream
 			st.Delayed = len(d.delayed)
 		}
 		s.Routes[i] = st

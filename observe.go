@@ -28,9 +28,9 @@ type Event struct {
 	Duration time.Duration // how long the handler ran, 0 when it did not
 }
 
-// Observer is told of every finished attempt, after its handler returned. It
-// runs on the worker, so it must be fast, and is called by many at once. The
-// context is the handler's.
+// Observer is told of every finished attempt once it is settled. It mostly runs
+// on the worker, so it must be fast, and is called by many at once. The context is
+// the handler's.
 type Observer interface {
 	Observe(ctx context.Context, e Event)
 }
