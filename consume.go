@@ -438,9 +438,9 @@ func (r *durableRoute) settle(d *delivery, ack []byte) {
 }
 
 // confirm sends an acknowledgement until the server confirms it, and gives up
-// when the lease is lost or ctx ends.
+// when the lease is lost, the route was refused a permission, or ctx ends.
 func (r *durableRoute) confirm(ctx context.Context, d *delivery, ack []byte) bool {
-	for pause := 50 * time.Millisecond; r.eng.now() < d.lease.Load(); pause = min(2*pause, time.Second) {
+	for pause := 50 * time.Millisecond; r.eng.now() < d.lease.Load() && !r.refused.Load(); pause = min(2*pause, time.Second) {
 		try, cancel := context.WithTimeout(ctx, 2*time.Second)
 		_, err := r.eng.nc.RequestWithContext(try, d.msg.reply, ack)
 		cancel()

@@ -130,8 +130,11 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 		if hasCode(err, codeConsumerNotFound) && errors.Is(denied, ErrPermission) {
 			return fail(denied)
 		}
-		if err == nil {
+		switch {
+		case err == nil:
 			info, err = r.adopt(ctx, info, cfg, errors.Is(denied, ErrPermission))
+		case errors.Is(err, jetstream.ErrNotPullConsumer):
+			err = r.unfit("it is a push consumer")
 		}
 	}
 	if err != nil {
@@ -198,7 +201,6 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 			diffs = append(diffs, fmt.Sprintf(format, args...))
 		}
 	}
-	differs(have.DeliverSubject != "", "it is a push consumer")
 	differs(have.AckPolicy != jetstream.AckExplicitPolicy, "its ack policy is %s, not explicit", have.AckPolicy)
 	differs(len(have.BackOff) > 0, "it has a BackOff, which the server mixes with the delays of natsx")
 	differs(have.HeadersOnly, "it delivers headers only")
@@ -207,7 +209,7 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 		"its filter is %q", filters)
 	differs(bindOnly && have.MaxDeliver > 0, "its MaxDeliver is %d, not unlimited", have.MaxDeliver)
 	if len(diffs) > 0 {
-		return nil, r.spec.fault("durable", strconv.Quote(want.Durable), "exists and cannot be adopted: "+strings.Join(diffs, "; "), ErrConsumerConflict)
+		return nil, r.unfit(diffs...)
 	}
 	if bindOnly || have.AckWait == want.AckWait && have.MaxDeliver == want.MaxDeliver && have.MaxAckPending == want.MaxAckPending {
 		return info, nil
@@ -221,6 +223,11 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 		return err
 	})
 	return info, err
+}
+
+// unfit is the fault of a durable that exists and cannot be adopted.
+func (r *durableRoute) unfit(reasons ...string) error {
+	return r.spec.fault("durable", strconv.Quote(r.target.consumer), "exists and cannot be adopted: "+strings.Join(reasons, "; "), ErrConsumerConflict)
 }
 
 // verify makes sure that the consumer is still the one the route began with, and

@@ -88,7 +88,7 @@ func (e *engine) now() int64 { return int64(time.Since(e.base)) }
 func (e *engine) run() error {
 	defer e.endIntake()
 	async := watchAsync(e.nc, e.onAsyncError)
-	status := e.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
+	status := e.nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING, nats.CLOSED)
 	watcher := make(chan struct{})
 	go func() {
 		defer close(watcher)
@@ -284,6 +284,7 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 	}
 	for _, r := range e.routes {
 		if r.denied(denied) {
+			r.base().refused.Store(true)
 			e.fail(r.base().spec.fault(denied.Operation, fmt.Sprintf("%q", denied.Subject), "permission denied by the server", denied))
 		}
 	}
@@ -293,9 +294,19 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 }
 
 func (e *engine) watchStatus(status <-chan nats.Status) {
+	lost := false
 	for s := range status {
 		switch s {
+		case nats.RECONNECTING:
+			if !lost {
+				e.log.Warn("natsx: connection lost, routes wait for it", "error", e.nc.LastError())
+			}
+			lost = true
 		case nats.CONNECTED:
+			if lost {
+				e.log.Info("natsx: connection is back", "server", e.nc.ConnectedUrlRedacted())
+			}
+			lost = false
 			for _, r := range e.routes {
 				r.verify()
 			}

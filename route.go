@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -25,6 +26,8 @@ type route struct {
 	stats  RouteStats
 	sub    *nats.Subscription
 	closed chan struct{} // closed when the subscription's last callback has returned
+
+	refused atomic.Bool // the server refused the route a permission: Run ends
 
 	issuesMu sync.Mutex
 	issues   map[string]error // what keeps the route from its work, by kind
