@@ -62,13 +62,7 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 	live := context.WithoutCancel(ctx)
 	e.handlers, e.abortHandlers = context.WithCancelCause(live)
 	e.closing, e.endClosing = context.WithCancel(live)
-	e.apiPrefix = "$JS.API."
-	switch opts := js.Options(); {
-	case opts.APIPrefix != "":
-		e.apiPrefix = strings.TrimSuffix(opts.APIPrefix, ".") + "."
-	case opts.Domain != "":
-		e.apiPrefix = "$JS." + opts.Domain + ".API."
-	}
+	e.apiPrefix = apiPrefix(js)
 	inbox := b.nc.NewInbox()
 	e.inboxPrefix = inbox[:strings.LastIndexByte(inbox, '.')+1]
 	for _, spec := range specs {
@@ -80,6 +74,17 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		e.routes = append(e.routes, newRunner(e, spec))
 	}
 	return e
+}
+
+// apiPrefix begins every subject of JetStream's API; it ends in a dot.
+func apiPrefix(js jetstream.JetStream) string {
+	switch opts := js.Options(); {
+	case opts.APIPrefix != "":
+		return strings.TrimSuffix(opts.APIPrefix, ".") + "."
+	case opts.Domain != "":
+		return "$JS." + opts.Domain + ".API."
+	}
+	return "$JS.API."
 }
 
 // now is the engine's clock: nanoseconds since its start, monotonic.

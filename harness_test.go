@@ -228,7 +228,7 @@ func publishMany(t testing.TB, nc *nats.Conn, count int, build func(i int) *nats
 	}
 	futures := make([]jetstream.PubAckFuture, count)
 	for i := range futures {
-		if futures[i], err = js.PublishMsgAsync(build(i)); err != nil {
+		if futures[i], err = js.PublishMsgAsync(build(i), jetstream.WithStallWait(testLimit)); err != nil {
 			t.Fatalf("publish message %d: %v", i, err)
 		}
 	}

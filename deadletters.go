@@ -1,0 +1,578 @@
+package natsx
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// ErrNotALetter is a message on a DLQ subject that is no dead letter of natsx;
+// see [LetterError].
+var ErrNotALetter = errors.New("natsx: not a dead letter")
+
+// LetterError is what is wrong with one message of a DLQ. The others are not
+// concerned by it.
+type LetterError struct {
+	Subject  string // of the message in the DLQ
+	Stream   string // of the DLQ
+	Sequence uint64 // in that stream
+	Err      error  // the cause, such as [ErrNotALetter]
+}
+
+// Error names the message by stream and sequence.
+func (e *LetterError) Error() string {
+	return fmt.Sprintf("natsx: dead letter %d of stream %q: %s", e.Sequence, e.Stream, cause(e.Err))
+}
+
+// Unwrap returns the cause.
+func (e *LetterError) Unwrap() error { return e.Err }
+
+// DeadLetter is a message that a durable gave up, as the DLQ keeps it.
+type DeadLetter struct {
+	Subject   string      // the original's subject
+	Stream    string      // the original's stream
+	Sequence  uint64      // the original's sequence in it
+	Durable   string      // the durable that failed
+	Attempts  int         // how often it was tried
+	Reason    Reason      // why it is dead
+	Error     string      // the last error's text
+	Stack     string      // of a panic
+	Time      time.Time   // of death, by the clock of Host
+	Published time.Time   // when the original was stored
+	Host      string      // where it died
+	Header    nats.Header // of the original, as far as the letter had room for it
+	Data      []byte      // the original's payload, none when Pointer
+	// Pointer tells that the payload was too large for a letter. The original
+	// is still in its stream.
+	Pointer bool
+	// Redrives is how often the original was redriven before, by its own word:
+	// [DeadLetterQuery.Redrive] proves it.
+	Redrives int
+
+	DLQSubject  string    // where the letter lies
+	DLQStream   string    // its stream
+	DLQSequence uint64    // its sequence in it
+	DLQTime     time.Time // when it was stored there
+
+	header nats.Header // of the letter
+}
+
+// parseLetter reads a message of a DLQ. With an error it is not a letter, and what
+// could be read of it is there nevertheless.
+func parseLetter(stream string, m *storedMsg) (DeadLetter, error) {
+	h := m.header
+	l := DeadLetter{
+		Subject:  h.Get(HeaderDLQSubject),
+		Stream:   h.Get(HeaderDLQStream),
+		Durable:  h.Get(HeaderDLQDurable),
+		Reason:   Reason(h.Get(HeaderDLQReason)),
+		Error:    h.Get(HeaderDLQError),
+		Stack:    strings.ReplaceAll(h.Get(HeaderDLQStack), `\n`, "\n"),
+		Host:     h.Get(HeaderDLQHost),
+		Header:   restoredHeaders(h, len(m.data) == 0),
+		Data:     m.data,
+		Pointer:  h.Get(HeaderDLQPointer) != "",
+		Redrives: redriveCount(h),
+
+		DLQSubject: m.subject, DLQStream: stream, DLQSequence: m.seq, DLQTime: m.time,
+		header: h,
+	}
+	var faults []string
+	fault := func(name, reason string) {
+		if reason != "" {
+			faults = append(faults, fmt.Sprintf("%s %q %s", name, h.Get(name), reason))
+		}
+	}
+	fault(HeaderDLQSubject, publishFault(l.Subject))
+	fault(HeaderDLQStream, nameFault(l.Stream))
+	fault(HeaderDLQDurable, nameFault(l.Durable))
+	if l.Reason == "" {
+		fault(HeaderDLQReason, "must not be empty")
+	}
+	var ok bool
+	if l.Sequence, ok = parseUint(h.Get(HeaderDLQSequence)); !ok || l.Sequence == 0 {
+		fault(HeaderDLQSequence, "is not a sequence")
+	}
+	var err error
+	if l.Attempts, err = strconv.Atoi(h.Get(HeaderDLQAttempts)); err != nil || l.Attempts < 0 {
+		fault(HeaderDLQAttempts, "is not a number of attempts")
+	}
+	if l.Time, err = time.Parse(time.RFC3339Nano, h.Get(HeaderDLQTime)); err != nil {
+		fault(HeaderDLQTime, "is not a time")
+	}
+	if l.Published, err = time.Parse(time.RFC3339Nano, h.Get(HeaderDLQPublished)); err != nil {
+		fault(HeaderDLQPublished, "is not a time")
+	}
+	if len(faults) > 0 {
+		return l, &LetterError{Subject: m.subject, Stream: stream, Sequence: m.seq,
+			Err: fmt.Errorf("%w: %s", ErrNotALetter, strings.Join(faults, ", "))}
+	}
+	return l, nil
+}
+
+// restoredHeaders undoes originalHeaders.
+func restoredHeaders(h nats.Header, empty bool) nats.Header {
+	restored := nats.Header{}
+	for k, v := range h {
+		switch {
+		case hasPrefixFold(k, origPrefix):
+			k = k[len(origPrefix):]
+			if !hasPrefixFold(k, headerPrefix) && !(empty && strings.EqualFold(k, "Status")) {
+				k = "Nats-" + k
+			}
+		case hasPrefixFold(k, letterPrefix), hasPrefixFold(k, "Nats-"):
+			continue // the letter's own
+		}
+		restored[k] = append(restored[k], v...)
+	}
+	return restored
+}
+
+// OnDeadLetter adapts a function to a [Handler] for a route on a DLQ subject, for
+// alerts or repair. A message that is no dead letter is a permanent failure
+// ([*DecodeError] with [ErrNotALetter]). A nil fn is a nil Handler, which
+// validation refuses.
+//
+// The route's acknowledgements do not remove letters from a DLQ stream with limits
+// retention, so that they can still be listed and redriven.
+func OnDeadLetter(fn func(ctx context.Context, l DeadLetter) error) Handler {
+	if fn == nil {
+		return nil
+	}
+	return func(ctx context.Context, m *Msg) error {
+		l, err := parseLetter(m.Stream(), &storedMsg{subject: m.Subject, seq: m.Sequence(), time: m.Time(), header: m.Header, data: m.Data})
+		if err != nil {
+			return &DecodeError{Subject: m.Subject, ContentType: "dead letter", Err: err}
+		}
+		return fn(ctx, l)
+	}
+}
+
+// DefaultMaxRedrives is how often one message is redriven at most.
+const DefaultMaxRedrives = 3
+
+// letterOption is one bit for each setter, as option is for routes.
+type letterOption uint32
+
+const (
+	optLetterDurable letterOption = 1 << iota
+	optLetterReason
+	optLetterSubject
+	optLetterSince
+	optLetterUntil
+	optLetterLimit
+	optLetterRate
+	optLetterMaxRedrives
+	optLetterDomain
+	optLetterAPIPrefix
+)
+
+// DeadLetterQuery selects dead letters of one DLQ; every filter narrows it. Like a
+// route's builder it is a small comparable value whose setters return changed
+// copies and never fail: the terminals ([DeadLetterQuery.List],
+// [DeadLetterQuery.Count], [DeadLetterQuery.Redrive], [DeadLetterQuery.Purge])
+// report every fault before they ask the server anything.
+//
+// A terminal sees what was stored when it began, in the order of the DLQ.
+// Nothing is left at the server, but for what a killed process was reading with,
+// which goes by itself within a minute.
+type DeadLetterQuery struct {
+	set letterOption
+
+	subject   string
+	durable   string
+	reason    Reason
+	original  string
+	sinceSec  int64 // split since a time.Time holds a pointer
+	sinceNano int64
+	untilSec  int64
+	untilNano int64
+	limit     int
+
+	rate        float64
+	dryRun      bool
+	maxRedrives int
+
+	domain string
+	prefix string
+}
+
+// DeadLetters starts a query for the letters on a DLQ subject, which may hold
+// wildcards; exactly one stream must have it.
+func DeadLetters(subject string) DeadLetterQuery { return DeadLetterQuery{subject: subject} }
+
+// Durable selects the letters of one durable.
+func (q DeadLetterQuery) Durable(name string) DeadLetterQuery {
+	q.set |= optLetterDurable
+	q.durable = name
+	return q
+}
+
+// Reason selects the letters with one reason.
+func (q DeadLetterQuery) Reason(r Reason) DeadLetterQuery {
+	q.set |= optLetterReason
+	q.reason = r
+	return q
+}
+
+// Subject selects by the original's subject with a filter that may hold wildcards.
+func (q DeadLetterQuery) Subject(filter string) DeadLetterQuery {
+	q.set |= optLetterSubject
+	q.original = filter
+	return q
+}
+
+// Since selects what died at t or later.
+func (q DeadLetterQuery) Since(t time.Time) DeadLetterQuery {
+	q.set |= optLetterSince
+	q.sinceSec, q.sinceNano = t.Unix(), int64(t.Nanosecond())
+	return q
+}
+
+// Until selects what died before t.
+func (q DeadLetterQuery) Until(t time.Time) DeadLetterQuery {
+	q.set |= optLetterUntil
+	q.untilSec, q.untilNano = t.Unix(), int64(t.Nanosecond())
+	return q
+}
+
+// Limit ends the query after n selected messages, at least 1. Default is all.
+func (q DeadLetterQuery) Limit(n int) DeadLetterQuery {
+	q.set |= optLetterLimit
+	q.limit = n
+	return q
+}
+
+// Rate limits Redrive and Purge to so many letters a second, above zero. Default
+// is as fast as possible.
+func (q DeadLetterQuery) Rate(perSecond float64) DeadLetterQuery {
+	q.set |= optLetterRate
+	q.rate = perSecond
+	return q
+}
+
+// DryRun has Redrive and Purge report what they would do, and change nothing.
+func (q DeadLetterQuery) DryRun() DeadLetterQuery {
+	q.dryRun = true
+	return q
+}
+
+// MaxRedrives is how often one message may be redriven, at least 1, so that one
+// which cannot be handled does not go in circles. Default is [DefaultMaxRedrives].
+func (q DeadLetterQuery) MaxRedrives(n int) DeadLetterQuery {
+	q.set |= optLetterMaxRedrives
+	q.maxRedrives = n
+	return q
+}
+
+// Domain asks the JetStream of another domain. It excludes APIPrefix.
+func (q DeadLetterQuery) Domain(name string) DeadLetterQuery {
+	q.set |= optLetterDomain
+	q.domain = name
+	return q
+}
+
+// APIPrefix asks a JetStream whose API another account exports under a prefix,
+// such as "JS.ops.API". It excludes Domain.
+func (q DeadLetterQuery) APIPrefix(prefix string) DeadLetterQuery {
+	q.set |= optLetterAPIPrefix
+	q.prefix = prefix
+	return q
+}
+
+func (q DeadLetterQuery) validate() error {
+	var faults []error
+	add := func(field, value, reason string, err error) {
+		faults = append(faults, failure(fmt.Sprintf("dead letters of %q: %s %s: %s", q.subject, field, value, reason), err))
+	}
+	has := func(o letterOption) bool { return q.set&o != 0 }
+	if reason := filterFault(q.subject); reason != "" {
+		add("subject", strconv.Quote(q.subject), reason, ErrInvalidSubject)
+	}
+	if reason := nameFault(q.durable); has(optLetterDurable) && reason != "" {
+		add("durable", strconv.Quote(q.durable), reason, ErrInvalidName)
+	}
+	if has(optLetterReason) && q.reason == "" {
+		add("reason", `""`, "must not be empty", ErrOutOfRange)
+	}
+	if reason := filterFault(q.original); has(optLetterSubject) && reason != "" {
+		add("original subject", strconv.Quote(q.original), reason, ErrInvalidSubject)
+	}
+	if has(optLetterSince) && q.since().IsZero() {
+		add("since", "", "must not be the zero time", ErrOutOfRange)
+	}
+	if has(optLetterUntil) && q.until().IsZero() {
+		add("until", "", "must not be the zero time", ErrOutOfRange)
+	} else if has(optLetterSince) && has(optLetterUntil) && !q.since().Before(q.until()) {
+		add("until", q.until().Format(time.RFC3339Nano), "is not after since", ErrOptionConflict)
+	}
+	if has(optLetterLimit) && q.limit < 1 {
+		add("limit", strconv.Itoa(q.limit), "must be at least 1", ErrOutOfRange)
+	}
+	if has(optLetterRate) && (!(q.rate > 0) || math.IsInf(q.rate, 0)) {
+		add("rate", strconv.FormatFloat(q.rate, 'g', -1, 64), "must be above zero and finite", ErrOutOfRange)
+	}
+	if has(optLetterMaxRedrives) && q.maxRedrives < 1 {
+		add("maxRedrives", strconv.Itoa(q.maxRedrives), "must be at least 1", ErrOutOfRange)
+	}
+	if reason := groupFault(q.domain); has(optLetterDomain) && reason != "" {
+		add("domain", strconv.Quote(q.domain), reason, ErrInvalidName)
+	}
+	if reason := subjectFault(strings.TrimSuffix(q.prefix, ".")); has(optLetterAPIPrefix) && reason != "" {
+		add("apiPrefix", strconv.Quote(q.prefix), reason, ErrInvalidName)
+	}
+	if has(optLetterDomain) && has(optLetterAPIPrefix) {
+		add("apiPrefix", strconv.Quote(q.prefix), "does not fit with a domain", ErrOptionConflict)
+	}
+	return errors.Join(faults...)
+}
+
+func (q DeadLetterQuery) since() time.Time { return time.Unix(q.sinceSec, q.sinceNano) }
+func (q DeadLetterQuery) until() time.Time { return time.Unix(q.untilSec, q.untilNano) }
+
+// selects tells whether the filters take l. Of what is no letter, nothing is known
+// that a filter could take.
+func (q DeadLetterQuery) selects(l *DeadLetter) bool {
+	has := func(o letterOption) bool { return q.set&o != 0 }
+	switch {
+	case has(optLetterDurable) && l.Durable != q.durable,
+		has(optLetterReason) && l.Reason != q.reason,
+		has(optLetterSubject) && (l.Subject == "" || !subjectMatches(q.original, l.Subject)),
+		has(optLetterSince|optLetterUntil) && l.Time.IsZero(),
+		has(optLetterSince) && l.Time.Before(q.since()),
+		has(optLetterUntil) && !l.Time.Before(q.until()):
+		return false
+	}
+	return true
+}
+
+// deadLetters is one run of a query.
+type deadLetters struct {
+	DeadLetterQuery
+	store
+	dlq *jetstream.StreamInfo
+}
+
+// open judges the query and finds the DLQ's stream.
+func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters, error) {
+	if err := q.validate(); err != nil {
+		return nil, err
+	}
+	var js jetstream.JetStream
+	var err error
+	switch {
+	case q.set&optLetterDomain != 0:
+		js, err = jetstream.NewWithDomain(nc, q.domain)
+	case q.set&optLetterAPIPrefix != 0:
+		js, err = jetstream.NewWithAPIPrefix(nc, strings.TrimSuffix(q.prefix, "."))
+	default:
+		js, err = jetstream.New(nc)
+	}
+	fail := func(what string, causes ...error) (*deadLetters, error) {
+		return nil, failure(fmt.Sprintf("dead letters of %q: %s", q.subject, what), causes...)
+	}
+	if err != nil {
+		return fail(err.Error(), err)
+	}
+	names, err := streamsFor(ctx, js, q.subject)
+	switch {
+	case err != nil:
+		return fail(cause(err), err)
+	case len(names) == 0:
+		return fail("no stream has the subject", ErrNoStream)
+	case len(names) > 1:
+		return fail(fmt.Sprintf("several streams have the subject: %q", names), ErrAmbiguousStream)
+	}
+	d := &deadLetters{DeadLetterQuery: q, store: store{nc: nc, js: js, prefix: apiPrefix(js)}}
+	if d.dlq, err = d.streamInfo(ctx, names[0]); err != nil {
+		return fail(fmt.Sprintf("stream %q: %s", names[0], cause(err)), err)
+	}
+	return d, nil
+}
+
+// all yields what the query selects. A [*LetterError] concerns one message; any
+// other error is the last thing yielded.
+func (d *deadLetters) all(ctx context.Context, headersOnly bool) iter.Seq2[DeadLetter, error] {
+	return func(yield func(DeadLetter, error) bool) {
+		left := d.limit
+		part := span{stream: d.dlq, filter: d.subject, last: d.dlq.State.LastSeq, headersOnly: headersOnly}
+		for m, err := range d.read(ctx, part) {
+			if err != nil {
+				yield(DeadLetter{}, err)
+				return
+			}
+			l, err := parseLetter(d.dlq.Config.Name, m)
+			if !d.selects(&l) {
+				continue
+			}
+			if !yield(l, err) {
+				return
+			}
+			if left--; left == 0 {
+				return
+			}
+		}
+	}
+}
+
+// List yields the selected letters in the order of the DLQ, in constant memory.
+// Each use of the sequence reads anew; a break ends it at once.
+//
+// A message that is no dead letter is yielded with what is known of it and a
+// [*LetterError], which is [ErrNotALetter], and the sequence goes on. Any other
+// error is the last thing yielded.
+func (q DeadLetterQuery) List(ctx context.Context, nc *nats.Conn) iter.Seq2[DeadLetter, error] {
+	return func(yield func(DeadLetter, error) bool) {
+		d, err := q.open(ctx, nc)
+		if err != nil {
+			yield(DeadLetter{}, err)
+			return
+		}
+		d.all(ctx, false)(yield)
+	}
+}
+
+// LetterCounts is what [DeadLetterQuery.Count] found.
+type LetterCounts struct {
+	Total   int           // letters
+	Foreign int           // messages that are no letters, not in Total
+	Groups  []LetterGroup // ordered by durable, then reason
+}
+
+// LetterGroup is the letters of one durable with one reason.
+type LetterGroup struct {
+	Durable string
+	Reason  Reason
+	Count   int
+}
+
+// Count counts the selected letters by durable and reason, without their payloads.
+func (q DeadLetterQuery) Count(ctx context.Context, nc *nats.Conn) (LetterCounts, error) {
+	var counts LetterCounts
+	d, err := q.open(ctx, nc)
+	if err != nil {
+		return counts, err
+	}
+	groups := map[LetterGroup]int{}
+	for l, err := range d.all(ctx, true) {
+		switch {
+		case errors.Is(err, ErrNotALetter):
+			counts.Foreign++
+		case err != nil:
+			return counts, err
+		default:
+			counts.Total++
+			groups[LetterGroup{Durable: l.Durable, Reason: l.Reason}]++
+		}
+	}
+	for g, n := range groups {
+		g.Count = n
+		counts.Groups = append(counts.Groups, g)
+	}
+	slices.SortFunc(counts.Groups, func(a, b LetterGroup) int {
+		return cmp.Or(cmp.Compare(a.Durable, b.Durable), cmp.Compare(a.Reason, b.Reason))
+	})
+	return counts, nil
+}
+
+// Purge deletes the selected letters and returns how many. Messages that are no
+// letters stay. With a letter that is a pointer goes its original, when that only
+// waits in its stream for the letter's sake.
+//
+// When it ends early, by ctx or an error, what it deleted is gone, and the rest
+// untouched. A DLQ stream that refuses deletion is [ErrBadDLQ].
+func (q DeadLetterQuery) Purge(ctx context.Context, nc *nats.Conn) (int, error) {
+	d, err := q.open(ctx, nc)
+	if err != nil {
+		return 0, err
+	}
+	if err := d.removable(); err != nil {
+		return 0, err
+	}
+	pace := pacer{rate: d.rate}
+	purged := 0
+	for l, err := range d.all(ctx, true) {
+		if errors.Is(err, ErrNotALetter) {
+			continue
+		}
+		if err != nil {
+			return purged, err
+		}
+		if !d.dryRun {
+			if err := pace.wait(ctx); err != nil {
+				return purged, failure(fmt.Sprintf("dead letters of %q: purge: %v", q.subject, err), err)
+			}
+			if err := d.discard(ctx, &l); err != nil {
+				return purged, &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: err}
+			}
+		}
+		purged++
+	}
+	return purged, nil
+}
+
+// removable refuses a DLQ that keeps its letters for ever.
+func (d *deadLetters) removable() error {
+	c := d.dlq.Config
+	if c.DenyDelete || c.Sealed || c.Mirror != nil {
+		return failure(fmt.Sprintf("dead letters of %q: stream %q does not allow to delete messages", d.subject, c.Name), ErrBadDLQ)
+	}
+	return nil
+}
+
+// discard deletes a letter, after the original that only waits for its sake.
+func (d *deadLetters) discard(ctx context.Context, l *DeadLetter) error {
+	if l.Pointer {
+		source, err := d.streamInfo(ctx, l.Stream)
+		switch {
+		case hasCode(err, codeStreamNotFound):
+		case err != nil:
+			return err
+		case source.Config.Retention != jetstream.LimitsPolicy:
+			m, err := d.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
+			if err != nil {
+				return err
+			}
+			if m != nil && l.pointsTo(m) {
+				if err := d.remove(ctx, l.Stream, l.Sequence); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return d.remove(ctx, l.DLQStream, l.DLQSequence)
+}
+
+// pointsTo tells whether m is the original of l and not a message of a stream
+// that was made anew.
+func (l *DeadLetter) pointsTo(m *storedMsg) bool {
+	return m.seq == l.Sequence && m.subject == l.Subject && m.time.Equal(l.Published)
+}
+
+// pacer spaces events evenly at a rate a second, 0 for no limit.
+type pacer struct {
+	rate float64
+	next time.Time
+}
+
+func (p *pacer) wait(ctx context.Context) error {
+	if p.rate > 0 {
+		now := time.Now()
+		if p.next.After(now) {
+			wait(ctx, p.next.Sub(now))
+			now = p.next
+		}
+		p.next = now.Add(time.Duration(min(float64(time.Second)/p.rate, float64(math.MaxInt64/2))))
+	}
+	return ctx.Err()
+}

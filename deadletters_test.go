@@ -1,0 +1,397 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+var diedAt = time.Date(2026, 3, 4, 5, 6, 7, 8, time.UTC)
+
+// testLetter is the i-th of a series of letters, from 0, that died a minute apart.
+func testLetter(durable string, reason Reason, i int) *nats.Msg {
+	return &nats.Msg{
+		Subject: "dlq.orders",
+		Header: nats.Header{
+			HeaderDLQSubject:   {"orders.new"},
+			HeaderDLQStream:    {"ORDERS"},
+			HeaderDLQSequence:  {fmt.Sprint(i + 1)},
+			HeaderDLQDurable:   {durable},
+			HeaderDLQAttempts:  {"3"},
+			HeaderDLQReason:    {string(reason)},
+			HeaderDLQError:     {"no such customer"},
+			HeaderDLQTime:      {diedAt.Add(time.Duration(i) * time.Minute).Format(time.RFC3339Nano)},
+			HeaderDLQPublished: {diedAt.Add(-time.Hour).Format(time.RFC3339Nano)},
+			HeaderDLQHost:      {"test"},
+		},
+		Data: fmt.Append(nil, i),
+	}
+}
+
+// listed collects a query's letters, and the errors that concern one message.
+func listed(t testing.TB, nc *nats.Conn, q DeadLetterQuery) (found []DeadLetter, foreign []error) {
+	t.Helper()
+	for l, err := range q.List(testContext(t), nc) {
+		switch {
+		case errors.Is(err, ErrNotALetter):
+			foreign = append(foreign, err)
+		case err != nil:
+			t.Fatal(err)
+		default:
+			found = append(found, l)
+		}
+	}
+	return found, foreign
+}
+
+// consumers counts what reads or read a stream.
+func consumers(t testing.TB, nc *nats.Conn, stream string) int {
+	t.Helper()
+	s, err := jetStream(t, nc).Stream(testContext(t), stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.CachedInfo().State.Consumers
+}
+
+func TestDeadLettersOfARoute(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	publish(t, nc, &nats.Msg{Subject: "orders.new", Data: []byte("other")})
+	began := time.Now()
+	publish(t, nc, &nats.Msg{
+		Subject: "orders.new",
+		Header: nats.Header{
+			"Customer": {"7", "8"}, "Nats-Msg-Id": {"o-1"}, "Natsx-Dlq-Reason": {"forged"}, "Natsx-Orig-X": {"y"}, "Status": {"503"},
+		},
+	})
+	seen := make(chan DeadLetter, 1)
+	runBroker(t, NewBroker(nc),
+		Route("orders.*").Durable("billing").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.orders").
+			Handle(func(ctx context.Context, m *Msg) error {
+				if string(m.Data) == "other" {
+					return nil
+				}
+				panic("no such customer")
+			}),
+		Route("dlq.orders").Durable("alerts").Handle(OnDeadLetter(func(ctx context.Context, l DeadLetter) error {
+			seen <- l
+			return nil
+		})))
+	handled := receive(t, seen, "the letter's handler")
+	found, foreign := listed(t, nc, DeadLetters("dlq.orders"))
+	if len(found) != 1 || len(foreign) != 0 {
+		t.Fatalf("got %v and %v, want one letter", found, foreign)
+	}
+	l := found[0]
+	ignoreHeader := cmp.Comparer(func(a, b nats.Header) bool { return cmp.Equal(map[string][]string(a), map[string][]string(b)) })
+	if diff := cmp.Diff(handled, l, ignoreHeader, cmp.AllowUnexported(DeadLetter{})); diff != "" {
+		t.Errorf("OnDeadLetter and List differ:\n%s", diff)
+	}
+	if !strings.Contains(l.Stack, "\n") || !strings.Contains(l.Stack, "deadletters_test.go") {
+		t.Errorf("stack %q", l.Stack)
+	}
+	for name, at := range map[string]time.Time{"Time": l.Time, "Published": l.Published, "DLQTime": l.DLQTime} {
+		if at.Before(began.Add(-time.Second)) || at.After(time.Now().Add(time.Second)) {
+			t.Errorf("%s is %s", name, at)
+		}
+	}
+	l.header, l.Stack, l.Time, l.Published, l.DLQTime = nil, "", time.Time{}, time.Time{}, time.Time{}
+	want := DeadLetter{
+		Subject: "orders.new", Stream: "ORDERS", Sequence: 2, Durable: "billing", Attempts: 2, Reason: ReasonPanic,
+		Error: "natsx: handler panicked: no such customer", Host: hostname,
+		Header:     nats.Header{"Customer": {"7", "8"}, "Nats-Msg-Id": {"o-1"}, "Natsx-Dlq-Reason": {"forged"}, "Natsx-Orig-X": {"y"}, "Status": {"503"}},
+		Data:       []byte{},
+		DLQSubject: "dlq.orders", DLQStream: "DLQ", DLQSequence: 1,
+	}
+	if diff := cmp.Diff(want, l, ignoreHeader, cmp.AllowUnexported(DeadLetter{})); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestDeadLetterFilters(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
+	publishMany(t, nc, 10, func(i int) *nats.Msg {
+		m := testLetter([]string{"billing", "audit"}[i%2], []Reason{ReasonExhausted, ReasonPermanent, ReasonPanic}[i%3], i)
+		if i == 4 {
+			m.Header.Set(HeaderDLQSubject, "orders.eu.new")
+		}
+		// To a client this looks like the end of what it asked for.
+		m.Header.Set("Status", "404")
+		return m
+	})
+	publish(t, nc, &nats.Msg{Subject: "dlq.orders", Header: nats.Header{"Status": {"409"}}})
+	lacking := testLetter("billing", ReasonPanic, 10)
+	lacking.Header.Set(HeaderDLQSequence, "-1")
+	publish(t, nc, lacking)
+	publish(t, nc, &nats.Msg{Subject: "dlq.other", Data: []byte("not asked for")})
+
+	all := DeadLetters("dlq.orders")
+	for _, c := range []struct {
+		name    string
+		query   DeadLetterQuery
+		want    string // payloads of the letters
+		foreign int
+	}{
+		{"all", all, "[0 1 2 3 4 5 6 7 8 9]", 2},
+		{"durable", all.Durable("audit"), "[1 3 5 7 9]", 0},
+		{"durable of a faulty letter", all.Durable("billing"), "[0 2 4 6 8]", 1},
+		{"unknown durable", all.Durable("none"), "[]", 0},
+		{"reason", all.Reason(ReasonPermanent), "[1 4 7]", 0},
+		{"both", all.Reason(ReasonPermanent).Durable("billing"), "[4]", 0},
+		{"subject", all.Subject("orders.*.new"), "[4]", 0},
+		{"wildcard", all.Subject(">").Limit(2), "[0 1]", 0},
+		{"since", all.Since(diedAt.Add(8 * time.Minute)), "[8 9]", 1},
+		{"until", all.Until(diedAt.Add(2 * time.Minute)), "[0 1]", 0},
+		{"between", all.Since(diedAt.Add(2 * time.Minute)).Until(diedAt.Add(4 * time.Minute)), "[2 3]", 0},
+		{"limit", all.Limit(3), "[0 1 2]", 0},
+		{"limit of selected", all.Durable("audit").Limit(2), "[1 3]", 0},
+		{"subjects of the DLQ", DeadLetters("dlq.*").Durable("audit").Limit(1), "[1]", 0},
+	} {
+		found, foreign := listed(t, nc, c.query)
+		payloads := []string{}
+		for _, l := range found {
+			payloads = append(payloads, string(l.Data))
+		}
+		if got := fmt.Sprint(payloads); got != c.want || len(foreign) != c.foreign {
+			t.Errorf("%s: got %s and %q, want %s and %d foreign", c.name, got, foreign, c.want, c.foreign)
+		}
+	}
+
+	counts, err := all.Count(testContext(t), nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := LetterCounts{Total: 10, Foreign: 2, Groups: []LetterGroup{
+		{"audit", ReasonExhausted, 2}, {"audit", ReasonPanic, 1}, {"audit", ReasonPermanent, 2},
+		{"billing", ReasonExhausted, 2}, {"billing", ReasonPanic, 2}, {"billing", ReasonPermanent, 1},
+	}}
+	if diff := cmp.Diff(want, counts); diff != "" {
+		t.Errorf("counts (-want +got):\n%s", diff)
+	}
+	var fault *LetterError
+	if _, foreign := listed(t, nc, all.Durable("billing").Reason(ReasonPanic)); len(foreign) != 1 || !errors.As(foreign[0], &fault) {
+		t.Errorf("got %v", foreign)
+	} else if got, want := fault.Error(), `natsx: dead letter 12 of stream "DLQ": not a dead letter: Natsx-Dlq-Sequence "-1" is not a sequence`; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if n := consumers(t, nc, "DLQ"); n != 0 {
+		t.Errorf("%d consumers are left", n)
+	}
+}
+
+func TestDeadLetterPurge(t *testing.T) {
+	t.Parallel()
+	for _, retention := range []jetstream.RetentionPolicy{jetstream.LimitsPolicy, jetstream.WorkQueuePolicy, jetstream.InterestPolicy} {
+		t.Run(retention.String(), func(t *testing.T) {
+			t.Parallel()
+			nc := connect(t, startServer(t).ClientURL())
+			createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}, Retention: retention})
+			if retention == jetstream.InterestPolicy {
+				if _, err := jetStream(t, nc).CreateConsumer(testContext(t), "DLQ", jetstream.ConsumerConfig{Durable: "keeper"}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			publishMany(t, nc, 300, func(i int) *nats.Msg {
+				return testLetter([]string{"billing", "audit"}[i%2], ReasonExhausted, i)
+			})
+			publish(t, nc, &nats.Msg{Subject: "dlq.orders", Data: []byte("foreign")})
+			q := DeadLetters("dlq.orders").Durable("audit")
+			if n, err := q.DryRun().Purge(testContext(t), nc); n != 150 || err != nil {
+				t.Errorf("dry run: got %d, %v, want 150", n, err)
+			}
+			if n := stored(t, nc, "DLQ"); n != 301 {
+				t.Errorf("%d are left after the dry run, want all", n)
+			}
+			if n, err := q.Purge(testContext(t), nc); n != 150 || err != nil {
+				t.Errorf("got %d, %v, want 150", n, err)
+			}
+			if n, err := DeadLetters("dlq.orders").Limit(100).Purge(testContext(t), nc); n != 100 || err != nil {
+				t.Errorf("got %d, %v, want 100", n, err)
+			}
+			if n, err := DeadLetters("dlq.orders").Purge(testContext(t), nc); n != 50 || err != nil {
+				t.Errorf("got %d, %v, want 50", n, err)
+			}
+			if left := letters(t, nc, "DLQ"); len(left) != 1 || string(left[0].Data) != "foreign" {
+				t.Errorf("got %v, want what is no letter", left)
+			}
+		})
+	}
+}
+
+func TestDeadLettersThatCannotBeRead(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	ctx := testContext(t)
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}, DenyDelete: true})
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ2", Subjects: []string{"dlq2.>"}})
+	publish(t, nc, testLetter("billing", ReasonPanic, 0))
+	check := func(name string, err error, want ...error) {
+		t.Helper()
+		for _, w := range want {
+			if !errors.Is(err, w) {
+				t.Errorf("%s: got %v, want %v", name, err, w)
+			}
+		}
+	}
+	list := func(q DeadLetterQuery) error {
+		for l, err := range q.List(ctx, nc) {
+			if err != nil {
+				return err
+			}
+			t.Errorf("got %v", l)
+		}
+		return nil
+	}
+	check("no stream", list(DeadLetters("none.x")), ErrNoStream)
+	check("two streams", list(DeadLetters("*.x")), ErrAmbiguousStream)
+	_, err := DeadLetters("dlq.orders").Purge(ctx, nc)
+	check("deny delete", err, ErrBadDLQ)
+	check("every fault", list(DeadLetters("a..b").Durable("").Reason("").Subject("x y").Limit(0).Rate(-1).MaxRedrives(0).
+		Since(diedAt).Until(diedAt).Domain("").APIPrefix("a.>.")),
+		ErrInvalidSubject, ErrInvalidName, ErrOutOfRange, ErrOptionConflict)
+	if n := len(strings.Split(list(DeadLetters("a..b").Durable("").Reason("").Limit(0)).Error(), "\n")); n != 4 {
+		t.Errorf("%d faults, want 4", n)
+	}
+	domain, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+	defer cancel()
+	if err := list0(domain, nc, DeadLetters("dlq.orders").Domain("elsewhere")); err == nil {
+		t.Error("another domain has no such DLQ")
+	}
+	stopped, stop := context.WithCancel(ctx)
+	stop()
+	check("cancelled", list0(stopped, nc, DeadLetters("dlq.orders")), context.Canceled)
+	if DeadLetters("a").Durable("b") != DeadLetters("a").Durable("b") {
+		t.Error("queries do not compare")
+	}
+}
+
+// list0 returns the first error of a query.
+func list0(ctx context.Context, nc *nats.Conn, q DeadLetterQuery) error {
+	for _, err := range q.List(ctx, nc) {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestDeadLettersBreak(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
+	publishMany(t, nc, 1000, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	before := nc.NumSubscriptions()
+	n := 0
+	for range DeadLetters("dlq.orders").List(testContext(t), nc) {
+		if n++; n == 3 {
+			break
+		}
+	}
+	if n := consumers(t, nc, "DLQ"); n != 0 {
+		t.Errorf("%d consumers are left", n)
+	}
+	if n := nc.NumSubscriptions(); n > before+1 { // that of requests
+		t.Errorf("%d subscriptions, %d before", n, before)
+	}
+	// What comes while it is read is not read: a redrive could go on for ever.
+	n = 0
+	for _, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n++; n <= 10 {
+			publish(t, nc, testLetter("billing", ReasonPanic, n))
+		}
+	}
+	if n != 1000 {
+		t.Errorf("got %d letters, want the 1000 that were there", n)
+	}
+}
+
+// TestDeadLettersSurviveTheirReader has the reader's consumer vanish, as it does
+// with a server, and the server restart.
+func TestDeadLettersSurviveTheirReader(t *testing.T) {
+	t.Parallel()
+	p := startPhoenix(t)
+	nc := connect(t, p.url())
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
+	publishMany(t, nc, 1500, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	s, err := jetStream(t, nc).Stream(testContext(t), "DLQ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := uint64(1)
+	for l, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.DLQSequence != next {
+			t.Fatalf("got letter %d, want %d", l.DLQSequence, next)
+		}
+		next++
+		switch l.DLQSequence {
+		case 300:
+			for name := range s.ConsumerNames(testContext(t)).Name() {
+				if err := s.DeleteConsumer(testContext(t), name); err != nil {
+					t.Error(err)
+				}
+			}
+		case 900:
+			p.stop()
+			p.start(t)
+		}
+	}
+	if next != 1501 {
+		t.Errorf("read up to %d, want 1500", next-1)
+	}
+}
+
+func TestDeadLettersInConstantMemory(t *testing.T) {
+	t.Parallel()
+	count := 20_000
+	if f := flag.Lookup("soak"); f != nil && f.Value.String() == "true" {
+		count = 100_000
+	}
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
+	body := make([]byte, 2048)
+	publishMany(t, nc, count, func(i int) *nats.Msg {
+		m := testLetter("billing", ReasonPanic, i)
+		m.Data = body
+		return m
+	})
+	// The server runs in this process and other tests beside this one: only that
+	// letters are not kept can be told, by the finalizers of their payloads.
+	var read int
+	freed := make(chan struct{}, count)
+	for l, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if read++; read%(count/10) == 1 {
+			runtime.AddCleanup(&l.Data[0], func(struct{}) { freed <- struct{}{} }, struct{}{})
+		}
+		if read == count-600 {
+			runtime.GC()
+			for range 8 {
+				receive(t, freed, "the letters that were read before to be freed")
+			}
+		}
+	}
+	if read != count {
+		t.Errorf("read %d letters, want %d", read, count)
+	}
+}

@@ -1,0 +1,359 @@
+package natsx
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	// readBatch and readBytes bound what one pull of a reader brings.
+	readBatch = 256
+	readBytes = 8 << 20
+	// readPatience is how long a reader goes on without an answer.
+	readPatience = 30 * time.Second
+	// readerThreshold is when the server removes the consumer of a reader that
+	// was killed. One that is only slow makes itself another.
+	readerThreshold = 30 * time.Second
+
+	codeMaximumConsumers jetstream.ErrorCode = 10026
+	codeNoMessage        jetstream.ErrorCode = 10037
+)
+
+// storedMsg is a message as its stream keeps it.
+type storedMsg struct {
+	subject string
+	seq     uint64
+	time    time.Time
+	header  nats.Header
+	data    []byte
+}
+
+// store reads and deletes the messages of streams. Single messages come from the
+// stream's leader, which no direct get from a replica that lags behind does.
+type store struct {
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	prefix string // of JetStream's API, with its last dot
+}
+
+// getRequest asks for one message: Seq alone, the first on NextFor from Seq on, or
+// the last on LastFor.
+type getRequest struct {
+	Seq     uint64 `json:"seq,omitempty"`
+	NextFor string `json:"next_by_subj,omitempty"`
+	LastFor string `json:"last_by_subj,omitempty"`
+}
+
+// get returns nil without an error when there is no such message.
+func (s *store) get(ctx context.Context, stream string, req getRequest) (*storedMsg, error) {
+	var r struct {
+		Message *struct {
+			Subject string    `json:"subject"`
+			Seq     uint64    `json:"seq"`
+			Header  []byte    `json:"hdrs"`
+			Data    []byte    `json:"data"`
+			Time    time.Time `json:"time"`
+		} `json:"message"`
+	}
+	switch err := s.ask(ctx, "STREAM.MSG.GET."+stream, req, &r); {
+	case hasCode(err, codeNoMessage):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case r.Message == nil:
+		return nil, errors.New("natsx: the server answered without a message")
+	}
+	m := &storedMsg{subject: r.Message.Subject, seq: r.Message.Seq, time: r.Message.Time, data: r.Message.Data}
+	if len(r.Message.Header) > 0 {
+		h, err := nats.DecodeHeadersMsg(r.Message.Header)
+		if err != nil {
+			return nil, fmt.Errorf("natsx: message %d of stream %q: headers: %w", m.seq, stream, err)
+		}
+		m.header = h
+	}
+	return m, nil
+}
+
+func (s *store) streamInfo(ctx context.Context, name string) (*jetstream.StreamInfo, error) {
+	var info jetstream.StreamInfo
+	if err := s.ask(ctx, "STREAM.INFO."+name, struct{}{}, &info); err != nil {
+		return nil, err
+	}
+	return &info, nil
+}
+
+// remove deletes a message. One that is gone already is no error.
+func (s *store) remove(ctx context.Context, stream string, seq uint64) error {
+	err := s.ask(ctx, "STREAM.MSG.DELETE."+stream, struct {
+		Seq     uint64 `json:"seq"`
+		NoErase bool   `json:"no_erase"`
+	}{seq, true}, &struct{}{})
+	if err == nil || hasCode(err, codeStreamNotFound) {
+		return err
+	}
+	// The server has several ways to say that it was not there.
+	if m, gone := s.get(ctx, stream, getRequest{Seq: seq}); m == nil && gone == nil {
+		return nil
+	}
+	return err
+}
+
+// ask makes one request of JetStream's API, again while the failure passes by
+// itself, until ctx ends or readPatience is over.
+func (s *store) ask(ctx context.Context, operation string, request, response any) error {
+	body, err := json.Marshal(request)
+	if err != nil {
+		return err
+	}
+	begun := time.Now()
+	for pause := 50 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		err := s.askOnce(ctx, operation, body, response)
+		if err == nil || ctx.Err() != nil || !passes(err) || hasCode(err, codeStreamNotFound) || time.Since(begun) > readPatience {
+			return err
+		}
+		if !wait(ctx, pause) {
+			return err
+		}
+	}
+}
+
+func (s *store) askOnce(ctx context.Context, operation string, body []byte, response any) error {
+	try, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	m, err := s.nc.RequestWithContext(try, s.prefix+operation, body)
+	if err != nil {
+		return fmt.Errorf("natsx: %s: %w", operation, err)
+	}
+	var refused struct {
+		Error *jetstream.APIError `json:"error"`
+	}
+	if err := json.Unmarshal(m.Data, &refused); err != nil {
+		return fmt.Errorf("natsx: %s: %w", operation, err)
+	}
+	if refused.Error != nil {
+		return fmt.Errorf("natsx: %s: %w", operation, refused.Error)
+	}
+	if err := json.Unmarshal(m.Data, response); err != nil {
+		return fmt.Errorf("natsx: %s: %w", operation, err)
+	}
+	return nil
+}
+
+// span is a part of a stream: the messages on a filter, up to a last sequence.
+type span struct {
+	stream      *jetstream.StreamInfo
+	filter      string
+	from        time.Time // stored at or after it
+	last        uint64
+	headersOnly bool
+}
+
+// read yields the messages of a span in order and leaves no trace: on a stream
+// with limits retention by an ephemeral consumer that acknowledges nothing; on
+// others, where a consumer counts, one by one. An error is the last thing yielded.
+func (s *store) read(ctx context.Context, p span) iter.Seq2[*storedMsg, error] {
+	return func(yield func(*storedMsg, error) bool) {
+		if p.last == 0 {
+			return
+		}
+		if p.stream.Config.Retention != jetstream.LimitsPolicy {
+			s.step(ctx, p, yield)
+			return
+		}
+		r := &reader{store: s, span: p}
+		defer r.close(ctx)
+		if err := r.run(ctx, yield); hasCode(err, codeMaximumConsumers) {
+			s.step(ctx, p, yield)
+		} else if err != nil {
+			yield(nil, err)
+		}
+	}
+}
+
+// step reads message by message.
+func (s *store) step(ctx context.Context, p span, yield func(*storedMsg, error) bool) {
+	for next := uint64(1); next <= p.last; {
+		m, err := s.get(ctx, p.stream.Config.Name, getRequest{Seq: next, NextFor: p.filter})
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		if m == nil || m.seq > p.last {
+			return
+		}
+		next = m.seq + 1
+		if !m.time.Before(p.from) && !yield(m, nil) {
+			return
+		}
+	}
+}
+
+// reader reads a span with an ephemeral consumer, which it makes anew from where
+// it is when one is lost: by a restart, a leader change, a gap.
+//
+// It speaks the pull protocol itself: a message with no payload and a Status
+// header, which anybody can publish and which every message is that comes without
+// its payload, ends a fetch of nats.go.
+type reader struct {
+	*store
+	span
+	next     uint64 // to be read, 0 at the start
+	consumer string
+	expected uint64 // consumer sequence of the next message
+	sub      *nats.Subscription
+	msgs     chan *nats.Msg // never closed; has room for a whole pull
+	inbox    string
+	pulls    int
+}
+
+// run returns nil at the end of the span, and when yield wants no more.
+func (r *reader) run(ctx context.Context, yield func(*storedMsg, error) bool) error {
+	progress := time.Now()
+	for pause := 50 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		err := r.open(ctx)
+		for err == nil {
+			var done bool
+			before := r.next
+			done, err = r.batch(ctx, yield)
+			if done {
+				return nil
+			}
+			if r.next != before {
+				progress, pause = time.Now(), 50*time.Millisecond
+			}
+		}
+		r.close(ctx)
+		var api *jetstream.APIError
+		refused := errors.As(err, &api) && !passes(err)
+		if ctx.Err() != nil || refused || errors.Is(err, nats.ErrConnectionClosed) || time.Since(progress) > readPatience {
+			return fmt.Errorf("natsx: read stream %q: %w", r.stream.Config.Name, err)
+		}
+		wait(ctx, pause)
+	}
+}
+
+func (r *reader) open(ctx context.Context) error {
+	cfg := jetstream.ConsumerConfig{
+		FilterSubject:     r.filter,
+		AckPolicy:         jetstream.AckNonePolicy,
+		MemoryStorage:     true,
+		Replicas:          1,
+		InactiveThreshold: readerThreshold,
+		HeadersOnly:       r.headersOnly,
+	}
+	switch {
+	case r.next > 0:
+		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, r.next
+	case !r.from.IsZero():
+		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &r.from
+	}
+	try, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	c, err := r.js.CreateConsumer(try, r.stream.Config.Name, cfg)
+	if err != nil {
+		return err
+	}
+	r.consumer, r.expected = c.CachedInfo().Name, 1
+	r.inbox = r.nc.NewInbox()
+	r.msgs = make(chan *nats.Msg, readBatch+8)
+	r.sub, err = r.nc.ChanSubscribe(r.inbox+".*", r.msgs)
+	return err
+}
+
+func (r *reader) close(ctx context.Context) {
+	if r.sub != nil {
+		r.sub.Unsubscribe()
+		r.sub = nil
+	}
+	if r.consumer != "" {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		r.js.DeleteConsumer(ctx, r.stream.Config.Name, r.consumer)
+		r.consumer = ""
+	}
+}
+
+var errReaderSilent = errors.New("natsx: nothing came")
+
+// batch makes one pull. It returns true when the reading is over, and an error
+// when the consumer is not to be trusted any more.
+func (r *reader) batch(ctx context.Context, yield func(*storedMsg, error) bool) (done bool, _ error) {
+	r.pulls++
+	token := strconv.Itoa(r.pulls)
+	pull := fmt.Sprintf(`{"batch":%d,"no_wait":true,"max_bytes":%d}`, readBatch, max(readBytes, r.nc.MaxPayload()+8192))
+	subject := r.prefix + "CONSUMER.MSG.NEXT." + r.stream.Config.Name + "." + r.consumer
+	if err := r.nc.PublishRequest(subject, r.inbox+"."+token, []byte(pull)); err != nil {
+		return false, err
+	}
+	silence := time.NewTimer(apiTimeout)
+	defer silence.Stop()
+	for got := 0; got < readBatch; {
+		var m *nats.Msg
+		select {
+		case m = <-r.msgs:
+		case <-silence.C:
+			return false, errReaderSilent
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
+		// As in a route's inbox, only what has no reply is from the server.
+		if m.Reply == "" {
+			if !strings.HasSuffix(m.Subject, "."+token) {
+				continue
+			}
+			switch code := m.Header.Get("Status"); {
+			case code == "100":
+				continue
+			case code == "404":
+				return true, nil
+			case got > 0 && (code == "408" || code == "409" && !strings.Contains(m.Header.Get("Description"), "Consumer")):
+				return false, nil
+			default:
+				return false, &pullError{code, m.Header.Get("Description")}
+			}
+		}
+		info, ok := parseDelivery(m.Reply)
+		if !ok || info.consumer != r.consumer {
+			continue
+		}
+		if n := consumerSequence(m.Reply); n != r.expected {
+			return false, fmt.Errorf("natsx: message %d came in place of %d", n, r.expected)
+		}
+		if info.sequence > r.last {
+			return true, nil
+		}
+		got++
+		r.expected++
+		r.next = info.sequence + 1
+		if !yield(&storedMsg{subject: m.Subject, seq: info.sequence, time: time.Unix(0, info.time), header: m.Header, data: m.Data}, nil) || r.next > r.last {
+			return true, nil
+		}
+		// The time that yield took is not silence.
+		silence.Reset(apiTimeout)
+	}
+	return false, nil
+}
+
+// consumerSequence reads the consumer's count of messages out of an ack subject;
+// see parseDelivery for its forms.
+func consumerSequence(reply string) uint64 {
+	tokens := strings.Split(reply, ".")
+	i := 6
+	if len(tokens) > 9 {
+		i = 8
+	}
+	if i >= len(tokens) {
+		return 0
+	}
+	n, _ := parseUint(tokens[i])
+	return n
+}
