@@ -179,7 +179,7 @@ func TestPublishAtomicIsNeverSeenInParts(t *testing.T) {
 	stream := createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.x"}, AllowAtomicPublish: true})
 	kills := 0
 	for stored(t, nc, "S") < batches*atomicSize {
-		c := startChild(t, "atomic", s.ClientURL())
+		c := startChild(t, "atomic", s.ClientURL(), nil)
 		if !c.serves(t) {
 			t.Fatalf("the child ended: %v", c.err)
 		}

@@ -50,8 +50,9 @@ type child struct {
 }
 
 // startChild runs mode against the server at url, until it ends by itself, is
-// killed, or the test ends.
-func startChild(t testing.TB, mode, url string) *child {
+// killed, or the test ends. What it prints goes to lines, when that is not nil,
+// and is dropped while lines is full.
+func startChild(t testing.TB, mode, url string, lines chan<- string) *child {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), childEnv+"="+mode, childEnv+"_URL="+url)
@@ -72,9 +73,13 @@ func startChild(t testing.TB, mode, url string) *child {
 	go func() {
 		defer close(c.done)
 		once := sync.OnceFunc(func() { close(c.ready) })
-		for lines := bufio.NewScanner(stdout); lines.Scan(); {
-			if lines.Text() == "ready" {
+		for out := bufio.NewScanner(stdout); out.Scan(); {
+			if out.Text() == "ready" {
 				once()
+			}
+			select {
+			case lines <- out.Text():
+			default:
 			}
 		}
 		if c.err = cmd.Wait(); c.err != nil && stderr.Len() > 0 {
@@ -122,7 +127,7 @@ func idleChild() int {
 func TestChildIsKilled(t *testing.T) {
 	t.Parallel()
 	s := startServer(t)
-	c := startChild(t, "idle", s.ClientURL())
+	c := startChild(t, "idle", s.ClientURL(), nil)
 	if !c.serves(t) {
 		t.Fatalf("the child ended: %v", c.err)
 	}
@@ -134,7 +139,7 @@ func TestChildIsKilled(t *testing.T) {
 		t.Errorf("got %v, want an end by a signal", c.err)
 	}
 
-	failing := startChild(t, "no such mode", s.ClientURL())
+	failing := startChild(t, "no such mode", s.ClientURL(), nil)
 	if failing.serves(t) {
 		t.Error("an unknown mode must not run")
 	}

@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -18,6 +19,9 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
+
+// soak has the tests of crashes and restarts run many times as long.
+var soak = flag.Bool("soak", false, "run the long variants of the chaos tests")
 
 // nextPort walks through ports below the ephemeral range, so that no outgoing
 // connection takes the port of a server that is down between two runs.
@@ -38,6 +42,10 @@ func fixedPort(t testing.TB) int {
 	}
 	t.Fatal("no free port")
 	return 0
+}
+
+func withMaxPayload(n int32) func(*server.Options) {
+	return func(o *server.Options) { o.MaxPayload = n }
 }
 
 // phoenix is a server that can be stopped and started again on the same port and
@@ -301,7 +309,43 @@ func (c *tally) wantOnce(t testing.TB, count int) {
 		}
 	}
 	if len(c.counts) != count || len(repeated) != 0 {
-		t.Errorf("got %d different and %d repeated %q, want %d and none", len(c.counts), len(repeated), repeated, count)
+		t.Errorf("got %d different and %d repeated, such as %q, want %d and none",
+			len(c.counts), len(repeated), repeated[:min(len(repeated), 5)], count)
+	}
+}
+
+// gauge follows how many are inside at once.
+type gauge struct {
+	mu        sync.Mutex
+	now, peak int
+}
+
+// enter counts the caller in until it calls the result.
+func (g *gauge) enter() (leave func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.now++
+	g.peak = max(g.peak, g.now)
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.now--
+	}
+}
+
+func (g *gauge) highest() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.peak
+}
+
+// work is a handler busy for d, or until its context ends.
+func work(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
