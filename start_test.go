@@ -1,0 +1,242 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// wantRefused runs specs and expects Run to end by itself with every error of
+// want, before any route is ready.
+func wantRefused(t *testing.T, nc *nats.Conn, specs []Spec, want ...error) error {
+	t.Helper()
+	_, log := newLogBook()
+	b := NewBroker(nc, WithLogger(log))
+	err := startBroker(t, b, specs...).wait(t)
+	for _, w := range want {
+		if !errors.Is(err, w) {
+			t.Errorf("got %v, want %v", err, w)
+		}
+	}
+	select {
+	case <-b.Ready():
+		t.Error("the broker is ready")
+	default:
+	}
+	return err
+}
+
+func TestRunReportsAllFaultsBeforeTheNetwork(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	nc.Close()
+	const faulty = 25
+	var specs []Spec
+	for i := range faulty {
+		specs = append(specs, Route(fmt.Sprintf("a..%d", i)).Durable("d").Retry(-i-1).Handle(succeed))
+	}
+	err := wantRefused(t, nc, specs, ErrInvalidSubject, ErrOutOfRange)
+	if errors.Is(err, ErrConnectionClosed) {
+		t.Errorf("got %v, want no word of the connection", err)
+	}
+	for i := range faulty {
+		for _, want := range []string{fmt.Sprintf("%q", fmt.Sprintf("a..%d", i)), fmt.Sprintf("retry %d:", -i-1)} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("the error does not name %s", want)
+			}
+		}
+	}
+	if got := strings.Count(err.Error(), "\n") + 1; got < 2*faulty {
+		t.Errorf("got %d lines, want one for each of %d faults:\n%v", got, 2*faulty, err)
+	}
+}
+
+func TestRunOnAClosedConnection(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	nc.Close()
+	wantRefused(t, nc, []Spec{Route("a").Handle(succeed)}, ErrConnectionClosed)
+}
+
+func TestRouteThatCannotStartStopsAll(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "GOOD", Subjects: []string{"good.*"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "WQ", Subjects: []string{"wq.*"}, Retention: jetstream.WorkQueuePolicy})
+	createStream(t, nc, jetstream.StreamConfig{Name: "TWO1", Subjects: []string{"two.one"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "TWO2", Subjects: []string{"two.two"}})
+	user := connect(t, s.ClientURL())
+	err := wantRefused(t, user, []Spec{
+		Route("good.*").Durable("fine").Handle(succeed),
+		Route("core").Handle(succeed),
+		Route("missing.*").Durable("lost").Handle(succeed),
+		Route("good.x").Stream("NOWHERE").Durable("nowhere").Handle(succeed),
+		Route("two.*").Durable("torn").Handle(succeed),
+		Route("wq.*").Durable("careless").Retry(3).Handle(succeed),
+		Route("good.*").Durable("undead").DLQ("dlq.missing").Handle(succeed),
+	}, ErrNoStream, ErrAmbiguousStream, ErrWouldLose, ErrBadDLQ)
+	for _, durable := range []string{"lost", "nowhere", "torn", "careless", "undead"} {
+		if !strings.Contains(err.Error(), fmt.Sprintf("durable %q", durable)) {
+			t.Errorf("got %v, want a word of %q", err, durable)
+		}
+	}
+	if strings.Contains(err.Error(), "fine") {
+		t.Errorf("got %v, want nothing of the sound route", err)
+	}
+	eventually(t, "no subscription is left", func() bool { return user.NumSubscriptions() <= 1 }) // of requests
+}
+
+func TestRetryWithoutDLQMustNotDelete(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "WQ", Subjects: []string{"wq.*"}, Retention: jetstream.WorkQueuePolicy})
+	createStream(t, nc, jetstream.StreamConfig{Name: "INT", Subjects: []string{"int.*"}, Retention: jetstream.InterestPolicy})
+	createStream(t, nc, jetstream.StreamConfig{Name: "LIM", Subjects: []string{"lim.*"}})
+	for _, filter := range []string{"wq.*", "int.*"} {
+		for _, retries := range []int{0, 3} {
+			wantRefused(t, nc, []Spec{Route(filter).Durable("d").Retry(retries).Handle(succeed)}, ErrWouldLose)
+		}
+		// Without Retry nothing ever dies of its attempts.
+		if err := runBroker(t, NewBroker(nc), Route(filter).Durable("d").Handle(succeed)).stop(t); err != nil {
+			t.Errorf("%s without Retry: %v", filter, err)
+		}
+	}
+	if err := runBroker(t, NewBroker(nc), Route("lim.*").Durable("d").Retry(3).Handle(succeed)).stop(t); err != nil {
+		t.Errorf("a stream that keeps what is dead: %v", err)
+	}
+}
+
+func TestBadDLQIsRefused(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	js := jetStream(t, nc)
+	createStream(t, nc, jetstream.StreamConfig{Name: "SRC", Subjects: []string{"src.*"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "SMALLSRC", Subjects: []string{"smallsrc.*"}, MaxMsgSize: 4096})
+	createStream(t, nc, jetstream.StreamConfig{Name: "NOACK", Subjects: []string{"dlq.noack"}, NoAck: true})
+	createStream(t, nc, jetstream.StreamConfig{Name: "SMALL", Subjects: []string{"dlq.small"}, MaxMsgSize: 1024})
+	createStream(t, nc, jetstream.StreamConfig{Name: "IDLE", Subjects: []string{"dlq.idle"}, Retention: jetstream.InterestPolicy})
+	createStream(t, nc, jetstream.StreamConfig{Name: "MIRROR", Mirror: &jetstream.StreamSource{Name: "SRC"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "GOOD", Subjects: []string{"dlq.good"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "ROOMY", Subjects: []string{"dlq.roomy"}, MaxMsgSize: 64 << 10})
+	createStream(t, nc, jetstream.StreamConfig{
+		Name: "HASTY", Subjects: []string{"dlq.hasty"}, PersistMode: jetstream.AsyncPersistMode,
+	})
+	sealed := jetstream.StreamConfig{Name: "SEALED", Subjects: []string{"dlq.sealed"}}
+	createStream(t, nc, sealed)
+	sealed.Sealed = true
+	if _, err := js.UpdateStream(testContext(t), sealed); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		filter, dlq string
+		want        error
+	}{
+		{"src.*", "dlq.none", ErrBadDLQ},
+		{"src.*", "dlq.noack", ErrBadDLQ},
+		{"src.*", "dlq.sealed", ErrBadDLQ},
+		{"src.*", "dlq.small", ErrBadDLQ},
+		{"smallsrc.*", "dlq.small", ErrBadDLQ},
+		{"src.*", "dlq.idle", ErrBadDLQ},
+		{"src.*", "dlq.hasty", ErrBadDLQ},
+		{"src.*", "dlq.good", nil},
+		{"smallsrc.*", "dlq.good", nil},
+		{"smallsrc.*", "dlq.roomy", nil},
+	} {
+		spec := Route(c.filter).Durable("d").DLQ(c.dlq).Handle(succeed)
+		if c.want != nil {
+			err := wantRefused(t, nc, []Spec{spec}, c.want)
+			if err != nil && (!strings.Contains(err.Error(), fmt.Sprintf("%q", c.dlq)) || !strings.Contains(err.Error(), `"d"`)) {
+				t.Errorf("got %v, want the subject and the durable named", err)
+			}
+			continue
+		}
+		_, log := newLogBook()
+		if err := runBroker(t, NewBroker(nc, WithLogger(log)), spec).stop(t); err != nil {
+			t.Errorf("%s to %s: %v", c.filter, c.dlq, err)
+		}
+	}
+}
+
+func TestDLQWithFewerReplicasIsRefused(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	nc := connect(t, c.url())
+	createStream(t, nc, jetstream.StreamConfig{Name: "SRC", Subjects: []string{"src.*"}, Replicas: 3})
+	createStream(t, nc, jetstream.StreamConfig{Name: "ONE", Subjects: []string{"dlq.one"}, Replicas: 1})
+	createStream(t, nc, jetstream.StreamConfig{Name: "THREE", Subjects: []string{"dlq.three"}, Replicas: 3})
+	wantRefused(t, nc, []Spec{Route("src.*").Durable("d").DLQ("dlq.one").Handle(succeed)}, ErrBadDLQ)
+	_, log := newLogBook()
+	if err := runBroker(t, NewBroker(nc, WithLogger(log)), Route("src.*").Durable("d").DLQ("dlq.three").Handle(succeed)).stop(t); err != nil {
+		t.Errorf("as many replicas: %v", err)
+	}
+}
+
+func TestPauseAndResume(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "NAP", Subjects: []string{"nap.*"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "AWAKE", Subjects: []string{"awake.*"}})
+	var handled, other atomic.Int64
+	r := runBroker(t, NewBroker(connect(t, s.ClientURL())),
+		Route("nap.*").Durable("d").Handle(func(context.Context, *Msg) error {
+			handled.Add(1)
+			return nil
+		}),
+		Route("awake.*").Durable("e").Handle(func(context.Context, *Msg) error {
+			other.Add(1)
+			return nil
+		}))
+	publish(t, nc, &nats.Msg{Subject: "nap.x"})
+	eventually(t, "the route works", func() bool { return handled.Load() == 1 })
+
+	for range 2 { // twice is harmless
+		if err := r.Pause("d"); err != nil {
+			t.Fatalf("Pause: %v", err)
+		}
+	}
+	publishMany(t, nc, 21, numbered("nap.x"))
+	for i := range 20 {
+		publish(t, nc, &nats.Msg{Subject: "awake.x"})
+		eventually(t, "the other route works", func() bool { return other.Load() == int64(i)+1 })
+	}
+	if got := handled.Load(); got != 1 {
+		t.Errorf("%d handled while paused, want 1 from before", got)
+	}
+	for range 2 {
+		if err := r.Resume("d"); err != nil {
+			t.Fatalf("Resume: %v", err)
+		}
+	}
+	eventually(t, "the route goes on", func() bool { return handled.Load() == 22 })
+	if r.Pause("nobody") == nil || r.Resume("nobody") == nil {
+		t.Error("an unknown durable must be an error")
+	}
+	if err := r.Pause("d"); err != nil {
+		t.Fatalf("Pause: %v", err)
+	}
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run of a paused broker: %v", err)
+	}
+	// The pause was this broker's, not the durable's.
+	publish(t, nc, &nats.Msg{Subject: "nap.x"})
+	again := runBroker(t, NewBroker(connect(t, s.ClientURL())), Route("nap.*").Durable("d").Handle(func(context.Context, *Msg) error {
+		handled.Add(1)
+		return nil
+	}))
+	eventually(t, "another broker works", func() bool { return handled.Load() == 23 })
+	if err := again.stop(t); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+}
