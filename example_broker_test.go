@@ -84,10 +84,8 @@ func ExampleRouteBuilder_DLQ() {
 		fmt.Println("attempt", m.Attempt())
 		return errors.New("the card is declined")
 	}
-	alert := func(ctx context.Context, m *natsx.Msg) error {
-		fmt.Printf("dead: %s of %s\n", m.Data, m.Header.Get(natsx.HeaderDLQSubject))
-		fmt.Println("reason:", m.Header.Get(natsx.HeaderDLQReason))
-		fmt.Println("error:", m.Header.Get(natsx.HeaderDLQError))
+	alert := func(ctx context.Context, l natsx.DeadLetter) error {
+		fmt.Printf("%s of %s is dead after %d attempts: %s: %s\n", l.Data, l.Subject, l.Attempts, l.Reason, l.Error)
 		cancel()
 		return nil
 	}
@@ -104,7 +102,7 @@ func ExampleRouteBuilder_DLQ() {
 			Retry(2).Backoff(10*time.Millisecond, time.Second).
 			DLQ("dlq.orders").
 			Handle(bill),
-		natsx.Route("dlq.orders").Durable("alerts").Handle(alert),
+		natsx.Route("dlq.orders").Durable("alerts").Handle(natsx.OnDeadLetter(alert)),
 	)
 	fmt.Println("stopped:", err)
 
@@ -112,9 +110,7 @@ func ExampleRouteBuilder_DLQ() {
 	// attempt 1
 	// attempt 2
 	// attempt 3
-	// dead: o-1 of orders.created
-	// reason: exhausted
-	// error: the card is declined
+	// o-1 of orders.created is dead after 3 attempts: exhausted: the card is declined
 	// stopped: <nil>
 }
 

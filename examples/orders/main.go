@@ -127,17 +127,19 @@ func run(ctx context.Context, serve, verbose bool) (err error) {
 func (s *shop) close(nc *nats.Conn, serve bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		return err
-	}
-	letters, err := s.letters(ctx, js)
-	if err != nil {
-		return fmt.Errorf("read dead letters: %w", err)
+	var letters []natsx.DeadLetter
+	for l, err := range natsx.DeadLetters(s.dlq()).List(ctx, nc) {
+		if err != nil {
+			return fmt.Errorf("read dead letters: %w", err)
+		}
+		letters = append(letters, l)
 	}
 	faults := s.tally.summary(letters)
-	if !serve {
-		// This shop never opens again.
+	if !serve { // this shop never opens again
+		js, err := jetstream.New(nc)
+		if err != nil {
+			return err
+		}
 		if err := js.DeleteConsumer(ctx, "SHOP_ORDERS", s.durable()); err != nil {
 			return err
 		}
@@ -147,32 +149,4 @@ func (s *shop) close(nc *nats.Conn, serve bool) error {
 	}
 	s.say.printf("\n%s\n", s.say.paint(green, "Every order is accounted for."))
 	return nil
-}
-
-// letters reads the shop's dead letters.
-func (s *shop) letters(ctx context.Context, js jetstream.JetStream) (letters []letter, err error) {
-	stream, err := js.Stream(ctx, "SHOP_DLQ")
-	if err != nil {
-		return nil, err
-	}
-	for next := uint64(1); ; {
-		m, err := stream.GetMsg(ctx, next, jetstream.WithGetMsgSubject(s.dlq()))
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return letters, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		next = m.Sequence + 1
-		original, err := strconv.ParseUint(m.Header.Get(natsx.HeaderDLQSequence), 10, 64)
-		if err != nil {
-			return nil, err
-		}
-		letters = append(letters, letter{
-			sequence: original,
-			reason:   natsx.Reason(m.Header.Get(natsx.HeaderDLQReason)),
-			attempts: m.Header.Get(natsx.HeaderDLQAttempts),
-			err:      m.Header.Get(natsx.HeaderDLQError),
-		})
-	}
 }

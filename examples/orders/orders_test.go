@@ -11,7 +11,7 @@ import (
 )
 
 // booked is a tally of one good and one declined order that went as they should.
-func booked() (*tally, []letter) {
+func booked() (*tally, []natsx.DeadLetter) {
 	t := newTally(&screen{begun: time.Now(), out: io.Discard}, "billing", false)
 	t.publish(1, order{ID: "o-01", Item: "tea", Card: cardGood, Cents: 240})
 	t.publish(2, order{ID: "o-02", Item: "tea", Card: cardDeclined, Cents: 240})
@@ -19,24 +19,24 @@ func booked() (*tally, []letter) {
 	t.audited.Add(2)
 	t.seen[1] = fate{outcome: natsx.Succeeded}
 	t.seen[2] = fate{outcome: natsx.Dead, retries: retries}
-	return t, []letter{{sequence: 2, reason: natsx.ReasonExhausted, attempts: "3"}}
+	return t, []natsx.DeadLetter{{Sequence: 2, Reason: natsx.ReasonExhausted, Attempts: 3}}
 }
 
 func TestSummaryIsChecked(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
-		upset func(*tally, *[]letter)
+		upset func(*tally, *[]natsx.DeadLetter)
 		fault string // empty when all fits
 	}{
-		"all fits":         {func(*tally, *[]letter) {}, ""},
-		"handled and lost": {func(t *tally, _ *[]letter) { t.seen[1] = fate{outcome: natsx.Dead} }, "o-01"},
-		"letter missing":   {func(_ *tally, ls *[]letter) { *ls = nil }, "o-02"},
-		"letter twice":     {func(_ *tally, ls *[]letter) { *ls = append(*ls, (*ls)[0]) }, "two dead letters"},
-		"other reason":     {func(_ *tally, ls *[]letter) { (*ls)[0].reason = natsx.ReasonPanic }, "o-02"},
-		"a retry too few":  {func(t *tally, _ *[]letter) { t.seen[2] = fate{outcome: natsx.Dead, retries: retries - 1} }, "o-02"},
-		"reply missing":    {func(t *tally, _ *[]letter) { t.priced.Add(-1) }, "replies"},
-		"repeat stored":    {func(t *tally, _ *[]letter) { t.repeats.Add(1) }, "duplicates"},
-		"audited too much": {func(t *tally, _ *[]letter) { t.audited.Add(1) }, "audited"},
+		"all fits":         {func(*tally, *[]natsx.DeadLetter) {}, ""},
+		"handled and lost": {func(t *tally, _ *[]natsx.DeadLetter) { t.seen[1] = fate{outcome: natsx.Dead} }, "o-01"},
+		"letter missing":   {func(_ *tally, ls *[]natsx.DeadLetter) { *ls = nil }, "o-02"},
+		"letter twice":     {func(_ *tally, ls *[]natsx.DeadLetter) { *ls = append(*ls, (*ls)[0]) }, "two dead letters"},
+		"other reason":     {func(_ *tally, ls *[]natsx.DeadLetter) { (*ls)[0].Reason = natsx.ReasonPanic }, "o-02"},
+		"a retry too few":  {func(t *tally, _ *[]natsx.DeadLetter) { t.seen[2] = fate{outcome: natsx.Dead, retries: retries - 1} }, "o-02"},
+		"reply missing":    {func(t *tally, _ *[]natsx.DeadLetter) { t.priced.Add(-1) }, "replies"},
+		"repeat stored":    {func(t *tally, _ *[]natsx.DeadLetter) { t.repeats.Add(1) }, "duplicates"},
+		"audited too much": {func(t *tally, _ *[]natsx.DeadLetter) { t.audited.Add(1) }, "audited"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -162,29 +162,21 @@ func (t *tally) wait(ctx context.Context) {
 	}
 }
 
-// letter is what the summary tells of a dead letter.
-type letter struct {
-	sequence uint64 // of the original
-	reason   natsx.Reason
-	attempts string
-	err      string
-}
-
 // summary prints what happened, and returns what does not fit what was published.
-func (t *tally) summary(letters []letter) (faults []string) {
+func (t *tally) summary(letters []natsx.DeadLetter) (faults []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 
-	buried := map[uint64]letter{}
+	buried := map[uint64]natsx.DeadLetter{}
 	for _, l := range letters {
-		if _, mine := t.published[l.sequence]; !mine {
+		if _, mine := t.published[l.Sequence]; !mine {
 			continue // of an earlier run of the same shop
 		}
-		if _, twice := buried[l.sequence]; twice {
-			fault("sequence %d has two dead letters", l.sequence)
+		if _, twice := buried[l.Sequence]; twice {
+			fault("sequence %d has two dead letters", l.Sequence)
 		}
-		buried[l.sequence] = l
+		buried[l.Sequence] = l
 	}
 
 	var handled, again, discarded, retried, left, asked int
@@ -201,7 +193,7 @@ func (t *tally) summary(letters []letter) (faults []string) {
 			left++
 			continue
 		}
-		got.reason = l.reason
+		got.reason = l.Reason
 		want := fateOf(o)
 		if t.shared {
 			want.retries = got.retries
@@ -218,7 +210,7 @@ func (t *tally) summary(letters []letter) (faults []string) {
 		case natsx.Discarded:
 			discarded++
 		case natsx.Dead:
-			dead = append(dead, fmt.Sprintf("%-5s %-12s after %s: %s", o.ID, l.reason, plural(l.attempts, "attempt"), strings.TrimPrefix(l.err, "natsx: ")))
+			dead = append(dead, fmt.Sprintf("%-5s %-12s after %s: %s", o.ID, l.Reason, plural(l.Attempts, "attempt"), strings.TrimPrefix(l.Error, "natsx: ")))
 		}
 	}
 	published := len(t.published)
@@ -260,9 +252,9 @@ func (t *tally) summary(letters []letter) (faults []string) {
 	return faults
 }
 
-func plural(n, noun string) string {
-	if n == "1" {
+func plural(n int, noun string) string {
+	if n == 1 {
 		return "1 " + noun
 	}
-	return n + " " + noun + "s"
+	return fmt.Sprintf("%d %ss", n, noun)
 }
