@@ -3,10 +3,15 @@ package natsx
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 )
 
 // Codec turns values into payloads and back. A codec is used by many goroutines
 // at once and must be safe for that.
+//
+// A typed handler decodes whatever comes, also when its Content-Type header is
+// another one or missing: nats.go and most other clients send none. A handler
+// that serves several types reads the header of [MsgFrom].
 type Codec interface {
 	// Marshal encodes v.
 	Marshal(v any) ([]byte, error)
@@ -28,6 +33,39 @@ func (JSONCodec) Unmarshal(data []byte, v any) error { return json.Unmarshal(dat
 
 // ContentType is "application/json".
 func (JSONCodec) ContentType() string { return "application/json" }
+
+// LimitCodec is codec for payloads of up to most bytes. A larger one is not decoded:
+// it is a [*DecodeError] that wraps [ErrTooLarge], and a request with it is answered
+// with code 413. Without it the server's max payload, 1 MiB by default, is the
+// limit. Encoding is not limited. It returns nil, which a route's validation refuses
+// as [ErrNoHandler], when codec is nil or most below 1.
+func LimitCodec(codec Codec, most int) Codec {
+	if codec == nil || most < 1 {
+		return nil
+	}
+	return limitedCodec{codec, most}
+}
+
+type limitedCodec struct {
+	Codec
+	most int
+}
+
+func (c limitedCodec) Unmarshal(data []byte, v any) error {
+	if len(data) > c.most {
+		return &tooLargeError{size: len(data), most: c.most}
+	}
+	return c.Codec.Unmarshal(data, v)
+}
+
+// tooLargeError is an ErrTooLarge.
+type tooLargeError struct{ size, most int }
+
+func (e *tooLargeError) Error() string {
+	return fmt.Sprintf("payload of %d bytes is larger than the limit of %d", e.size, e.most)
+}
+
+func (e *tooLargeError) Unwrap() error { return ErrTooLarge }
 
 // JSON adapts a typed function to a [Handler]. A payload that is not JSON of T
 // is a permanent failure ([*DecodeError]): retrying cannot mend it. The message
@@ -52,7 +90,7 @@ func Decode[T any](codec Codec, fn func(context.Context, T) error) Handler {
 }
 
 // JSONReply adapts a typed function to a [Responder]. A request that is not JSON
-// of Req is answered with code 400.
+// of Req is answered with code 400, one beyond the limit of a [LimitCodec] with 413.
 func JSONReply[Req, Resp any](fn func(context.Context, Req) (Resp, error)) Responder {
 	return DecodeReply(JSONCodec{}, fn)
 }

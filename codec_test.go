@@ -115,3 +115,46 @@ func TestTypedHandlersWithoutAFunction(t *testing.T) {
 		t.Error("a responder of nothing is not nil")
 	}
 }
+
+func TestLimitCodec(t *testing.T) {
+	t.Parallel()
+	limited := LimitCodec(JSONCodec{}, 5)
+	if limited.ContentType() != "application/json" {
+		t.Errorf("content type %q", limited.ContentType())
+	}
+	if data, err := limited.Marshal("more than five"); err != nil || string(data) != `"more than five"` {
+		t.Errorf("marshal: got %s, %v, want no limit", data, err)
+	}
+	var handled []string
+	h := Decode(limited, func(_ context.Context, s string) error {
+		handled = append(handled, s)
+		return nil
+	})
+	for data, want := range map[string]string{
+		`"abc"`:  "",
+		`"abcd"`: `natsx: decode application/json from "a": payload of 6 bytes is larger than the limit of 5`,
+		`abcde`:  `natsx: decode application/json from "a": invalid character 'a' looking for beginning of value`,
+	} {
+		err := h(t.Context(), &Msg{Subject: "a", Data: []byte(data)})
+		var undecodable *DecodeError
+		switch {
+		case want == "" && err != nil:
+			t.Errorf("%s: got %v", data, err)
+		case want != "" && (!errors.As(err, &undecodable) || err.Error() != want):
+			t.Errorf("%s: got %v, want %s", data, err, want)
+		}
+		if got := errors.Is(err, ErrTooLarge); got != (len(data) > 5) {
+			t.Errorf("%s: ErrTooLarge is %t", data, got)
+		}
+	}
+	if len(handled) != 1 || handled[0] != "abc" {
+		t.Errorf("handled %q", handled)
+	}
+	if LimitCodec(nil, 5) != nil || LimitCodec(JSONCodec{}, 0) != nil {
+		t.Error("a limit of nothing must be refused")
+	}
+	err := Validate(Route("a").Handle(Decode(LimitCodec(JSONCodec{}, -1), func(context.Context, string) error { return nil })))
+	if !errors.Is(err, ErrNoHandler) {
+		t.Errorf("got %v, want ErrNoHandler", err)
+	}
+}

@@ -140,6 +140,10 @@ func (e *DecodeError) Error() string {
 // Unwrap returns the codec's error.
 func (e *DecodeError) Unwrap() error { return e.Err }
 
+// ErrTooLarge is a payload beyond the limit of a [LimitCodec]. It comes inside a
+// [*DecodeError].
+var ErrTooLarge = errors.New("natsx: payload is too large")
+
 // Failures of a request, of publishing and of a running broker.
 var (
 	// ErrNoStream is a subject or name that no stream captures or has.

@@ -41,7 +41,8 @@ func (e *ReplyError) code() string {
 // [*ReplyError], and a client of NATS micro in the headers that it knows. Codes
 // are the application's own; those of HTTP are what most readers expect. Every
 // other error of a responder is answered as 500 "internal error", but a payload
-// that does not decode as 400 and a passed deadline as 504.
+// that does not decode as 400, one beyond the limit of a [LimitCodec] as 413 and a
+// passed deadline as 504.
 func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
 
 // replyFor is what a requester is told of err, which is not nil. It is internal
@@ -51,6 +52,9 @@ func replyFor(err error) (reply *ReplyError, internal bool) {
 		return reply, false
 	}
 	if undecodable, ok := errors.AsType[*DecodeError](err); ok {
+		if large, ok := errors.AsType[*tooLargeError](undecodable); ok {
+			return &ReplyError{Code: http.StatusRequestEntityTooLarge, Message: "request is larger than " + strconv.Itoa(large.most) + " bytes"}, false
+		}
 		return &ReplyError{Code: http.StatusBadRequest, Message: "request does not decode as " + undecodable.ContentType}, false
 	}
 	if errors.Is(err, context.DeadlineExceeded) {

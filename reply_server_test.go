@@ -350,6 +350,7 @@ func TestEveryRequestIsAnswered(t *testing.T) {
 		{"exit", func(context.Context, *Msg) ([]byte, error) { runtime.Goexit(); return nil, nil }, "500 internal error", Failed, "runtime.Goexit"},
 		{"timeout", func(context.Context, *Msg) ([]byte, error) { return nil, context.DeadlineExceeded }, "504 timeout", Failed, "context deadline exceeded"},
 		{"undecodable", JSONReply(func(context.Context, int) (int, error) { return 0, nil }), "400 request does not decode as application/json", Failed, ""},
+		{"beyond the limit", DecodeReply(LimitCodec(JSONCodec{}, 8), func(context.Context, int) (int, error) { return 0, nil }), "413 request is larger than 8 bytes", Failed, ""},
 		{"unencodable", DecodeReply(textCodec{}, func(context.Context, string) (chan int, error) { return nil, nil }), "500 internal error", Failed, "no text"},
 		{"too large", func(context.Context, *Msg) ([]byte, error) { return make([]byte, 8<<10+1), nil }, "500 answer is larger than 8192 bytes", Failed, ""},
 		{"header too large", func(_ context.Context, m *Msg) ([]byte, error) {
