@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // Bounds of the pull loop.
@@ -367,11 +368,49 @@ func (r *durableRoute) run(d *delivery) {
 		r.lapse(d)
 		return
 	}
+	if len(d.msg.Header) > 0 && r.passOver(d) {
+		return
+	}
 	if n := r.spec.route.attempts(); n > 0 && d.msg.Attempt() > n {
 		r.conclude(d, errCrashed)
 		return
 	}
 	r.attempt(d, r.spec.route.timeout)
+}
+
+// passOver settles what is in the stream and is no message for this route. It is
+// not counted as an attempt.
+func (r *durableRoute) passOver(d *delivery) bool {
+	if !r.isSchedule(d) {
+		return false
+	}
+	if r.target.config.Retention == jetstream.LimitsPolicy {
+		r.settle(d, ackAck)
+	} else {
+		// Acknowledged it would be deleted, and never come due.
+		r.settle(d, ackNak(untilDue(d.msg.Header.Get(headerSchedule))))
+	}
+	return true
+}
+
+// isSchedule tells whether d is a message that the server keeps to publish later
+// (ADR-51). Only a stream with AllowMsgSchedules has schedules, and it refuses
+// what looks like one and is none; elsewhere the header means nothing.
+func (r *durableRoute) isSchedule(d *delivery) bool {
+	c := r.target.config
+	return c != nil && c.AllowMsgSchedules && len(d.msg.Header[headerSchedule]) > 0
+}
+
+const headerSchedule = "Nats-Schedule"
+
+// untilDue is how long a schedule stays, with a moment for the server to remove
+// it. Of a repeated one it is a guess.
+func untilDue(schedule string) time.Duration {
+	at, err := time.Parse(time.RFC3339Nano, strings.TrimPrefix(schedule, "@at "))
+	if err != nil {
+		return time.Minute
+	}
+	return max(time.Until(at), 0) + 5*time.Second
 }
 
 func (r *durableRoute) lapse(d *delivery) {

@@ -156,8 +156,10 @@ func (e Envelope) TTL(d time.Duration) Envelope {
 // subject too, as natsx-schedule.*.orders.> beside orders.>, so that no consumer
 // of orders.> takes schedules for orders. A stream with limits retention that
 // does not is sent <subject>.natsx-schedule.<unique token> where it captures
-// this; a consumer that matches it sees the schedule early, with the header
-// Nats-Schedule. Any other stream, and one with interest retention, which drops
+// this, or else the subject with natsx-schedule-<unique token> for a token that
+// the stream leaves open with *. A consumer that matches it sees the schedule
+// early, with the header Nats-Schedule; durable routes of natsx pass it over. Any
+// other stream, and one with interest retention, which drops
 // schedules, is [ErrSchedulesNotAllowed]. The stream is looked up for each call.
 //
 // What arrives at t has the headers of the envelope without Nats-Msg-Id, so that

@@ -459,6 +459,8 @@ func TestPublishDelayed(t *testing.T) {
 		{"own subjects", []string{"s.>", "natsx-schedule.*.s.>"}, jetstream.LimitsPolicy, nil},
 		{"own subjects, work queue", []string{"s.>", "natsx-schedule.*.s.>"}, jetstream.WorkQueuePolicy, nil},
 		{"below the target", []string{"s.>"}, jetstream.LimitsPolicy, nil},
+		{"beside the target", []string{"s.*"}, jetstream.LimitsPolicy, nil},
+		{"beside the target, work queue", []string{"s.*"}, jetstream.WorkQueuePolicy, ErrSchedulesNotAllowed},
 		{"nowhere", []string{"s.x"}, jetstream.LimitsPolicy, ErrSchedulesNotAllowed},
 		{"below the target, work queue", []string{"s.>"}, jetstream.WorkQueuePolicy, ErrSchedulesNotAllowed},
 		{"interest", []string{"s.>", "natsx-schedule.*.s.>"}, jetstream.InterestPolicy, ErrSchedulesNotAllowed},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -39,7 +40,28 @@ func (c *call) scheduleSubject(ctx context.Context, target string) (string, erro
 	if below := target + "." + scheduleToken + "." + id; info.Config.Retention == jetstream.LimitsPolicy && captures(info, below) {
 		return below, nil
 	}
+	if beside := besideSubject(info, target, id); info.Config.Retention == jetstream.LimitsPolicy && beside != "" {
+		return beside, nil
+	}
 	return "", refuse(fmt.Sprintf("captures no subject for a schedule, such as %q", scheduleToken+".*."+target))
+}
+
+// besideSubject is the target with a unique token where a subject of the stream
+// has its last *, or empty when no subject of the stream has one there.
+func besideSubject(info *jetstream.StreamInfo, target, id string) string {
+	for _, pattern := range info.Config.Subjects {
+		if !subjectMatches(pattern, target) {
+			continue
+		}
+		wild, tokens := strings.Split(pattern, "."), strings.Split(target, ".")
+		for i := len(wild) - 1; i >= 0; i-- {
+			if wild[i] == "*" {
+				tokens[i] = scheduleToken + "-" + id
+				return strings.Join(tokens, ".")
+			}
+		}
+	}
+	return ""
 }
 
 // streamOf looks up the stream that captures subject, once for each stream of
