@@ -53,9 +53,9 @@
 // judged in the order Discard, Permanent, retry.
 //
 // A dead message goes to the DLQ of its route. Without one it is terminated, logged
-// and counted, and stays in its stream; a route that would thereby have it deleted,
-// from a work-queue or interest stream, is refused with [ErrWouldLose]. Without
-// Retry a message is tried until it succeeds.
+// and counted, and stays in its stream. A work-queue or interest stream would delete
+// it: there a route with Retry and without DLQ is refused with [ErrWouldLose].
+// Without Retry a message is tried until it succeeds.
 //
 // A message of a core route is gone whatever its handler returns; a failure is
 // logged and counted.
