@@ -240,3 +240,16 @@ func TestPauseAndResume(t *testing.T) {
 		t.Errorf("Run: %v", err)
 	}
 }
+
+func TestPushConsumerIsNotAdopted(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "PUSH", Subjects: []string{"push.*"}})
+	if _, err := jetStream(t, nc).CreatePushConsumer(testContext(t), "PUSH", jetstream.ConsumerConfig{
+		Durable: "d", FilterSubject: "push.*", DeliverSubject: "deliver", AckPolicy: jetstream.AckExplicitPolicy,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	wantRefused(t, nc, []Spec{Route("push.*").Durable("d").Handle(succeed)}, ErrConsumerConflict)
+}
