@@ -21,6 +21,7 @@ type engine struct {
 	js          jetstream.JetStream
 	pool        *pool
 	acks        *acker
+	specs       []Spec
 	routes      []runner
 	discovery   *discovery // nil until it answers, and without WithService
 	durables    int        // number of durable routes
@@ -50,7 +51,7 @@ type engine struct {
 
 func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []Spec) *engine {
 	e := &engine{
-		Broker: b, js: js, pool: newPool(b.workers), base: time.Now(),
+		Broker: b, js: js, specs: specs, pool: newPool(b.workers), base: time.Now(),
 		asking: make(chan struct{}, startAtOnce), state: "is starting", claimed: map[string]Spec{},
 	}
 	e.acks = newAcker(func(reply string) {
@@ -141,7 +142,7 @@ func (e *engine) prepare() bool {
 		return false
 	}
 	for _, s := range e.streams {
-		if err := s.ensure(e.intake, e.js, e.log); err != nil && e.intake.Err() == nil {
+		if err := s.forLetters(e.specs).ensure(e.intake, e.js, e.log); err != nil && e.intake.Err() == nil {
 			e.note(err)
 		}
 	}

@@ -564,3 +564,39 @@ func TestSlowConsumerIsCounted(t *testing.T) {
 	default:
 	}
 }
+
+func TestStreamOfLettersIsCreatedToKeepThem(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	streams := WithStreams(
+		Stream("ORDERS").Subjects("orders.>"), Stream("DLQ").Subjects("x", "dlq.>").MaxMsgs(1),
+		Stream("OLD").Subjects("old").Discard(jetstream.DiscardOld))
+	b := NewBroker(nc, streams)
+	runBroker(t, b, Route("orders.a").Durable("d").Retry(0).DLQ("dlq.orders").Handle(func(context.Context, *Msg) error { return errors.New("no") }),
+		Route("orders.b").Durable("e").DLQ("old").Handle(succeed))
+	want := map[string]jetstream.DiscardPolicy{"ORDERS": jetstream.DiscardOld, "DLQ": jetstream.DiscardNew, "OLD": jetstream.DiscardOld}
+	for name, policy := range want {
+		s, err := jetStream(t, nc).Stream(testContext(t), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := s.CachedInfo().Config.Discard; got != policy {
+			t.Errorf("stream %s has %s, want %s", name, got, policy)
+		}
+	}
+	// The second letter finds the DLQ full: it waits, and is moved once there is room.
+	publishAcked(t, nc, "orders.a", "1", "2")
+	eventually(t, "health tells of the full DLQ", func() bool {
+		err := b.Health()
+		return err != nil && strings.Contains(err.Error(), "maximum messages exceeded")
+	})
+	s, err := jetStream(t, nc).Stream(testContext(t), "DLQ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Purge(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	routeStats(t, b, "both are moved", func(s RouteStats) bool { return s.Dead == 2 })
+	eventually(t, "the route is well again", func() bool { return b.Health() == nil })
+}

@@ -136,6 +136,9 @@ func (s StreamSpec) ensureOnce(ctx context.Context, js jetstream.JetStream, pati
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		cfg := jetstream.StreamConfig{Name: s.name}
 		s.apply(&cfg)
+		if s.letters {
+			cfg.Discard = jetstream.DiscardNew
+		}
 		err = request("create", func(ctx context.Context) (jetstream.Stream, error) {
 			return js.CreateStream(ctx, cfg)
 		})

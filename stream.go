@@ -3,6 +3,7 @@ package natsx
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -77,6 +78,8 @@ type StreamSpec struct {
 	maxMsgSize        int32
 	replicas          int
 	dedupWindow       time.Duration
+
+	letters bool // holds dead letters, see StreamSpec.forLetters
 }
 
 // Stream starts the description of the stream of this name. What is not set
@@ -256,7 +259,9 @@ func (s StreamSpec) DenyPurge() StreamSpec {
 }
 
 // WithStreams has [Broker.Run] ensure these streams before any route starts, as
-// [StreamSpec.Ensure] does.
+// [StreamSpec.Ensure] does. One that captures a route's DLQ subject is created
+// with DiscardNew unless Discard or AllowSchedules says otherwise: a full DLQ
+// refuses letters, which stay with their route, and loses none.
 func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
 }
@@ -394,6 +399,18 @@ func captureFault(subject string) string {
 		}
 	}
 	return ""
+}
+
+// forLetters describes the same stream with DiscardNew for a new one, when it
+// captures a dead letter subject of specs and says nothing that excludes it.
+func (s StreamSpec) forLetters(specs []Spec) StreamSpec {
+	for _, spec := range specs {
+		dlq := spec.route.dlq
+		if dlq != "" && slices.ContainsFunc(s.subjectList(), func(subject string) bool { return subjectMatches(subject, dlq) }) {
+			s.letters = s.set&(optDiscard|optAllowSchedules) == 0
+		}
+	}
+	return s
 }
 
 func (s StreamSpec) subjectList() []string {
