@@ -528,10 +528,7 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	p := r.eng.pool
 	p.mu.Lock()
 	due = r.leases.due(now, int64(r.target.ackWait)/3, due)
-	for len(r.delayed) > 0 && r.delayed[0] <= now {
-		r.delayed.pop()
-	}
-	crowded := 10*len(r.delayed) >= 9*r.target.maxAckPending
+	crowded := 10*r.delayed.after(now) >= 9*r.target.maxAckPending
 	for i := 0; i < len(r.pulls); {
 		if r.pulls[i].expires+int64(r.heartbeat) < now {
 			r.ended(r.pulls[i].token, 0)
@@ -618,6 +615,14 @@ func (h *timeHeap) push(t int64) {
 		i = up
 	}
 	*h = s
+}
+
+// after removes the times up to now and counts the rest.
+func (h *timeHeap) after(now int64) int {
+	for len(*h) > 0 && (*h)[0] <= now {
+		h.pop()
+	}
+	return len(*h)
 }
 
 func (h *timeHeap) pop() {

@@ -483,7 +483,7 @@ func (e *engine) stats() Stats {
 		st := b.stats
 		st.Running, st.Waiting = b.running, b.queue.len()
 		if d, ok := r.(*durableRoute); ok {
-			st.Delayed = len(d.delayed)
+			st.Delayed = d.delayed.after(e.now())
 		}
 		s.Routes[i] = st
 	}
