@@ -62,7 +62,7 @@ func run(ctx context.Context, serve, verbose bool) (err error) {
 	s := &shop{name: "serve", pub: natsx.NewPublisher(nc), say: say}
 	if !serve {
 		s.name = "demo-" + strconv.FormatInt(time.Now().UnixMilli(), 36)
-		limited, cancel := context.WithTimeout(ctx, 15*time.Second)
+		limited, cancel := context.WithTimeout(ctx, 10*time.Second)
 		defer cancel()
 		ctx = limited
 	}
@@ -74,6 +74,7 @@ func run(ctx context.Context, serve, verbose bool) (err error) {
 	broker := natsx.NewBroker(nc,
 		natsx.WithStreams(s.streams()...),
 		natsx.WithObserver(s.tally),
+		natsx.WithDrainTimeout(3*time.Second),
 		natsx.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))),
 	)
 
@@ -113,14 +114,19 @@ func run(ctx context.Context, serve, verbose bool) (err error) {
 		<-served
 		return err
 	}
-	if serve {
+	late := errors.Is(ctx.Err(), context.DeadlineExceeded)
+	if ctx.Err() != nil && !late {
 		say.printf("\nInterrupted: draining.\n")
 	}
 	stop()
 	if err := <-stopped; err != nil {
 		return err
 	}
-	return s.close(nc, serve)
+	err = s.close(nc, serve)
+	if late && !serve {
+		err = errors.Join(errors.New("not every order was settled in time"), err)
+	}
+	return err
 }
 
 // close prints the summary and reports what does not fit.

@@ -35,6 +35,7 @@ func TestSummaryIsChecked(t *testing.T) {
 		"other reason":     {func(_ *tally, ls *[]natsx.DeadLetter) { (*ls)[0].Reason = natsx.ReasonPanic }, "o-02"},
 		"a retry too few":  {func(t *tally, _ *[]natsx.DeadLetter) { t.seen[2] = fate{outcome: natsx.Dead, retries: retries - 1} }, "o-02"},
 		"reply missing":    {func(t *tally, _ *[]natsx.DeadLetter) { t.priced.Add(-1) }, "replies"},
+		"order not sent":   {func(t *tally, _ *[]natsx.DeadLetter) { t.unsent.Add(1) }, "sent"},
 		"repeat stored":    {func(t *tally, _ *[]natsx.DeadLetter) { t.repeats.Add(1) }, "duplicates"},
 		"audited too much": {func(t *tally, _ *[]natsx.DeadLetter) { t.audited.Add(1) }, "audited"},
 	} {

@@ -60,6 +60,7 @@ func (s *shop) serve(ctx context.Context, n int, pause time.Duration) {
 	defer tick.Stop()
 	for i := 0; n == 0 || i < n; i++ {
 		if err := s.sell(ctx, i, opened); err != nil {
+			s.tally.unsent.Add(1)
 			s.say.line(red, "shop", orderID(i), "order not sent: "+err.Error())
 		}
 		select {
@@ -97,12 +98,15 @@ func (s *shop) sell(ctx context.Context, i int, opened int64) error {
 		return nil
 	}
 	// A caller that is not sure sends its order again, under the same id.
-	s.tally.repeats.Add(1)
 	again, err := s.pub.Publish(ctx, e)
-	if err == nil && again.Duplicate && again.Sequence == ack.Sequence {
+	if err != nil {
+		return fmt.Errorf("the second time: %w", err)
+	}
+	s.tally.repeats.Add(1)
+	if again.Duplicate && again.Sequence == ack.Sequence {
 		s.tally.duplicates.Add(1)
 	}
-	return err
+	return nil
 }
 
 func orderID(i int) string { return fmt.Sprintf("o-%02d", i+1) }
