@@ -29,7 +29,11 @@ func createServersHeadersStreams(t testing.TB, nc *nats.Conn) {
 	})
 	createStream(t, nc, jetstream.StreamConfig{Name: "COUNT", Subjects: []string{"count.>"}, AllowMsgCounter: true})
 	createStream(t, nc, jetstream.StreamConfig{Name: "ORIGIN", Subjects: []string{"origin.>"}})
-	createStream(t, nc, jetstream.StreamConfig{Name: "COPY", Sources: []*jetstream.StreamSource{{Name: "ORIGIN"}}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "COPY", Sources: []*jetstream.StreamSource{
+		{Name: "ORIGIN"},
+		// Schedules are messages like others in a stream that does not act on them.
+		{Name: "SRC", FilterSubject: "src.schedule.*"},
+	}})
 }
 
 // publishServersHeaders stores messages that bear the headers which a server
@@ -98,7 +102,8 @@ func TestServersHeadersDoNotActOnLetters(t *testing.T) {
 	r := runBroker(t, NewBroker(connect(t, s.ClientURL())),
 		dying("src.>", "d", "dlq.src").Handle(fail),
 		dying("count.>", "d", "dlq.count").Handle(fail),
-		dying("origin.>", "d", "dlq.copy").Stream("COPY").Handle(fail))
+		dying("origin.>", "d", "dlq.copy").Stream("COPY").Handle(fail),
+		dying("src.schedule.*", "e", "dlq.copy").Stream("COPY").Handle(fail))
 
 	want := publishServersHeaders(t, nc)
 	missing := func() (names []string) {
@@ -130,7 +135,11 @@ func TestServersHeadersDoNotActOnLetters(t *testing.T) {
 			continue
 		}
 		arrived[stream+seq] = true
-		wantLetter(t, m, original, map[string]string{"Stream": stream, "Sequence": seq, "Durable": "d"}, "permanent")
+		durable := "d"
+		if stream == "COPY" && strings.HasPrefix(original.Subject, "src.") {
+			durable = "e"
+		}
+		wantLetter(t, m, original, map[string]string{"Stream": stream, "Sequence": seq, "Durable": durable}, "permanent")
 		for key := range m.Header {
 			if strings.HasPrefix(key, "Nats-") && key != "Nats-Msg-Id" && key != "Nats-Expected-Stream" {
 				t.Errorf("letter of %s %s has the header %q, which would act on it", stream, seq, key)
