@@ -23,8 +23,7 @@ const (
 	batchSequenceHeader = "Nats-Batch-Sequence"
 	batchCommitHeader   = "Nats-Batch-Commit"
 
-	// commitWait is how long a try waits for the ack of its commit. A slow one
-	// costs no second copy: the question that follows is answered after it.
+	// commitWait is how long a try waits for the ack of its commit.
 	commitWait = 2 * time.Second
 
 	codeAtomicDisabled   jetstream.ErrorCode = 10174
@@ -43,11 +42,11 @@ const (
 // Only the first envelope may have ExpectLastSequence, and an envelope may have
 // ExpectLastSubjectSequence only if none before it has its subject.
 //
-// It tries again as [Publisher.Publish] does, and asks the stream for the message
-// ids before it does so after a lost ack, so that no batch is stored twice within
-// the duplicate window. A batch of which every message id is already stored, as
-// when a handler runs again, is acknowledged as a duplicate; one of which only some
-// are is refused by the server and not stored.
+// It tries again as [Publisher.Publish] does, with the same message ids, so that
+// no batch is stored twice within the duplicate window. A batch of which every
+// message id is already stored, be it by an unanswered try or when a handler runs
+// again, is acknowledged as a duplicate; one of which only some are is refused and
+// not stored.
 func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, error) {
 	if err := checkAtomic(es); err != nil {
 		return Ack{}, err
@@ -190,8 +189,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 	first.tries++
 	again := func(wait time.Duration) (Ack, time.Duration, error) {
 		if ctx.Err() != nil {
-			o.tries = first.tries
-			return Ack{}, -1, o.ended(ctx.Err(), err)
+			return Ack{}, -1, first.ended(ctx.Err())
 		}
 		return Ack{}, wait, nil
 	}
@@ -235,23 +233,14 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 		if err := b.noResponders(ctx, o); err != nil {
 			return Ack{}, -1, err
 		}
+		first.leaderless = o.leaderless
 		return again(wait)
 	}
 	if err := b.p.denied(o.subject); err != nil {
 		return Ack{}, -1, err
 	}
-	// The commit may have been taken. Nothing is sent again before that is known.
-	for ctx.Err() == nil {
-		last := &b.out[len(b.out)-1]
-		ack, stored, err := b.p.probe(ctx, last.subject, last.id)
-		if stored {
-			return ack, -1, nil
-		}
-		if err == nil {
-			break
-		}
-		pause(ctx, wait)
-	}
+	// The commit may have been taken; then the next try is refused for its
+	// message ids, or as long as the commit is still on its way through a cluster.
 	return again(0)
 }
 

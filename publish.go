@@ -23,8 +23,8 @@ const (
 	ackWait = time.Second
 	// lookupWait bounds one question to the JetStream API.
 	lookupWait = time.Second
-	// unknownStreamWait is how long a publish goes on without responders while
-	// nobody can tell whether a stream captures the subject.
+	// unknownStreamWait is how long a publish goes on without responders when
+	// it may not ask whether a stream captures the subject.
 	unknownStreamWait = 3 * time.Second
 )
 
@@ -160,11 +160,11 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 // [context.Canceled]; the message may be stored nevertheless.
 //
 // A subject that no stream captures is [ErrNoStream] at once, or after three
-// seconds where the JetStream API does not answer the question. What the server
-// refuses is returned at once with its [*jetstream.APIError] in the chain:
-// [ErrWrongSequence], [ErrWrongStream], [ErrTTLNotAllowed],
-// [ErrSchedulesNotAllowed] and whatever else it may be. A message above the
-// server's maximum is [nats.ErrMaxPayload].
+// seconds where the JetStream API is not there, or may not be asked for stream
+// names. What the server refuses is returned at once with its
+// [*jetstream.APIError] in the chain: [ErrWrongSequence], [ErrWrongStream],
+// [ErrTTLNotAllowed], [ErrSchedulesNotAllowed] and whatever else it may be. A
+// message above the server's maximum is [nats.ErrMaxPayload].
 //
 // A delayed envelope (At, After) is stored as a schedule, see [Envelope.At], and
 // the ack is of the schedule.
@@ -254,9 +254,10 @@ type outgoing struct {
 	due     time.Time // of a delayed one
 	carried []field   // headers of the handled message
 
-	tries   int
-	lost    bool      // a try was not answered, so that the message may be stored
-	unknown time.Time // when it first met nobody, and nobody could say why
+	tries      int
+	lost       bool      // a try was not answered, so that the message may be stored
+	leaderless bool      // its stream was there, and nobody answered for it
+	unknown    time.Time // when it first met nobody, and nobody could say why
 }
 
 // prepare judges the envelope and settles its message id and subject. A bare one
@@ -375,7 +376,7 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		}
 	}
 	if ctx.Err() != nil {
-		return ack, -1, o.ended(ctx.Err(), err)
+		return ack, -1, o.ended(ctx.Err())
 	}
 	return ack, wait, nil
 }
@@ -386,9 +387,11 @@ func (c *call) noResponders(ctx context.Context, o *outgoing) error {
 	f := c.lookUp(ctx, o.subject)
 	switch {
 	case f.exists:
-		o.unknown = time.Time{}
+		o.leaderless, o.unknown = true, time.Time{}
 	case f.err == nil:
 		return failure(fmt.Sprintf("publish to %q: no stream captures the subject", o.subject), ErrNoStream)
+	case errors.Is(f.err, context.DeadlineExceeded) && c.p.denied(".STREAM.NAMES") == nil:
+		// The cluster is looking for the leader who would know.
 	case o.unknown.IsZero():
 		o.unknown = time.Now()
 	case time.Since(o.unknown) > unknownStreamWait:
@@ -469,10 +472,10 @@ func (o *outgoing) refusal(api *jetstream.APIError) error {
 }
 
 // ended is the error of a message that has no ack when its time is over.
-func (o *outgoing) ended(cause, last error) error {
+func (o *outgoing) ended(cause error) error {
 	what := fmt.Sprintf("publish to %q: no ack after %d tries", o.e.subject, o.tries)
-	if errors.Is(last, nats.ErrNoResponders) {
-		what += ", its stream has no leader"
+	if o.leaderless {
+		what += ", its stream has had no leader"
 	}
 	if errors.Is(cause, context.DeadlineExceeded) {
 		return failure(what, ErrTimeout, cause)
@@ -517,15 +520,20 @@ func (p *Publisher) localFailure(m *nats.Msg, err error) error {
 	return failure(what+strings.TrimPrefix(err.Error(), "natsx: "), err)
 }
 
-// denied tells whether the server has refused the subject to this user, which
-// it says to the connection and not to the message.
+// denied tells whether the server has refused this user to publish to subject, or,
+// when that starts with a dot, to one that ends in it. The server says so to the connection and not to the message.
 func (p *Publisher) denied(subject string) error {
 	err := p.nc.LastError()
-	if err != nil && errors.Is(err, nats.ErrPermissionViolation) &&
-		strings.Contains(strings.ToLower(err.Error()), strings.ToLower(fmt.Sprintf("publish to %q", subject))) {
-		return failure(fmt.Sprintf("publish to %q: permission denied", subject), ErrPermission, err)
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		return nil
 	}
-	return nil
+	_, refused, _ := strings.Cut(strings.ToLower(err.Error()), "publish to \"")
+	refused, _, _ = strings.Cut(refused, "\"")
+	subject = strings.ToLower(subject)
+	if refused != subject && !(subject[0] == '.' && strings.HasSuffix(refused, subject)) {
+		return nil
+	}
+	return failure(fmt.Sprintf("publish to %q: permission denied", subject), ErrPermission, err)
 }
 
 // withLimit ends ctx after d unless it has a deadline of its own.

@@ -262,12 +262,10 @@ func (b *bulk) fail(i int, err error) {
 func (b *bulk) abandon(cause error) {
 	for place := range b.out {
 		if s := &b.out[place]; s.e != nil {
-			last := s.last
-			if last == nil {
-				last = errNoAck
+			if s.last == nil {
+				s.tries++
 			}
-			s.tries++
-			b.fail(s.index, s.ended(cause, last))
+			b.fail(s.index, s.ended(cause))
 			b.release(s)
 		}
 	}

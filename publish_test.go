@@ -110,14 +110,14 @@ func TestEnvelopeForksDoNotShareHeaders(t *testing.T) {
 	forks := make([]Envelope, 8)
 	for i := range forks {
 		wg.Go(func() {
-			forks[i] = base.Header("Fork", fmt.Sprint(i)).Header("More", fmt.Sprint(-i))
+			forks[i] = base.Header("Fork", fmt.Sprint(i))
 		})
 	}
 	wg.Wait()
 	for i, e := range forks {
 		h := nats.Header{}
 		e.fill(h, nil)
-		want := nats.Header{"A": {"1"}, "B": {"2"}, "C": {"3"}, "Fork": {fmt.Sprint(i)}, "More": {fmt.Sprint(-i)}}
+		want := nats.Header{"A": {"1"}, "B": {"2"}, "C": {"3"}, "Fork": {fmt.Sprint(i)}}
 		if diff := cmp.Diff(want, h); diff != "" {
 			t.Errorf("fork %d (-want +got):\n%s", i, diff)
 		}
@@ -313,7 +313,7 @@ func TestPublishRetriesALostAckUnderOneID(t *testing.T) {
 func TestProbeStoresNothing(t *testing.T) {
 	t.Parallel()
 	withAndWithoutReplicas(t, func(t *testing.T, nc *nats.Conn, replicas int) {
-		createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}, Replicas: replicas})
+		createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}, Replicas: replicas, AllowRollup: true})
 		pub := NewPublisher(nc)
 		ctx := testContext(t)
 		for range 2 {
@@ -766,5 +766,56 @@ func TestPublishThroughALeaderElection(t *testing.T) {
 	// In the two that are left, each message is there once.
 	if got := stored(t, nc, "S"); got != 2*n {
 		t.Errorf("stored %d, want %d", got, 2*n)
+	}
+}
+
+// TestPublishWaitsForAStreamWithoutALeader stops the only server of a stream.
+func TestPublishWaitsForAStreamWithoutALeader(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	nc := connect(t, c.url())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}, Replicas: 1, AllowAtomicPublish: true})
+	pub := NewPublisher(nc)
+	publish := map[string]func(context.Context) error{
+		"Publish": func(ctx context.Context) error {
+			_, err := pub.Publish(ctx, To("s.a"))
+			return err
+		},
+		"PublishAll": func(ctx context.Context) error {
+			_, err := pub.PublishAll(ctx, To("s.a"), To("s.b"))
+			return err
+		},
+		"PublishAtomic": func(ctx context.Context) error {
+			_, err := pub.PublishAtomic(ctx, To("s.a"), To("s.b"))
+			return err
+		},
+	}
+	home := c.leader(t, "S", "")
+	home.stop()
+	// The others have to learn that it is gone, and may have to agree on another
+	// leader of their own before they can tell that the stream exists.
+	for name, fn := range publish {
+		eventually(t, name+" says that there is no leader", func() bool {
+			ctx, cancel := context.WithTimeout(testContext(t), 500*time.Millisecond)
+			defer cancel()
+			err := fn(ctx)
+			if !errors.Is(err, ErrTimeout) {
+				t.Fatalf("%s without a leader: got %v, want ErrTimeout", name, err)
+			}
+			return strings.Contains(err.Error(), "no leader")
+		})
+	}
+	var wg sync.WaitGroup
+	for name, fn := range publish {
+		wg.Go(func() {
+			if err := fn(testContext(t)); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+	}
+	home.start(t)
+	wg.Wait()
+	if n := stored(t, nc, "S"); n != 5 {
+		t.Errorf("stored %d messages, want 5", n)
 	}
 }
