@@ -29,6 +29,7 @@ type figure struct {
 	ServerCPU time.Duration
 	Mallocs   uint64
 	P50, P99  time.Duration // of requests
+	Others    float64       // share of the cores that other processes took meanwhile
 }
 
 // A job is a run in progress: what a peer is given to do its work with.
@@ -205,7 +206,9 @@ func (j *job) stored() error {
 
 // A meter reads what a run costs client and server.
 type meter struct {
+	at             time.Time
 	client, server time.Duration
+	machine        time.Duration // of all processes
 	mallocs        uint64
 }
 
@@ -220,7 +223,10 @@ func readMeter(nc *nats.Conn) (meter, error) {
 	}
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
-	return meter{client: cpuTime(), server: time.Duration(ns), mallocs: mem.Mallocs}, nil
+	return meter{
+		at: time.Now(), client: cpuTime(), server: time.Duration(ns),
+		machine: machineTime(), mallocs: mem.Mallocs,
+	}, nil
 }
 
 func (m *meter) start(nc *nats.Conn) error {
@@ -231,9 +237,39 @@ func (m *meter) start(nc *nats.Conn) error {
 
 func (m *meter) stop(nc *nats.Conn) (figure, error) {
 	end, err := readMeter(nc)
-	return figure{
+	f := figure{
 		ClientCPU: end.client - m.client,
 		ServerCPU: end.server - m.server,
 		Mallocs:   end.mallocs - m.mallocs,
-	}, err
+	}
+	others := end.machine - m.machine - f.ClientCPU - f.ServerCPU
+	f.Others = max(share(others, end.at.Sub(m.at)), 0)
+	return f, err
+}
+
+// share is what part of the machine's cores a CPU time is.
+func share(cpu, elapsed time.Duration) float64 {
+	return float64(cpu) / float64(elapsed) / float64(runtime.NumCPU())
+}
+
+// machineTime is the CPU time that all processes have used since boot, in steps
+// of 10 ms, and 0 where the system does not tell.
+func machineTime() time.Duration {
+	text, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0
+	}
+	line, _, _ := strings.Cut(string(text), "\n")
+	var ticks int64
+	for i, field := range strings.Fields(line) { // cpu user nice system idle iowait irq softirq steal guest guest_nice
+		if i == 0 || i == 4 || i == 5 || i > 8 {
+			continue
+		}
+		n, err := strconv.ParseInt(field, 10, 64)
+		if err != nil {
+			return 0
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * 10 * time.Millisecond
 }

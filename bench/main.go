@@ -95,6 +95,9 @@ var sleepers = []peer{
 	{name: natsxPrefix + ", Retry, DLQ, 64 workers", run: natsxConsume},
 }
 
+// calmLimit is how long -calm waits for each figure.
+const calmLimit = 10 * time.Minute
+
 // natsxPrefix begins the names of the peers that -cpuprofile and -memprofile
 // are for.
 const natsxPrefix = "natsx"
@@ -121,6 +124,7 @@ func measure() error {
 	match := flag.String("run", "", "regular expression that chooses `sections` by name")
 	only := flag.String("peers", "", "regular expression that chooses `peers` by name; the first of a section always runs")
 	quick := flag.Bool("quick", false, "one round of 2,000 messages, to see that everything works")
+	calm := flag.Float64("calm", 1, "`share` of the cores that other processes may take during a run; else it waits or is taken again, for 10 minutes at most")
 	cpuProfile := flag.String("cpuprofile", "", "`file` for a CPU profile of the last natsx client")
 	memProfile := flag.String("memprofile", "", "`file` for a profile of that client's allocations; slows it")
 	flag.Parse()
@@ -148,7 +152,7 @@ func measure() error {
 			continue
 		}
 		o := order{Section: i, N: max(int(s.share*float64(*n)), 1), CPUProfile: *cpuProfile, MemProfile: *memProfile}
-		results, err := s.measure(o, *rounds, peerRE)
+		results, err := s.measure(o, *rounds, *calm, peerRE)
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
 		}
@@ -159,7 +163,7 @@ func measure() error {
 
 // measure runs the peers in turn, each round beginning with the next one, since
 // who runs first finds another machine than who runs last.
-func (s section) measure(o order, rounds int, only *regexp.Regexp) ([][]figure, error) {
+func (s section) measure(o order, rounds int, calm float64, only *regexp.Regexp) ([][]figure, error) {
 	srv, err := startServer()
 	if err != nil {
 		return nil, err
@@ -177,7 +181,7 @@ func (s section) measure(o order, rounds int, only *regexp.Regexp) ([][]figure, 
 			if o.Peer > 0 && !only.MatchString(p.name) {
 				continue
 			}
-			f, err := spawn(o)
+			f, err := spawnCalm(o, calm)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", p.name, err)
 			}
@@ -192,6 +196,26 @@ type order struct {
 	URL                    string
 	Section, Peer, N       int
 	CPUProfile, MemProfile string
+}
+
+// spawnCalm takes a figure when others leave the machine alone, and again when
+// they did not until its end.
+func spawnCalm(o order, calm float64) (f figure, err error) {
+	const look = 250 * time.Millisecond
+	for end := time.Now().Add(calmLimit); ; {
+		before := machineTime()
+		if calm < 1 {
+			time.Sleep(look)
+		}
+		if calm >= 1 || share(machineTime()-before, look) <= calm {
+			if f, err = spawn(o); err != nil || f.Others <= calm {
+				return f, err
+			}
+		}
+		if time.Now().After(end) {
+			return f, fmt.Errorf("other processes left no calm moment for %s", calmLimit)
+		}
+	}
 }
 
 // spawn runs one figure in a fresh process, so that no peer inherits another's

@@ -16,7 +16,7 @@ import (
 func report(w io.Writer, s section, n int, results [][]figure) {
 	timed := slices.ContainsFunc(results, func(fs []figure) bool { return len(fs) > 0 && fs[0].P99 > 0 })
 	fmt.Fprintf(w, "\n### %s (`%s`, %s messages, load %s)\n\n", s.title, s.name, grouped(n), loadAverage())
-	head := []string{"", "per s", "ratio", "(range)", "allocs", "client µs", "ratio", "server µs"}
+	head := []string{"", "per s", "ratio", "(range)", "allocs", "client µs", "ratio", "server µs", "others"}
 	if timed {
 		head = append(head, "p50 ms", "p99 ms", "p99 ratio")
 	}
@@ -36,6 +36,7 @@ func report(w io.Writer, s section, n int, results [][]figure) {
 			fmt.Sprintf("%.2f", median(each(fs, figure.clientMicros))),
 			fmt.Sprintf("%.2f", median(against(fs, base, figure.clientMicros))),
 			fmt.Sprintf("%.2f", median(each(fs, figure.serverMicros))),
+			fmt.Sprintf("%.0f %%", 100*slices.Max(each(fs, figure.others))),
 		}
 		if timed {
 			row = append(row,
@@ -53,6 +54,8 @@ func (f figure) clientMicros() float64 { return micros(f.ClientCPU) / float64(f.
 func (f figure) serverMicros() float64 { return micros(f.ServerCPU) / float64(f.N) }
 func (f figure) p50Millis() float64    { return micros(f.P50) / 1000 }
 func (f figure) p99Millis() float64    { return micros(f.P99) / 1000 }
+
+func (f figure) others() float64 { return f.Others }
 
 func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
 
