@@ -240,7 +240,10 @@ func (r *durableRoute) status(m *nats.Msg, now int64) {
 		// down, nobody there: only the consumer's info tells which.
 		doubt = true
 	}
-	next := r.plan(now)
+	var next pull
+	if !doubt {
+		next = r.plan(now)
+	}
 	p.mu.Unlock()
 	if refused != nil {
 		r.trouble("pull", refused)
