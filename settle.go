@@ -118,8 +118,8 @@ func (r *route) attempt(d *delivery, timeout time.Duration) {
 // failed, also when it says nothing of it: a handler that gave up its work at the
 // end of its context may well return nil.
 func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
-	ctx, cancel := context.WithTimeout(d, timeout)
-	defer cancel()
+	ctx := withDeadline(d, time.Now().Add(timeout))
+	defer ctx.end()
 	err := invoke(h, ctx, &d.msg)
 	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return err
