@@ -12,6 +12,8 @@ import (
 	"regexp"
 	"runtime"
 	"time"
+
+	"github.com/natsx/natsx"
 )
 
 // A section compares peers at one job. Each figure is one run of one peer.
@@ -56,11 +58,12 @@ var sections = []section{
 	{name: "publish-async", title: "Publishing many at once, 128 B", share: 1, size: 128, does: publishing, peers: []peer{
 		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
 		{name: "the same with message ids", run: publishAsyncID},
-		{name: natsxPrefix + " PublishAll", run: natsxPublishAll},
+		{name: natsxPrefix + " PublishAll", run: natsxPublishAll()},
+		{name: natsxPrefix + " PublishAll without message ids", run: natsxPublishAll(natsx.WithoutMessageIDs())},
 	}},
 	{name: "publish-fast", title: "Publishing many at once, 128 B, the stream allows batch ingest", share: 1, size: 128, does: fastPublishing, peers: []peer{
 		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
-		{name: natsxPrefix + " PublishAll", run: natsxPublishAll},
+		{name: natsxPrefix + " PublishAll", run: natsxPublishAll()},
 		{name: "orbit.go fast ingest, defaults", run: fastIngest(0, 0)},
 		{name: "orbit.go fast ingest, flow 1,000 x 4", run: fastIngest(1000, 4)},
 	}},

@@ -56,16 +56,18 @@ func natsxPublish(j *job) error {
 }
 
 // natsxPublishAll hands all envelopes to one call.
-func natsxPublishAll(j *job) error {
-	pub := natsx.NewPublisher(j.nc)
-	return j.publish(func(payload []byte) error {
-		es := make([]natsx.Envelope, j.n)
-		for i := range es {
-			es[i] = natsx.To(benchSubject).Data(payload)
-		}
-		_, err := pub.PublishAll(j.ctx, es...)
-		return err
-	})
+func natsxPublishAll(opts ...natsx.PublisherOption) func(*job) error {
+	return func(j *job) error {
+		pub := natsx.NewPublisher(j.nc, opts...)
+		return j.publish(func(payload []byte) error {
+			es := make([]natsx.Envelope, j.n)
+			for i := range es {
+				es[i] = natsx.To(benchSubject).Data(payload)
+			}
+			_, err := pub.PublishAll(j.ctx, es...)
+			return err
+		})
+	}
 }
 
 // natsxRequests has a natsx route answer, on a connection of its own, what
