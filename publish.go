@@ -145,7 +145,7 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 		return failure(fmt.Sprintf("send to %q", m.Subject), err)
 	}
 	if err := p.nc.PublishMsg(m); err != nil {
-		return p.localFailure(m, err)
+		return p.localFailure("send to", m, err)
 	}
 	return nil
 }
@@ -480,7 +480,7 @@ func (o *outgoing) ended(cause error) error {
 	if errors.Is(cause, context.DeadlineExceeded) {
 		return failure(what, ErrTimeout, cause)
 	}
-	return failure(what+": "+cause.Error(), cause)
+	return failure(what+": "+strings.TrimPrefix(cause.Error(), "natsx: "), cause)
 }
 
 // isLocal tells the errors of a message that never left.
@@ -499,11 +499,12 @@ func isLocal(err error) bool {
 func (p *Publisher) publishFailure(o *outgoing, err error) error {
 	m := &nats.Msg{Subject: o.e.subject, Data: o.e.data, Header: nats.Header{}}
 	o.fill(m.Header)
-	return p.localFailure(m, err)
+	return p.localFailure("publish to", m, err)
 }
 
-func (p *Publisher) localFailure(m *nats.Msg, err error) error {
-	what := fmt.Sprintf("publish to %q: ", m.Subject)
+// localFailure is an error of the connection, in the words of what was to be done.
+func (p *Publisher) localFailure(doing string, m *nats.Msg, err error) error {
+	what := fmt.Sprintf("%s %q: ", doing, m.Subject)
 	switch {
 	case errors.Is(err, nats.ErrMaxPayload):
 		size := len(m.Data)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -141,6 +142,10 @@ func (b *bulk) run(ctx context.Context) {
 			}
 			progress = time.Now()
 		case now := <-tick.C:
+			if b.p.nc.IsClosed() {
+				b.abandon(ErrConnectionClosed)
+				return
+			}
 			b.overdue(ctx, now)
 			if !limited && now.Sub(progress) > DefaultPublishTimeout {
 				b.abandon(context.DeadlineExceeded)
@@ -269,7 +274,7 @@ func (b *bulk) abandon(cause error) {
 			b.release(s)
 		}
 	}
-	unsent := "not sent: " + cause.Error()
+	unsent := "not sent: " + strings.TrimPrefix(cause.Error(), "natsx: ")
 	for ; b.next < len(b.es); b.next++ {
 		err := failure(fmt.Sprintf("publish to %q: %s", b.es[b.next].subject, unsent), cause)
 		if errors.Is(cause, context.DeadlineExceeded) {

@@ -726,6 +726,32 @@ func TestPublishAllEndsWithItsContext(t *testing.T) {
 	}
 }
 
+func TestPublishAllEndsWithItsConnection(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	for name, opts := range map[string][]PublisherOption{"with ids": nil, "without": {WithoutMessageIDs()}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			watcher, nc := connect(t, s.ClientURL()), connect(t, s.ClientURL())
+			hole := "hole." + EscapeToken(name)
+			sub, err := watcher.SubscribeSync(hole)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := watcher.FlushTimeout(testLimit); err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				sub.NextMsg(testLimit)
+				nc.Close()
+			}()
+			if _, err := NewPublisher(nc, opts...).PublishAll(testContext(t), To(hole), To(hole)); !errors.Is(err, ErrConnectionClosed) {
+				t.Errorf("got %v, want ErrConnectionClosed", err)
+			}
+		})
+	}
+}
+
 // TestPublishThroughALeaderElection stops the leader of the stream while
 // messages are published one by one and many at once.
 func TestPublishThroughALeaderElection(t *testing.T) {

@@ -134,7 +134,7 @@ func (p *Publisher) requestFailure(ctx context.Context, m *nats.Msg, err error) 
 	case errors.Is(err, nats.ErrNoResponders):
 		return failure(fmt.Sprintf("request %q: no responders", m.Subject), ErrNoResponders, err)
 	}
-	return p.localFailure(m, err)
+	return p.localFailure("request", m, err)
 }
 
 func requestError(subject string, err error) error {
