@@ -1,9 +1,11 @@
 package natsx
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 	"sync"
 
 	"github.com/nats-io/nats.go"
@@ -42,6 +44,36 @@ func permissionError(err error) *PermissionError {
 		op = "subscribe"
 	}
 	return &PermissionError{Operation: op, Subject: m[2], Err: err}
+}
+
+// requestWith runs fn, which makes a request on subject, within apiTimeout. A
+// permission that the user lacks ends it at once: the server refuses such a
+// request with an asynchronous error only.
+func requestWith(ctx context.Context, nc *nats.Conn, subject string, fn func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	ctx, refuse := context.WithCancelCause(ctx)
+	defer refuse(nil)
+	w := watchAsync(nc, func(_ *nats.Subscription, err error) {
+		denied := permissionError(err)
+		if denied != nil && (denied.Subject == subject || denied.Operation == "subscribe" && strings.HasPrefix(denied.Subject, inboxPrefix(nc))) {
+			refuse(denied)
+		}
+	})
+	defer w.stop()
+	err := fn(ctx)
+	if err != nil && errors.Is(context.Cause(ctx), ErrPermission) {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// inboxPrefix begins every inbox of nc; it ends in a dot.
+func inboxPrefix(nc *nats.Conn) string {
+	if prefix := nc.Opts.InboxPrefix; prefix != "" {
+		return prefix + "."
+	}
+	return nats.InboxPrefix
 }
 
 // asyncHub passes the asynchronous errors of one connection to everyone who

@@ -70,6 +70,8 @@ type durableRoute struct {
 	verifyAgain  bool
 	letters      letterBox
 	letterTarget letterTarget
+
+	mayNotTake atomic.Bool // letters of redriven messages; see takeLetter
 }
 
 // start opens the route for messages.
@@ -384,6 +386,9 @@ func (r *durableRoute) run(d *delivery) {
 // passOver settles what is in the stream and is no message for this route. It is
 // not counted as an attempt.
 func (r *durableRoute) passOver(d *delivery) bool {
+	if d.msg.Header[HeaderRedriveTo] != nil && r.redriven(d) {
+		return true
+	}
 	if !r.isSchedule(d) {
 		return false
 	}
@@ -433,12 +438,7 @@ func (r *durableRoute) conclude(d *delivery, err error) {
 	d.outcome = s.outcome
 	switch s.action {
 	case actAck:
-		if r.spec.route.set&optConfirmAcks == 0 {
-			d.claim()
-			r.eng.acks.push(d.msg.reply)
-		} else {
-			r.settle(d, ackAck)
-		}
+		r.ack(d)
 	case actNak:
 		r.log.Warn("natsx: attempt failed", append(r.about(d), "error", err, "retry_in", s.delay)...)
 		d.due = d.ended + int64(s.delay)
@@ -461,6 +461,15 @@ func (r *durableRoute) conclude(d *delivery, err error) {
 		}
 	}
 	r.observe(d)
+}
+
+func (r *durableRoute) ack(d *delivery) {
+	if r.spec.route.set&optConfirmAcks != 0 {
+		r.settle(d, ackAck)
+		return
+	}
+	d.claim()
+	r.eng.acks.push(d.msg.reply)
 }
 
 // settle sends an acknowledgement, confirmed where the route asks for it. A

@@ -384,7 +384,11 @@ func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters,
 	if err != nil {
 		return fail(err.Error(), err)
 	}
-	names, err := streamsFor(ctx, js, q.subject)
+	var names []string
+	err = requestWith(ctx, nc, apiPrefix(js)+"STREAM.NAMES", func(ctx context.Context) (err error) {
+		names, err = streamsFor(ctx, js, q.subject)
+		return err
+	})
 	switch {
 	case err != nil:
 		return fail(cause(err), err)
@@ -531,26 +535,23 @@ func (d *deadLetters) removable() error {
 }
 
 // discard deletes a letter, after the original that only waits for its sake.
-func (d *deadLetters) discard(ctx context.Context, l *DeadLetter) error {
+func (s *store) discard(ctx context.Context, l *DeadLetter) error {
 	if l.Pointer {
-		source, err := d.streamInfo(ctx, l.Stream)
-		switch {
-		case hasCode(err, codeStreamNotFound):
-		case err != nil:
+		source, err := s.streamInfo(ctx, l.Stream)
+		if err != nil && !hasCode(err, codeStreamNotFound) {
 			return err
-		case source.Config.Retention != jetstream.LimitsPolicy:
-			m, err := d.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
+		}
+		if err == nil && source.Config.Retention != jetstream.LimitsPolicy {
+			m, err := s.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
+			if err == nil && m != nil && l.pointsTo(m) {
+				err = s.remove(ctx, l.Stream, l.Sequence)
+			}
 			if err != nil {
 				return err
 			}
-			if m != nil && l.pointsTo(m) {
-				if err := d.remove(ctx, l.Stream, l.Sequence); err != nil {
-					return err
-				}
-			}
 		}
 	}
-	return d.remove(ctx, l.DLQStream, l.DLQSequence)
+	return s.remove(ctx, l.DLQStream, l.DLQSequence)
 }
 
 // pointsTo tells whether m is the original of l and not a message of a stream

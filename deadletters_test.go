@@ -3,7 +3,6 @@ package natsx
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"runtime"
 	"strings"
@@ -362,7 +361,7 @@ func TestDeadLettersSurviveTheirReader(t *testing.T) {
 func TestDeadLettersInConstantMemory(t *testing.T) {
 	t.Parallel()
 	count := 20_000
-	if f := flag.Lookup("soak"); f != nil && f.Value.String() == "true" {
+	if *soak {
 		count = 100_000
 	}
 	nc := connect(t, startServer(t).ClientURL())

@@ -64,8 +64,7 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 	e.handlers, e.abortHandlers = context.WithCancelCause(live)
 	e.closing, e.endClosing = context.WithCancel(live)
 	e.apiPrefix = apiPrefix(js)
-	inbox := b.nc.NewInbox()
-	e.inboxPrefix = inbox[:strings.LastIndexByte(inbox, '.')+1]
+	e.inboxPrefix = inboxPrefix(b.nc)
 	for _, spec := range specs {
 		if spec.route.durable != "" {
 			e.durables++
@@ -260,26 +259,9 @@ func (e *engine) isReady() bool {
 	}
 }
 
-// call makes one call of JetStream's API within apiTimeout. A permission that the
-// user lacks ends it at once: the server refuses such a request with an
-// asynchronous error only.
+// call makes one call of JetStream's API within apiTimeout.
 func (e *engine) call(ctx context.Context, subject string, fn func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
-	ctx, refuse := context.WithCancelCause(ctx)
-	defer refuse(nil)
-	w := watchAsync(e.nc, func(_ *nats.Subscription, err error) {
-		if denied := permissionError(err); denied != nil &&
-			(denied.Subject == e.apiPrefix+subject || denied.Operation == "subscribe" && strings.HasPrefix(denied.Subject, e.inboxPrefix)) {
-			refuse(denied)
-		}
-	})
-	defer w.stop()
-	err := fn(ctx)
-	if err != nil && errors.Is(context.Cause(ctx), ErrPermission) {
-		return context.Cause(ctx)
-	}
-	return err
+	return requestWith(ctx, e.nc, e.apiPrefix+subject, fn)
 }
 
 // onAsyncError ends the run when a route lacks a permission.

@@ -1,13 +1,93 @@
 package natsx
 
 import (
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
 	"strconv"
+	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
-// HeaderRedriveCount is how often a message was redriven.
-const HeaderRedriveCount = "Natsx-Redrive-Count"
+// Headers of a redriven message, beside its original ones.
+const (
+	HeaderRedriveTo    = "Natsx-Redrive-To"    // the durable that it is for
+	HeaderRedriveCount = "Natsx-Redrive-Count" // how often it was redriven
+	HeaderRedriveToken = "Natsx-Redrive-Token" // proves the other two
+)
+
+const (
+	redrivePrefix = "Natsx-Redrive-"
+	// redrivePatience is how long a redrive tries to have one copy stored.
+	redrivePatience = 30 * time.Second
+	// takeTimeout bounds how long a route tries to remove the letter of a
+	// redriven message.
+	takeTimeout = 3 * time.Second
+	// maxRedriveErrors bounds the errors that a report keeps.
+	maxRedriveErrors = 100
+	// maxRedriveCache bounds what a redrive remembers of streams and subjects.
+	maxRedriveCache = 1000
+)
+
+// Answers to a publish that pass by themselves.
+const (
+	codeClusterNoLeader  jetstream.ErrorCode = 10008
+	codeClusterNotLeader jetstream.ErrorCode = 10009
+)
+
+// redriveProof is what the headers of a redriven message prove.
+type redriveProof struct {
+	durable string // that it is for
+	dlq     string // stream of its letter
+	stored  int64  // when the letter was stored there, Unix nanoseconds
+	seq     uint64 // of the letter there
+	count   int    // redrives so far
+}
+
+// redriveID is the message id of a letter's copy. The time tells the letter from
+// one of the same sequence in a stream that was made anew.
+func redriveID(l *DeadLetter) string {
+	return fmt.Sprintf("redrive/%s@%d/%d", l.DLQStream, l.DLQTime.UnixNano(), l.DLQSequence)
+}
+
+// redriveToken authenticates a copy. Its key is made of what the API of JetStream
+// tells about the stream: a publisher without access to that cannot make a token,
+// and since it covers the rest of the message, cannot use one for another message.
+func redriveToken(stream string, created int64, durable, subject, id, count string, data []byte) string {
+	key := sha256.Sum256(fmt.Appendf(nil, "natsx redrive %d %s", created, stream))
+	mac := hmac.New(sha256.New, key[:])
+	for _, part := range []string{durable, subject, id, count} {
+		fmt.Fprintf(mac, "%d:%s", len(part), part)
+	}
+	body := sha256.Sum256(data)
+	mac.Write(body[:])
+	return hex.EncodeToString(mac.Sum(nil))
+}
+
+// proveRedrive tells whether a message of the stream is what a redrive made.
+func proveRedrive(stream string, created int64, subject string, h nats.Header, data []byte) (redriveProof, bool) {
+	to, count, id := h.Get(HeaderRedriveTo), h.Get(HeaderRedriveCount), h.Get(nats.MsgIdHdr)
+	token := redriveToken(stream, created, to, subject, id, count, data)
+	if !hmac.Equal([]byte(token), []byte(h.Get(HeaderRedriveToken))) {
+		return redriveProof{}, false
+	}
+	p := redriveProof{durable: to, count: redriveCount(h)}
+	rest, ok := strings.CutPrefix(id, "redrive/")
+	name, rest, ok1 := strings.Cut(rest, "@")
+	stored, seq, ok2 := strings.Cut(rest, "/")
+	nanos, ok3 := parseUint(stored)
+	p.dlq, p.stored = name, int64(nanos)
+	var ok4 bool
+	p.seq, ok4 = parseUint(seq)
+	return p, ok && ok1 && ok2 && ok3 && ok4
+}
 
 func redriveCount(h nats.Header) int {
 	n, err := strconv.Atoi(h.Get(HeaderRedriveCount))
@@ -15,4 +95,480 @@ func redriveCount(h nats.Header) int {
 		return 0
 	}
 	return n
+}
+
+// redriven judges a message with the header of a redrive before its handler runs.
+// It returns true when the message is done: for another durable, and proven to be.
+func (r *durableRoute) redriven(d *delivery) bool {
+	m := &d.msg
+	proof, ok := proveRedrive(m.stream, r.target.streamCreated, m.Subject, m.Header, m.Data)
+	if !ok {
+		return false // anybody may write headers
+	}
+	if proof.durable != m.durable {
+		r.ack(d)
+		return true
+	}
+	r.takeLetter(d, proof)
+	now := r.eng.now()
+	d.began, d.ended = now, now
+	if now >= d.lease.Load() {
+		r.lapse(d)
+		return true
+	}
+	return false
+}
+
+// takeLetter removes the letter of a redriven message before that is handled, as
+// the redrive does once the copy is stored, unless it is killed between the two. A
+// later redrive would then store a second copy, if the first were handled and
+// gone and the stream's duplicate window over: it finds a copy that is not handled
+// yet, and no letter of one that is.
+//
+// It does what it may and can. A user who must not read or delete in the DLQ
+// relies on the duplicate window.
+func (r *durableRoute) takeLetter(d *delivery, proof redriveProof) {
+	if r.mayNotTake.Load() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.eng.closing, takeTimeout)
+	defer cancel()
+	s := store{nc: r.eng.nc, js: r.eng.js, prefix: r.eng.apiPrefix}
+	err := func() error {
+		m, err := s.get(ctx, proof.dlq, getRequest{Seq: proof.seq})
+		if err != nil || m == nil || m.time.UnixNano() != proof.stored {
+			return err
+		}
+		l, err := parseLetter(proof.dlq, m)
+		if err != nil {
+			return err
+		}
+		return s.discard(ctx, &l)
+	}()
+	switch {
+	case err == nil || hasCode(err, codeStreamNotFound):
+	case errors.Is(err, ErrPermission):
+		r.mayNotTake.Store(true)
+		fallthrough
+	default:
+		r.log.Warn("natsx: letter of a redriven message not removed", append(r.about(d), "letter", proof.seq, "dlq", proof.dlq, "error", err)...)
+	}
+}
+
+// SkipReason is why a redrive left a letter alone.
+type SkipReason string
+
+// The reasons of a skipped letter.
+const (
+	SkipForeign  SkipReason = "foreign"  // no dead letter; it stays
+	SkipTooOften SkipReason = "tooOften" // redriven MaxRedrives times before; it stays
+	SkipRedriven SkipReason = "redriven" // an earlier or concurrent redrive stored the copy; the letter is removed
+	SkipGone     SkipReason = "gone"     // removed meanwhile, by another redrive or a purge
+)
+
+// RedriveReport is what a redrive did. Every selected letter is in one of the
+// three counts.
+type RedriveReport struct {
+	Redriven int // copies stored and letters removed; in a dry run, those that would be
+	Skipped  int // left alone, with reason
+	Failed   int // could not be redriven; the letter is still there
+	Skips    map[SkipReason]int
+	// Errors are the first hundred failures, each a [*LetterError].
+	Errors []error
+}
+
+// RedriveProgress is told after every selected letter.
+type RedriveProgress struct {
+	Report RedriveReport // so far; not to be kept or changed
+	Total  int           // selected letters when the redrive began
+	Letter DeadLetter    // the one just dealt with
+	Skip   SkipReason    // why it was left alone, or empty
+	Err    error         // why it failed, or nil
+}
+
+// Done is how many of Total are dealt with.
+func (p RedriveProgress) Done() int { return p.Report.Redriven + p.Report.Skipped + p.Report.Failed }
+
+// RedriveOption is an option of [DeadLetterQuery.Redrive].
+type RedriveOption func(*redrive)
+
+// WithRedriveProgress has fn called after every selected letter, one call at a
+// time, on the goroutine of Redrive. The letters are counted first.
+func WithRedriveProgress(fn func(RedriveProgress)) RedriveOption {
+	return func(r *redrive) { r.progress = fn }
+}
+
+// redrive is one run of Redrive.
+type redrive struct {
+	*deadLetters
+	progress func(RedriveProgress)
+	report   RedriveReport
+	total    int
+	sources  map[string]*redriveSource // by stream
+	copies   map[[2]string]*copies     // by stream and subject
+}
+
+// redriveSource is a stream that letters came from.
+type redriveSource struct {
+	info     *jetstream.StreamInfo
+	asked    time.Time
+	durables map[string]*jetstream.ConsumerInfo
+}
+
+// copies are the redriven messages on a subject that was searched for them.
+type copies struct {
+	searched uint64 // up to this sequence
+	at       time.Time
+	seqs     map[string]uint64 // by message id
+}
+
+// redriveFault is what is wrong with one letter; the next one may fare better.
+type redriveFault struct{ error }
+
+func (f redriveFault) Unwrap() error { return f.error }
+
+func faultf(err error, format string, args ...any) error {
+	return redriveFault{failure(fmt.Sprintf(format, args...), err)}
+}
+
+// Redrive sends the selected letters back to their original subjects, in the
+// order of the DLQ: each for the durable that failed alone, as a new message whose
+// attempts start anew, with its original headers but for Nats-*. A letter is
+// removed once its copy is stored.
+//
+// The copy bears [HeaderRedriveTo] with a proof that no publisher can forge. The
+// natsx routes of other durables acknowledge it without handling it, and count it
+// as received only; consumers that are not natsx routes, and core subscribers, see
+// it. Its durable must still exist and take the subject.
+//
+// A letter is redriven once, also when the redrive is killed at any point and done
+// again, or done by several at once: a copy is not stored again while an earlier
+// one is in the stream or within the stream's duplicate window, and natsx removes
+// the letter before it handles the copy. Past that window this rests on the broker
+// being allowed to get and delete messages of the DLQ's stream
+// ($JS.API.STREAM.MSG.GET and .DELETE), and on the durable being a natsx route.
+//
+// A letter that cannot be redriven (its stream is gone or does not take the
+// subject, its durable is gone, the server refuses the copy, which is some 300
+// bytes larger than the original) stays and is a failure in the report. What stops all, such as the end of ctx or a missing
+// permission, is returned as the error beside the report of what was done; the
+// same call goes on from there.
+func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...RedriveOption) (RedriveReport, error) {
+	r := &redrive{sources: map[string]*redriveSource{}, copies: map[[2]string]*copies{}}
+	for _, opt := range opts {
+		opt(r)
+	}
+	var err error
+	if r.deadLetters, err = q.open(ctx, nc); err != nil {
+		return r.report, err
+	}
+	if err := r.removable(); err != nil {
+		return r.report, err
+	}
+	if r.progress != nil {
+		counts, err := q.Count(ctx, nc)
+		if err != nil {
+			return r.report, err
+		}
+		r.total = counts.Total + counts.Foreign
+	}
+	pace := pacer{rate: q.rate}
+	for l, err := range r.all(ctx, false) {
+		if errors.Is(err, ErrNotALetter) {
+			r.tell(l, SkipForeign, nil)
+			continue
+		}
+		if err == nil && !q.dryRun {
+			err = pace.wait(ctx)
+		}
+		var skip SkipReason
+		if err == nil {
+			skip, err = r.one(ctx, &l)
+		}
+		var fault redriveFault
+		switch {
+		case errors.As(err, &fault):
+			r.tell(l, "", &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: fault.error})
+		case err != nil:
+			return r.report, failure(fmt.Sprintf("redrive %q: %s", q.subject, cause(err)), err)
+		default:
+			r.tell(l, skip, nil)
+		}
+	}
+	return r.report, nil
+}
+
+// tell books what became of a letter.
+func (r *redrive) tell(l DeadLetter, skip SkipReason, err error) {
+	switch {
+	case err != nil:
+		r.report.Failed++
+		if len(r.report.Errors) < maxRedriveErrors {
+			r.report.Errors = append(r.report.Errors, err)
+		}
+	case skip != "":
+		r.report.Skipped++
+		if r.report.Skips == nil {
+			r.report.Skips = map[SkipReason]int{}
+		}
+		r.report.Skips[skip]++
+	default:
+		r.report.Redriven++
+	}
+	if r.progress != nil {
+		r.progress(RedriveProgress{Report: r.report, Total: r.total, Letter: l, Skip: skip, Err: err})
+	}
+}
+
+// one redrives a letter. A redriveFault concerns it alone.
+//
+// Two things may have happened before, in another process or in an earlier turn of
+// the loop, and each leaves its mark: the copy was stored, and is in the stream or
+// within its duplicate window; or it was stored and handled, and the letter is
+// gone. So look for the copy first, for the letter then, and publish at once: what
+// is stored after the first look is within the window.
+func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
+	src, err := r.source(ctx, l)
+	if err != nil {
+		return "", err
+	}
+	m, count, err := r.copyOf(ctx, l, src)
+	if err != nil {
+		return "", err
+	}
+	most := DefaultMaxRedrives
+	if r.set&optLetterMaxRedrives != 0 {
+		most = r.maxRedrives
+	}
+	if count > most {
+		return SkipTooOften, nil
+	}
+	begun := time.Now()
+	for pause, lost := 50*time.Millisecond, false; ; pause = min(2*pause, time.Second) {
+		done := SkipReason("")
+		if !lost {
+			done = SkipRedriven
+		}
+		found, err := r.findCopy(ctx, l, src, m, lost)
+		if err != nil {
+			return "", err
+		}
+		if found {
+			return done, r.finish(ctx, l)
+		}
+		letter, err := r.get(ctx, l.DLQStream, getRequest{Seq: l.DLQSequence})
+		if err != nil {
+			return "", err
+		}
+		if letter == nil || !letter.time.Equal(l.DLQTime) {
+			if lost {
+				return "", nil // its copy was handled meanwhile
+			}
+			return SkipGone, nil
+		}
+		if r.dryRun {
+			return "", nil
+		}
+		if err := ctx.Err(); err != nil {
+			return "", err
+		}
+		// While the connection is away nats.go would keep the copy and send it
+		// at any later time.
+		err = nats.ErrDisconnected
+		if r.nc.IsConnected() {
+			var ack Ack
+			ack, err = r.publish(ctx, m)
+			if err == nil && ack.Duplicate && !lost {
+				stored, err := r.get(ctx, l.Stream, getRequest{Seq: ack.Sequence})
+				if err != nil {
+					return "", err
+				}
+				if stored != nil && !src.isCopy(stored, m) {
+					return "", faultf(ErrBadAck, "message %d of stream %q has the id %q and is no copy of the letter", stored.seq, l.Stream, redriveID(l))
+				}
+				return SkipRedriven, r.finish(ctx, l)
+			}
+			if err == nil {
+				return "", r.finish(ctx, l)
+			}
+		}
+		var api *jetstream.APIError
+		switch {
+		case errors.Is(err, ErrPermission), errors.Is(err, nats.ErrConnectionClosed):
+			return "", err
+		case errors.As(err, &api) && api.ErrorCode != codeIDInProcess && api.ErrorCode != codeClusterNotLeader && api.ErrorCode != codeClusterNoLeader,
+			errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
+			return "", faultf(err, "copy not stored in stream %q: %s", l.Stream, cause(err))
+		case errors.Is(err, nats.ErrNoResponders):
+			// The stream has no leader, or is gone, or was made anew.
+			delete(r.sources, l.Stream)
+			if src, err = r.source(ctx, l); err != nil {
+				return "", err
+			}
+			if m, _, err = r.copyOf(ctx, l, src); err != nil {
+				return "", err
+			}
+		case api == nil:
+			lost = true
+		}
+		if time.Since(begun) > redrivePatience {
+			return "", fmt.Errorf("natsx: copy not stored in stream %q: %w", l.Stream, err)
+		}
+		wait(ctx, pause)
+	}
+}
+
+// publish is one try, which the end of ctx does not cut short.
+func (r *redrive) publish(ctx context.Context, m *nats.Msg) (ack Ack, _ error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), letterTry)
+	defer cancel()
+	err := requestWith(ctx, r.nc, m.Subject, func(ctx context.Context) (err error) {
+		ack, err = publishOnce(ctx, r.nc, m)
+		return err
+	})
+	return ack, err
+}
+
+// finish removes the letter of a copy that is stored, also when ctx has ended.
+func (r *redrive) finish(ctx context.Context, l *DeadLetter) error {
+	if r.dryRun {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redrivePatience)
+	defer cancel()
+	if err := r.discard(ctx, l); err != nil {
+		return fmt.Errorf("natsx: copy of letter %d is stored, but the letter not removed: %w", l.DLQSequence, err)
+	}
+	return nil
+}
+
+// source finds the stream a letter came from and makes sure that the copy would
+// arrive.
+func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, error) {
+	src := r.sources[l.Stream]
+	if src == nil || time.Since(src.asked) > apiTimeout {
+		info, err := r.streamInfo(ctx, l.Stream)
+		if hasCode(err, codeStreamNotFound) {
+			return nil, faultf(ErrNoStream, "original stream %q is gone", l.Stream)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if len(r.sources) >= maxRedriveCache {
+			clear(r.sources)
+		}
+		src = &redriveSource{info: info, asked: time.Now(), durables: map[string]*jetstream.ConsumerInfo{}}
+		r.sources[l.Stream] = src
+	}
+	if !captures(src.info, l.Subject) {
+		return nil, faultf(ErrNoStream, "original stream %q does not take the subject %q any more", l.Stream, l.Subject)
+	}
+	c := src.durables[l.Durable]
+	if c == nil {
+		c = new(jetstream.ConsumerInfo)
+		err := r.ask(ctx, "CONSUMER.INFO."+l.Stream+"."+l.Durable, struct{}{}, c)
+		if hasCode(err, codeConsumerNotFound) {
+			return nil, faultf(ErrConsumerDeleted, "durable %q of stream %q is gone", l.Durable, l.Stream)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if len(src.durables) >= maxRedriveCache {
+			clear(src.durables)
+		}
+		src.durables[l.Durable] = c
+	}
+	filters := c.Config.FilterSubjects
+	if c.Config.FilterSubject != "" {
+		filters = []string{c.Config.FilterSubject}
+	}
+	if len(filters) > 0 && !slices.ContainsFunc(filters, func(f string) bool { return subjectMatches(f, l.Subject) }) {
+		return nil, faultf(ErrConsumerConflict, "durable %q of stream %q does not take the subject %q any more", l.Durable, l.Stream, l.Subject)
+	}
+	return src, nil
+}
+
+// copyOf makes the copy of a letter and the count of its redrives, the proven ones
+// and this.
+func (r *redrive) copyOf(ctx context.Context, l *DeadLetter, src *redriveSource) (*nats.Msg, int, error) {
+	header, data := l.Header, l.Data
+	if l.Pointer {
+		original, err := r.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
+		if err != nil {
+			return nil, 0, err
+		}
+		if original == nil || !l.pointsTo(original) {
+			return nil, 0, faultf(nil, "the letter is a pointer, and its original, message %d of stream %q, is gone", l.Sequence, l.Stream)
+		}
+		header, data = original.header, original.data
+	}
+	created := src.info.Created.UnixNano()
+	count := 1
+	if proof, ok := proveRedrive(l.Stream, created, l.Subject, header, data); ok {
+		count += proof.count
+	}
+	m := &nats.Msg{Subject: l.Subject, Header: nats.Header{}, Data: data}
+	for k, v := range header {
+		if !hasPrefixFold(k, "Nats-") && !hasPrefixFold(k, redrivePrefix) {
+			m.Header[k] = v
+		}
+	}
+	id := redriveID(l)
+	m.Header.Set(nats.MsgIdHdr, id)
+	m.Header.Set(nats.ExpectedStreamHdr, l.Stream)
+	m.Header.Set(HeaderRedriveTo, l.Durable)
+	m.Header.Set(HeaderRedriveCount, strconv.Itoa(count))
+	m.Header.Set(HeaderRedriveToken, redriveToken(l.Stream, created, l.Durable, l.Subject, id, strconv.Itoa(count), data))
+	return m, count, nil
+}
+
+// isCopy tells whether a stored message is the copy m.
+func (s *redriveSource) isCopy(stored *storedMsg, m *nats.Msg) bool {
+	_, ok := proveRedrive(s.info.Config.Name, s.info.Created.UnixNano(), stored.subject, stored.header, stored.data)
+	return ok && stored.header.Get(nats.MsgIdHdr) == m.Header.Get(nats.MsgIdHdr) && stored.header.Get(HeaderRedriveTo) == m.Header.Get(HeaderRedriveTo)
+}
+
+// findCopy looks for the copy of a letter in its original stream. Mostly nothing
+// was stored on the subject since the original, and one look tells. Else the
+// subject is searched, once and then what is new; what may have come within half
+// of the duplicate window need not be known, unless fresh.
+func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSource, m *nats.Msg, fresh bool) (bool, error) {
+	key := [2]string{l.Stream, l.Subject}
+	known := r.copies[key]
+	if known == nil || fresh || time.Since(known.at) > src.info.Config.Duplicates/2 {
+		now := time.Now()
+		last, err := r.get(ctx, l.Stream, getRequest{LastFor: l.Subject})
+		if err != nil {
+			return false, err
+		}
+		if last == nil || known == nil && !last.time.After(l.Published) {
+			return false, nil
+		}
+		if known == nil {
+			if len(r.copies) >= maxRedriveCache {
+				clear(r.copies)
+			}
+			known = &copies{seqs: map[string]uint64{}}
+			r.copies[key] = known
+		}
+		part := span{stream: src.info, filter: l.Subject, from: l.Published, last: last.seq, headersOnly: true}
+		if known.searched > 0 {
+			part.first = known.searched + 1
+		}
+		for stored, err := range r.read(ctx, part) {
+			if err != nil {
+				return false, err
+			}
+			if id := stored.header.Get(nats.MsgIdHdr); stored.header.Get(HeaderRedriveToken) != "" && strings.HasPrefix(id, "redrive/"+l.DLQStream+"@") {
+				known.seqs[id] = stored.seq
+			}
+		}
+		known.searched, known.at = max(last.seq, known.searched), now
+	}
+	seq := known.seqs[redriveID(l)]
+	if seq == 0 {
+		return false, nil
+	}
+	stored, err := r.get(ctx, l.Stream, getRequest{Seq: seq})
+	return err == nil && stored != nil && src.isCopy(stored, m), err
 }

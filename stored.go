@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -127,9 +128,11 @@ func (s *store) ask(ctx context.Context, operation string, request, response any
 }
 
 func (s *store) askOnce(ctx context.Context, operation string, body []byte, response any) error {
-	try, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
-	m, err := s.nc.RequestWithContext(try, s.prefix+operation, body)
+	var m *nats.Msg
+	err := requestWith(ctx, s.nc, s.prefix+operation, func(ctx context.Context) (err error) {
+		m, err = s.nc.RequestWithContext(ctx, s.prefix+operation, body)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("natsx: %s: %w", operation, err)
 	}
@@ -152,7 +155,8 @@ func (s *store) askOnce(ctx context.Context, operation string, body []byte, resp
 type span struct {
 	stream      *jetstream.StreamInfo
 	filter      string
-	from        time.Time // stored at or after it
+	first       uint64    // 0 for the first there is
+	from        time.Time // stored at or after it, unless first is given
 	last        uint64
 	headersOnly bool
 }
@@ -162,14 +166,14 @@ type span struct {
 // others, where a consumer counts, one by one. An error is the last thing yielded.
 func (s *store) read(ctx context.Context, p span) iter.Seq2[*storedMsg, error] {
 	return func(yield func(*storedMsg, error) bool) {
-		if p.last == 0 {
+		if p.last == 0 || p.first > p.last {
 			return
 		}
 		if p.stream.Config.Retention != jetstream.LimitsPolicy {
 			s.step(ctx, p, yield)
 			return
 		}
-		r := &reader{store: s, span: p}
+		r := &reader{store: s, span: p, next: p.first}
 		defer r.close(ctx)
 		if err := r.run(ctx, yield); hasCode(err, codeMaximumConsumers) {
 			s.step(ctx, p, yield)
@@ -181,7 +185,7 @@ func (s *store) read(ctx context.Context, p span) iter.Seq2[*storedMsg, error] {
 
 // step reads message by message.
 func (s *store) step(ctx context.Context, p span, yield func(*storedMsg, error) bool) {
-	for next := uint64(1); next <= p.last; {
+	for next := max(p.first, 1); next <= p.last; {
 		m, err := s.get(ctx, p.stream.Config.Name, getRequest{Seq: next, NextFor: p.filter})
 		if err != nil {
 			yield(nil, err)
@@ -191,7 +195,7 @@ func (s *store) step(ctx context.Context, p span, yield func(*storedMsg, error) 
 			return
 		}
 		next = m.seq + 1
-		if !m.time.Before(p.from) && !yield(m, nil) {
+		if (p.first > 0 || !m.time.Before(p.from)) && !yield(m, nil) {
 			return
 		}
 	}
@@ -206,7 +210,7 @@ func (s *store) step(ctx context.Context, p span, yield func(*storedMsg, error) 
 type reader struct {
 	*store
 	span
-	next     uint64 // to be read, 0 at the start
+	next     uint64 // to be read, 0 when that is up to from
 	consumer string
 	expected uint64 // consumer sequence of the next message
 	sub      *nats.Subscription
@@ -233,7 +237,7 @@ func (r *reader) run(ctx context.Context, yield func(*storedMsg, error) bool) er
 		}
 		r.close(ctx)
 		var api *jetstream.APIError
-		refused := errors.As(err, &api) && !passes(err)
+		refused := errors.Is(err, ErrPermission) || errors.As(err, &api) && !passes(err)
 		if ctx.Err() != nil || refused || errors.Is(err, nats.ErrConnectionClosed) || time.Since(progress) > readPatience {
 			return fmt.Errorf("natsx: read stream %q: %w", r.stream.Config.Name, err)
 		}
@@ -242,7 +246,9 @@ func (r *reader) run(ctx context.Context, yield func(*storedMsg, error) bool) er
 }
 
 func (r *reader) open(ctx context.Context) error {
+	name := "natsx-reader-" + rand.Text()
 	cfg := jetstream.ConsumerConfig{
+		Name:              name,
 		FilterSubject:     r.filter,
 		AckPolicy:         jetstream.AckNonePolicy,
 		MemoryStorage:     true,
@@ -256,13 +262,15 @@ func (r *reader) open(ctx context.Context) error {
 	case !r.from.IsZero():
 		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &r.from
 	}
-	try, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
-	c, err := r.js.CreateConsumer(try, r.stream.Config.Name, cfg)
+	stream := r.stream.Config.Name
+	err := requestWith(ctx, r.nc, r.prefix+"CONSUMER.CREATE."+stream+"."+name+"."+r.filter, func(ctx context.Context) error {
+		_, err := r.js.CreateConsumer(ctx, stream, cfg)
+		return err
+	})
 	if err != nil {
 		return err
 	}
-	r.consumer, r.expected = c.CachedInfo().Name, 1
+	r.consumer, r.expected = name, 1
 	r.inbox = r.nc.NewInbox()
 	r.msgs = make(chan *nats.Msg, readBatch+8)
 	r.sub, err = r.nc.ChanSubscribe(r.inbox+".*", r.msgs)
