@@ -146,10 +146,10 @@ func TestPublishAtomicThroughALeaderElection(t *testing.T) {
 }
 
 // atomicSize is how many messages a batch of the child has.
-const atomicSize = 40
+const atomicSize = 12
 
-// atomicChild publishes batches until it is killed. Each message says which batch
-// it is of and its number in it.
+// atomicChild publishes batches from several goroutines until it is killed. Each
+// message says which batch it is of and its number in it.
 func atomicChild() int {
 	nc, err := nats.Connect(childURL())
 	if err != nil {
@@ -158,17 +158,23 @@ func atomicChild() int {
 	}
 	defer nc.Close()
 	pub := NewPublisher(nc)
-	fmt.Println("ready")
-	for i := 0; ; i++ {
-		es := make([]Envelope, atomicSize)
-		for k := range es {
-			es[k] = To("s.x").Data(fmt.Appendf(nil, "%d-%d %d", os.Getpid(), i, k))
-		}
-		if _, err := pub.PublishAtomic(context.Background(), es...); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
+	failed := make(chan error)
+	for g := range 4 {
+		go func() {
+			for i := 0; ; i++ {
+				es := make([]Envelope, atomicSize)
+				for k := range es {
+					es[k] = To("s.x").Data(fmt.Appendf(nil, "%d-%d-%d %d", os.Getpid(), g, i, k))
+				}
+				if _, err := pub.PublishAtomic(context.Background(), es...); err != nil {
+					failed <- err
+				}
+			}
+		}()
 	}
+	fmt.Println("ready")
+	fmt.Fprintln(os.Stderr, <-failed)
+	return 1
 }
 
 func TestPublishAtomicIsNeverSeenInParts(t *testing.T) {
@@ -184,7 +190,7 @@ func TestPublishAtomicIsNeverSeenInParts(t *testing.T) {
 			t.Fatalf("the child ended: %v", c.err)
 		}
 		select {
-		case <-time.After(50*time.Millisecond + rand.N(200*time.Millisecond)):
+		case <-time.After(50*time.Millisecond + rand.N(400*time.Millisecond)):
 		case <-c.done:
 			t.Fatalf("the child ended: %v", c.err)
 		}
