@@ -110,18 +110,27 @@ func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
 	if err := errors.Join(b.validate(), Validate(specs...)); err != nil {
 		return err
 	}
-	js := b.js
-	if js == nil {
-		var err error
-		if js, err = jetstream.New(b.nc); err != nil {
-			return fmt.Errorf("natsx: JetStream context: %w", err)
-		}
+	js, err := b.jetStream()
+	if err != nil {
+		return err
 	}
 	e := newEngine(ctx, b, js, specs)
 	if !b.ran.CompareAndSwap(nil, e) {
 		return ErrAlreadyRun
 	}
 	return e.run()
+}
+
+// jetStream is the JetStream context of the options, or a plain one.
+func (b *Broker) jetStream() (jetstream.JetStream, error) {
+	if b.js != nil {
+		return b.js, nil
+	}
+	js, err := jetstream.New(b.nc)
+	if err != nil {
+		return nil, fmt.Errorf("natsx: JetStream context: %w", err)
+	}
+	return js, nil
 }
 
 func (b *Broker) validate() error {

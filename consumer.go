@@ -339,7 +339,7 @@ func (r *durableRoute) consumerInfoOnce(ctx context.Context) (info *jetstream.Co
 	return info, err
 }
 
-func (r *durableRoute) streamInfo(ctx context.Context, name string) (info *jetstream.StreamInfo, err error) {
+func (r *route) streamInfo(ctx context.Context, name string) (info *jetstream.StreamInfo, err error) {
 	err = r.api(ctx, "STREAM.INFO."+name, func(ctx context.Context) error {
 		s, err := r.eng.js.Stream(ctx, name)
 		if err == nil {
@@ -350,7 +350,7 @@ func (r *durableRoute) streamInfo(ctx context.Context, name string) (info *jetst
 	return info, err
 }
 
-func (r *durableRoute) streamNames(ctx context.Context, filter string) (names []string, err error) {
+func (r *route) streamNames(ctx context.Context, filter string) (names []string, err error) {
 	err = r.api(ctx, "STREAM.NAMES", func(ctx context.Context) error {
 		names, err = streamsFor(ctx, r.eng.js, filter)
 		return err
@@ -359,11 +359,11 @@ func (r *durableRoute) streamNames(ctx context.Context, filter string) (names []
 }
 
 // api calls JetStream's API, again and again while the failure passes by itself.
-func (r *durableRoute) api(ctx context.Context, subject string, fn func(context.Context) error) error {
+func (r *route) api(ctx context.Context, subject string, fn func(context.Context) error) error {
 	return r.retry(ctx, func() error { return r.eng.call(ctx, subject, fn) })
 }
 
-func (r *durableRoute) retry(ctx context.Context, try func() error) error {
+func (r *route) retry(ctx context.Context, try func() error) error {
 	begun := time.Now()
 	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
 		err := try()

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -40,6 +42,7 @@ type engine struct {
 	endClosing    context.CancelFunc
 
 	background sync.WaitGroup // goroutines that routes start when something is wrong
+	replaying  sync.WaitGroup // replays that use the pool
 	asking     chan struct{}  // slots for those that ask for their consumer
 
 	mu         sync.Mutex
@@ -47,12 +50,15 @@ type engine struct {
 	failures   []error
 	claimed    map[string]Spec // by stream and durable
 	lastForced time.Time       // when the connection was last forced to reconnect
+	replays    map[*replay]struct{}
+	noReplays  bool // the drain has begun
 }
 
 func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []Spec) *engine {
 	e := &engine{
 		Broker: b, js: js, specs: specs, pool: newPool(b.workers), base: time.Now(),
 		asking: make(chan struct{}, startAtOnce), state: "is starting", claimed: map[string]Spec{},
+		replays: map[*replay]struct{}{},
 	}
 	e.acks = newAcker(func(reply string) {
 		if err := b.nc.Publish(reply, ackAck); err != nil {
@@ -121,6 +127,7 @@ func (e *engine) run() error {
 	err := e.drain()
 	endKeeper()
 	<-kept
+	e.replaying.Wait()
 	e.endClosing()
 	e.background.Wait()
 	async.stop()
@@ -377,9 +384,42 @@ func (e *engine) renew(due []*delivery) {
 	}
 }
 
+// admit lets a replay use the pool, unless the drain has begun.
+func (e *engine) admit(r *replay) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.noReplays || e.intake.Err() != nil {
+		return false
+	}
+	e.replays[r] = struct{}{}
+	e.replaying.Add(1)
+	return true
+}
+
+// leave is an admitted replay's last word.
+func (e *engine) leave(r *replay) {
+	e.mu.Lock()
+	delete(e.replays, r)
+	e.mu.Unlock()
+	e.replaying.Done()
+}
+
+// haltReplays stops the replays and admits no more: when it returns they put
+// nothing more into the pool than what what runs holds back.
+func (e *engine) haltReplays() {
+	e.mu.Lock()
+	e.noReplays = true
+	replays := slices.Collect(maps.Keys(e.replays))
+	e.mu.Unlock()
+	for _, r := range replays {
+		r.halt(ErrBrokerStopped)
+	}
+}
+
 // drain ends the intake and waits for what is in hand.
 func (e *engine) drain() error {
 	e.endIntake()
+	e.haltReplays()
 	if e.discovery != nil {
 		e.discovery.stop()
 	}

@@ -206,13 +206,14 @@ type delivery struct {
 	lease      atomic.Int64 // when it ends; only ever moved to later
 	renew      int64        // when it is to be renewed
 	prev, next *delivery    // in the route's list of leases
+	key        string       // of its order; see keyedQueue
 
 	// The attempt, written by the worker that runs it.
 	outcome  Outcome
 	began    int64 // when it was started or given up, engine time
 	ended    int64 // when the handler had returned, engine time
 	err      error
-	due      int64        // of its retry, or when a requester waits no more; engine time
+	due      int64        // of its retry or of its replay, or when a requester waits no more; engine time
 	answer   []byte       // of a responder
 	answered atomic.Bool  // the request was replied to
 	settling atomic.Int32 // see delivery.renewing

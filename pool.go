@@ -115,6 +115,13 @@ func (p *pool) put(l *lane, d *delivery) {
 	p.signal()
 }
 
+// refill queues d from within [job.finish], where l counts as active. The pool is
+// locked.
+func (p *pool) refill(l *lane, d *delivery) {
+	l.queue.push(d)
+	p.waiting++
+}
+
 // list makes l take turns when it has work it may run. The pool is locked.
 func (p *pool) list(l *lane) {
 	if !l.listed && l.queue.len() > 0 && l.running < l.limit {
@@ -247,6 +254,9 @@ func (q *fifo[T]) push(v T) {
 	q.ring[(q.head+q.count)&(len(q.ring)-1)] = v
 	q.count++
 }
+
+// peek returns the oldest value; the queue is not empty.
+func (q *fifo[T]) peek() T { return q.ring[q.head] }
 
 // pop removes and returns the oldest value; the queue is not empty.
 func (q *fifo[T]) pop() T {

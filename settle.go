@@ -135,11 +135,13 @@ func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
 
 // ackInfo is what the reply subject of a delivered message tells.
 type ackInfo struct {
-	stream    string
-	consumer  string
-	delivered uint64
-	sequence  uint64
-	time      int64 // Unix nanoseconds
+	stream      string
+	consumer    string
+	delivered   uint64
+	sequence    uint64
+	consumerSeq uint64
+	time        int64  // Unix nanoseconds
+	pending     uint64 // messages that the consumer had left
 }
 
 // parseDelivery reads an ack subject of either form (ADR-15, and the form with domain
@@ -175,13 +177,19 @@ func parseDelivery(reply string) (a ackInfo, ok bool) {
 	}
 	a.stream = reply[start:dots[first]]
 	a.consumer = reply[dots[first]+1 : dots[first+1]]
-	var okDelivered, okSeq, okTime bool
+	var okDelivered, okSeq, okHere, okTime, okPending bool
 	a.delivered, okDelivered = parseUint(reply[dots[first+1]+1 : dots[first+2]])
 	a.sequence, okSeq = parseUint(reply[dots[first+2]+1 : dots[first+3]])
+	a.consumerSeq, okHere = parseUint(reply[dots[first+3]+1 : dots[first+4]])
 	var nanos uint64
 	nanos, okTime = parseUint(reply[dots[first+4]+1 : dots[first+5]])
 	a.time = int64(nanos)
-	return a, okDelivered && okSeq && okTime && a.stream != "" && a.consumer != "" && nanos <= math.MaxInt64
+	end := len(reply)
+	if n > first+6 {
+		end = dots[first+6]
+	}
+	a.pending, okPending = parseUint(reply[dots[first+5]+1 : end])
+	return a, okDelivered && okSeq && okHere && okTime && okPending && a.stream != "" && a.consumer != "" && nanos <= math.MaxInt64
 }
 
 func parseUint(s string) (v uint64, ok bool) {

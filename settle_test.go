@@ -90,12 +90,12 @@ func TestBackoffDelay(t *testing.T) {
 
 func TestParseDelivery(t *testing.T) {
 	t.Parallel()
-	want := ackInfo{stream: "S", consumer: "D", delivered: 3, sequence: 42, time: 1700000000000000001}
+	want := ackInfo{stream: "S", consumer: "D", delivered: 3, sequence: 42, consumerSeq: 7, time: 1700000000000000001, pending: 5}
 	for _, reply := range []string{
-		"$JS.ACK.S.D.3.42.7.1700000000000000001.0",
-		"$JS.ACK._.hash.S.D.3.42.7.1700000000000000001.0",
-		"$JS.ACK.domain.hash.S.D.3.42.7.1700000000000000001.0.more",
-		"$JS.ACK.domain.hash.S.D.3.42.7.1700000000000000001.0.more.and",
+		"$JS.ACK.S.D.3.42.7.1700000000000000001.5",
+		"$JS.ACK._.hash.S.D.3.42.7.1700000000000000001.5",
+		"$JS.ACK.domain.hash.S.D.3.42.7.1700000000000000001.5.more",
+		"$JS.ACK.domain.hash.S.D.3.42.7.1700000000000000001.5.more.and",
 	} {
 		got, ok := parseDelivery(reply)
 		if !ok || got != want {
@@ -105,6 +105,7 @@ func TestParseDelivery(t *testing.T) {
 	for _, reply := range []string{
 		"", "$JS.ACK.", "_INBOX.a.b", "$JS.ACK.S.D.3.42.7.1700000000000000001",
 		"$JS.ACK.S.D.x.42.7.1700000000000000001.0", "$JS.ACK.S.D.3.-2.7.1.0", "$JS.ACK.S.D.3.4.7..0",
+		"$JS.ACK.S.D.3.4.x.1.0", "$JS.ACK.S.D.3.4.7.1.x", "$JS.ACK.S.D.3.4.7.1.",
 		"$JS.ACK..D.3.42.7.1.0", "$JS.ACK.S..3.42.7.1.0", "$JS.ACK.a.S.D.3.42.7.1.0",
 		"$JS.ACK.S.D.99999999999999999999.42.7.1.0", "$JS.ACK." + strings.Repeat("a.", 40),
 	} {
@@ -125,7 +126,8 @@ func FuzzParseDelivery(f *testing.F) {
 		if a.stream == "" || a.consumer == "" || a.time < 0 || strings.Contains(a.stream+a.consumer, ".") {
 			t.Errorf("parseDelivery(%q) = %+v", reply, a)
 		}
-		canonical := fmt.Sprintf("$JS.ACK.%s.%s.%d.%d.1.%d.0", a.stream, a.consumer, a.delivered, a.sequence, a.time)
+		canonical := fmt.Sprintf("$JS.ACK.%s.%s.%d.%d.%d.%d.%d",
+			a.stream, a.consumer, a.delivered, a.sequence, a.consumerSeq, a.time, a.pending)
 		if again, ok := parseDelivery(canonical); !ok || again != a {
 			t.Errorf("parseDelivery(%q) = %+v, and its canonical form %+v", reply, a, again)
 		}

@@ -1,0 +1,78 @@
+package natsx
+
+// keyedQueue lets deliveries with one key through one after another, in the order
+// they came, while those of other keys go on. It holds a key only while a delivery
+// of it is in hand, so it is no larger than what is in hand. It has no lock.
+type keyedQueue struct {
+	key     OrderKey
+	busy    map[string]*fifo[*delivery] // what waits behind the one that was let through; nil for nothing
+	waiting int
+	spare   []*fifo[*delivery]
+}
+
+func newKeyedQueue(key OrderKey) *keyedQueue {
+	return &keyedQueue{key: key, busy: map[string]*fifo[*delivery]{}}
+}
+
+// admit tells whether d may run now. If not, a release returns it later.
+func (q *keyedQueue) admit(d *delivery) bool {
+	d.key = q.key.of(&d.msg)
+	behind, taken := q.busy[d.key]
+	if !taken {
+		q.busy[d.key] = nil
+		return true
+	}
+	if behind == nil {
+		if n := len(q.spare); n > 0 {
+			behind, q.spare = q.spare[n-1], q.spare[:n-1]
+		} else {
+			behind = &fifo[*delivery]{}
+		}
+		q.busy[d.key] = behind
+	}
+	behind.push(d)
+	q.waiting++
+	return false
+}
+
+// release is told that d is finished, and returns the next of its key, if any.
+func (q *keyedQueue) release(d *delivery) *delivery {
+	behind := q.busy[d.key]
+	if behind == nil {
+		delete(q.busy, d.key)
+		return nil
+	}
+	next := behind.pop()
+	q.waiting--
+	if behind.len() == 0 {
+		q.busy[d.key] = nil
+		if len(q.spare) < 64 && len(behind.ring) <= 64 {
+			q.spare = append(q.spare, behind)
+		}
+	}
+	return next
+}
+
+// of is the key of a message.
+func (k OrderKey) of(m *Msg) string {
+	switch k.kind {
+	case orderToken:
+		return m.Token(k.index)
+	case orderHeader:
+		return m.Header.Get(k.name)
+	}
+	return m.Subject
+}
+
+// fault tells why nothing can be ordered by k, or nothing.
+func (k OrderKey) fault() (reason string, err error) {
+	switch {
+	case k.kind == orderNone:
+		return "needs SubjectKey, SubjectToken or HeaderKey", ErrOutOfRange
+	case k.kind == orderToken && k.index < 0:
+		return "tokens are counted from 0", ErrOutOfRange
+	case k.kind == orderHeader && headerNameFault(k.name) != "":
+		return headerNameFault(k.name), ErrInvalidName
+	}
+	return "", nil
+}

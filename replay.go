@@ -1,0 +1,463 @@
+package natsx
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	// MaxReplayFailures is how many failures a [ReplayReport] holds; it counts
+	// them all.
+	MaxReplayFailures = 1000
+	// MaxReplaySpeed is the highest factor of [ReplayBuilder.Speed].
+	MaxReplaySpeed = 1e9
+	// progressEvery is the shortest time between two calls of a progress function.
+	progressEvery = 100 * time.Millisecond
+)
+
+// Ends of a replay that is not complete.
+var (
+	// ErrNotReplayable is a stream that cannot be read without taking from it: one
+	// with work-queue retention.
+	ErrNotReplayable = errors.New("natsx: stream cannot be replayed")
+	// ErrBrokerStopped is a replay that ended because the broker's Run did.
+	ErrBrokerStopped = errors.New("natsx: broker was stopped")
+)
+
+const (
+	replayStream option = 1 << iota
+	replayFromSequence
+	replayFromTime
+	replayUntilSequence
+	replayUntilTime
+	replayLimit
+	replaySpeed
+	replayConcurrency
+	replayOrderedBy
+	replayTimeout
+)
+
+// ReplayBuilder describes a part of a stream that is to be handled again. Like
+// [RouteBuilder] it is a small comparable value: each setter returns a changed
+// copy and never fails, and [ReplaySpec.Validate] reports every fault. The
+// terminal [ReplayBuilder.Handle] ends the chain.
+type ReplayBuilder struct {
+	set option
+
+	filter     string
+	stream     string
+	fromSeq    uint64
+	untilSeq   uint64
+	from       instant
+	until      instant
+	limit      int
+	speed      float64
+	workers    int
+	order      OrderKey
+	timeout    time.Duration
+	continuing bool
+}
+
+// instant is a time.Time without its pointer.
+type instant struct{ sec, nano int64 }
+
+func instantOf(t time.Time) instant    { return instant{t.Unix(), int64(t.Nanosecond())} }
+func (i instant) time() time.Time      { return time.Unix(i.sec, i.nano).UTC() }
+func (i instant) after(o instant) bool { return i.time().After(o.time()) }
+
+// Replay starts a replay of the stored messages whose subject matches filter,
+// which may hold the wildcards * and >; ">" is the whole stream. Without bounds it
+// goes from the first message to what is last stored when it starts.
+func Replay(filter string) ReplayBuilder { return ReplayBuilder{filter: filter} }
+
+// Stream names the stream. Without it the stream is looked up by the filter, and
+// exactly one must match.
+func (r ReplayBuilder) Stream(name string) ReplayBuilder {
+	r.set |= replayStream
+	r.stream = name
+	return r
+}
+
+// FromSequence starts with the first message at or after a stream sequence, at
+// least 1. [ReplayReport.Next] of an interrupted replay is the one to go on with.
+// It excludes FromTime.
+func (r ReplayBuilder) FromSequence(seq uint64) ReplayBuilder {
+	r.set |= replayFromSequence
+	r.fromSeq = seq
+	return r
+}
+
+// FromTime starts with the first message stored at or after t. It excludes
+// FromSequence.
+func (r ReplayBuilder) FromTime(t time.Time) ReplayBuilder {
+	r.set |= replayFromTime
+	r.from = instantOf(t)
+	return r
+}
+
+// UntilSequence ends with the last message at or before a stream sequence, at
+// least 1. What is stored after the replay has started is never part of it.
+func (r ReplayBuilder) UntilSequence(seq uint64) ReplayBuilder {
+	r.set |= replayUntilSequence
+	r.untilSeq = seq
+	return r
+}
+
+// UntilTime ends with the last message stored at or before t. With UntilSequence
+// too, the earlier end holds.
+func (r ReplayBuilder) UntilTime(t time.Time) ReplayBuilder {
+	r.set |= replayUntilTime
+	r.until = instantOf(t)
+	return r
+}
+
+// Limit ends the replay after n messages, at least 1.
+func (r ReplayBuilder) Limit(n int) ReplayBuilder {
+	r.set |= replayLimit
+	r.limit = n
+	return r
+}
+
+// Speed keeps the time that passed between the messages when they were stored,
+// divided by x: 1 is as it happened, 10 ten times as fast, 0, the default, as fast
+// as possible. At most [MaxReplaySpeed].
+//
+// A message is due at its place on the replay's own clock, which starts with the
+// first message, so that delays do not add up: after a handler that took too long
+// the replay catches up. Only while the stream itself does not come (a reconnect)
+// the clock stands still. A message that is not due yet holds no worker.
+func (r ReplayBuilder) Speed(x float64) ReplayBuilder {
+	r.set |= replaySpeed
+	r.speed = x
+	return r
+}
+
+// Concurrency sets how many handlers of this replay run at once. Default is 1, in
+// stream order; with OrderedBy it is the pool's size. The pool's size is the upper
+// bound; see [WithWorkers].
+func (r ReplayBuilder) Concurrency(n int) ReplayBuilder {
+	r.set |= replayConcurrency
+	r.workers = n
+	return r
+}
+
+// OrderedBy handles messages with one key one after another in stream order, and
+// those of other keys at the same time.
+func (r ReplayBuilder) OrderedBy(key OrderKey) ReplayBuilder {
+	r.set |= replayOrderedBy
+	r.order = key
+	return r
+}
+
+// Timeout ends the handler's context d after it was started; the message then
+// failed with an error that wraps [context.DeadlineExceeded]. Default is none.
+func (r ReplayBuilder) Timeout(d time.Duration) ReplayBuilder {
+	r.set |= replayTimeout
+	r.timeout = d
+	return r
+}
+
+// ContinueOnError goes on after a message whose handler fails and reports it in
+// [ReplayReport.Failures]. Without it the first failure ends the replay.
+func (r ReplayBuilder) ContinueOnError() ReplayBuilder {
+	r.continuing = true
+	return r
+}
+
+// Handle ends the chain with the function that handles each message. There are no
+// retries: an error or panic is final; [Discard] is not a failure.
+func (r ReplayBuilder) Handle(fn Handler) ReplaySpec { return ReplaySpec{replay: r, handler: fn} }
+
+// ReplaySpec is a complete replay: a builder's chain with its function. It is a
+// value and safe to share; [Broker.Replay] takes it, as often as wanted.
+type ReplaySpec struct {
+	replay   ReplayBuilder
+	handler  Handler
+	progress func(ReplayProgress)
+}
+
+// Progress has fn told how far the replay is: at most ten times a second while it
+// moves, and once more at its end. fn is called by one goroutine at a time and
+// holds nothing up. It stands behind Handle, since a builder holds no functions.
+func (s ReplaySpec) Progress(fn func(ReplayProgress)) ReplaySpec {
+	s.progress = fn
+	return s
+}
+
+// String names the replay by its filter.
+func (s ReplaySpec) String() string { return fmt.Sprintf("replay %q", s.replay.filter) }
+
+// ReplayProgress is how far a replay is.
+type ReplayProgress struct {
+	Done  uint64 // messages handled, failed ones included
+	Total uint64 // messages of the replay, as counted at its start
+	// Elapsed is the time since the start; Remaining is an estimate of what is
+	// left: from the rate so far, or from the messages' times with a Speed. It is 0
+	// while there is nothing to tell from.
+	Elapsed   time.Duration
+	Remaining time.Duration
+}
+
+// ReplayReport is what a replay did. It is complete also when the replay was not.
+type ReplayReport struct {
+	Stream  string
+	Handled uint64 // messages whose handler returned nil or a [Discard]
+	Failed  uint64 // messages whose handler failed
+
+	First uint64 // lowest sequence that was handled, failed or not; 0 for none
+	Last  uint64 // highest sequence that was handled, failed or not; 0 for none
+
+	// Next is where to go on with [ReplayBuilder.FromSequence]: the lowest sequence
+	// that was not handled or, without ContinueOnError, failed. With several
+	// handlers at once a message above Next may be handled already when a handler
+	// failed or was cut off; after an interruption that was drained none is. Next
+	// of a complete replay goes on with what was stored after its start. It is 0
+	// when the replay did not find its stream.
+	Next uint64
+
+	// Failures are the first [MaxReplayFailures] failed messages, in the order in
+	// which they failed.
+	Failures []*ReplayFailure
+
+	Started time.Time
+	Took    time.Duration
+}
+
+// ReplayFailure is a message whose handler failed.
+type ReplayFailure struct {
+	Replay   string // the filter
+	Stream   string
+	Sequence uint64
+	Subject  string
+	Err      error // what the handler returned, or a [*PanicError]
+}
+
+// Error gives the position and the handler's error.
+func (f *ReplayFailure) Error() string {
+	return fmt.Sprintf("natsx: replay %q: message %d of stream %q on %q: %v", f.Replay, f.Sequence, f.Stream, f.Subject, f.Err)
+}
+
+// Unwrap returns the handler's error.
+func (f *ReplayFailure) Unwrap() error { return f.Err }
+
+// ReplayError is a fault of a replay or what ended it. [ReplaySpec.Validate] joins
+// all faults with [errors.Join], each on a line of its own.
+type ReplayError struct {
+	Replay string // the filter
+	Field  string // the option at fault, by its setter's name in lower camel case; empty for none
+	Value  string // the value as it was given, quoted when it is a string
+	Reason string // what is wrong
+	Err    error  // the sentinel or the cause
+}
+
+// Error gives the fault on one line that names replay and option.
+func (e *ReplayError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "natsx: replay %q", e.Replay)
+	if e.Field != "" {
+		b.WriteString(": " + e.Field)
+		if e.Value != "" {
+			b.WriteString(" " + e.Value)
+		}
+	}
+	return b.String() + ": " + e.Reason
+}
+
+// Unwrap returns the sentinel or cause in Err.
+func (e *ReplayError) Unwrap() error { return e.Err }
+
+func (s ReplaySpec) fault(field, value, reason string, err error) *ReplayError {
+	return &ReplayError{Replay: s.replay.filter, Field: field, Value: value, Reason: reason, Err: err}
+}
+
+// Validate reports every fault of the replay as joined [*ReplayError]s, without a
+// server.
+func (s ReplaySpec) Validate() error {
+	r := s.replay
+	var faults []error
+	add := func(field, value, reason string, err error) {
+		faults = append(faults, s.fault(field, value, reason, err))
+	}
+	has := func(o option) bool { return r.set&o != 0 }
+
+	if reason := filterFault(r.filter); reason != "" {
+		add("subject", strconv.Quote(r.filter), reason, ErrInvalidSubject)
+	}
+	if s.handler == nil {
+		add("handler", "nil", "a replay needs a function", ErrNoHandler)
+	}
+	if has(replayStream) {
+		if reason := nameFault(r.stream); reason != "" {
+			add("stream", strconv.Quote(r.stream), reason, ErrInvalidName)
+		}
+	}
+	zero := instantOf(time.Time{})
+	bound := func(opt option, field string, seq uint64) {
+		if has(opt) && seq == 0 {
+			add(field, "0", "sequences start at 1", ErrOutOfRange)
+		}
+	}
+	bound(replayFromSequence, "fromSequence", r.fromSeq)
+	bound(replayUntilSequence, "untilSequence", r.untilSeq)
+	moment := func(opt option, field string, at instant) {
+		if has(opt) && at == zero {
+			add(field, "", "must not be the zero time", ErrOutOfRange)
+		}
+	}
+	moment(replayFromTime, "fromTime", r.from)
+	moment(replayUntilTime, "untilTime", r.until)
+	if has(replayFromSequence) && has(replayFromTime) {
+		add("fromTime", r.from.time().Format(time.RFC3339Nano), "does not fit with fromSequence: a replay has one start", ErrOptionConflict)
+	}
+	if has(replayFromSequence) && has(replayUntilSequence) && r.untilSeq > 0 && r.fromSeq > r.untilSeq {
+		add("untilSequence", strconv.FormatUint(r.untilSeq, 10), fmt.Sprintf("is before fromSequence %d", r.fromSeq), ErrOutOfRange)
+	}
+	if has(replayFromTime) && has(replayUntilTime) && r.until != zero && r.from.after(r.until) {
+		add("untilTime", r.until.time().Format(time.RFC3339Nano), "is before fromTime "+r.from.time().Format(time.RFC3339Nano), ErrOutOfRange)
+	}
+	if has(replayLimit) && r.limit < 1 {
+		add("limit", strconv.Itoa(r.limit), "must be at least 1", ErrOutOfRange)
+	}
+	if has(replaySpeed) && !(r.speed >= 0 && r.speed <= MaxReplaySpeed) {
+		add("speed", strconv.FormatFloat(r.speed, 'g', -1, 64), fmt.Sprintf("must be between 0 and %g", float64(MaxReplaySpeed)), ErrOutOfRange)
+	}
+	if has(replayConcurrency) && r.workers < 1 {
+		add("concurrency", strconv.Itoa(r.workers), "must be at least 1", ErrOutOfRange)
+	}
+	if has(replayOrderedBy) {
+		if reason, err := r.order.fault(); err != nil {
+			add("orderedBy", r.order.String(), reason, err)
+		}
+	}
+	if has(replayTimeout) && r.timeout <= 0 {
+		add("timeout", r.timeout.String(), "must be above zero", ErrOutOfRange)
+	}
+	return errors.Join(faults...)
+}
+
+// concurrency is how many handlers of r may run at once in a pool.
+func (r ReplayBuilder) concurrency(pool int) int {
+	switch {
+	case r.set&replayConcurrency != 0:
+		return min(r.workers, pool)
+	case r.set&replayOrderedBy != 0:
+		return pool
+	}
+	return 1
+}
+
+// start is where the first consumer of a replay begins.
+func (r ReplayBuilder) start() startAt {
+	switch {
+	case r.set&replayFromSequence != 0:
+		return startAt{seq: r.fromSeq}
+	case r.set&replayFromTime != 0:
+		return startAt{time: r.from.time()}
+	}
+	return startAt{seq: 1}
+}
+
+// startAt is a start of a consumer: a sequence, or a time when that is 0.
+type startAt struct {
+	seq  uint64
+	time time.Time
+}
+
+func (s startAt) apply(cfg *jetstream.ConsumerConfig) {
+	if s.seq > 0 {
+		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, s.seq
+		return
+	}
+	cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &s.time
+}
+
+// Replay handles stored messages once more, from the bounds of spec on, and ends
+// at what was last stored when it started. It reads through a consumer of its own,
+// which is deleted at the end and expires by itself after [ReplayInactive] when
+// the process is killed; no durable is touched, nothing is acknowledged.
+//
+// While Run is under way the replay uses its pool, where it takes turns with the
+// routes; else it has a pool of its own for as long as it takes. The broker's
+// middleware and observer apply.
+//
+// A reconnect, a server's restart and a change of leader are survived: the replay
+// goes on behind the last message it got, without gap or repeat.
+//
+// It returns nil when everything was handled. Else the report tells how far it
+// came, and the error is
+//
+//   - the faults of [ReplaySpec.Validate] and of the broker's options;
+//   - a [*ReplayFailure] when a handler failed and ContinueOnError was not called;
+//   - ctx's error when ctx ended: handlers that run then go on with a live context
+//     up to the broker's drain timeout, after which a [*DrainError] is joined;
+//   - [ErrBrokerStopped] when the broker's Run ended meanwhile;
+//   - a [*ReplayError] that wraps [ErrNoStream], [ErrAmbiguousStream],
+//     [ErrStreamDeleted], [ErrNotReplayable], [ErrPermission],
+//     [ErrConnectionClosed] or an error of the server.
+func (b *Broker) Replay(ctx context.Context, spec ReplaySpec) (ReplayReport, error) {
+	if err := errors.Join(b.validate(), spec.Validate()); err != nil {
+		return ReplayReport{}, err
+	}
+	js, err := b.jetStream()
+	if err != nil {
+		return ReplayReport{}, err
+	}
+	if e := b.ran.Load(); e != nil {
+		r := newReplay(ctx, e, spec)
+		if e.admit(r) {
+			defer e.leave(r)
+			return r.carryOut(ctx)
+		}
+		r.endIntake()
+	}
+	e := newEngine(ctx, b, js, nil)
+	defer e.endIntake()
+	e.pool = newPool(spec.replay.concurrency(b.workers))
+	e.pool.start()
+	r := newReplay(ctx, e, spec)
+	report, err := r.carryOut(ctx)
+	e.pool.close()
+	if !r.abandoned {
+		<-e.pool.gone
+	}
+	e.abortHandlers(context.Canceled)
+	e.endClosing()
+	return report, err
+}
+
+// tempo tells when messages are due. Times are Unix nanoseconds of the stream and
+// nanoseconds of the engine's clock.
+type tempo struct {
+	speed  float64 // above zero
+	begun  bool
+	stored int64 // time of the message that the clock started with
+	base   int64 // when that one was due
+	last   int64 // when the latest one is due
+}
+
+// tempoSlack is how late a message may come in before the clock is put back.
+const tempoSlack = int64(100 * time.Millisecond)
+
+// due is when a message that was stored at the time stored and comes in now is to
+// be handled: never before the message ahead of it.
+func (p *tempo) due(stored, now int64) int64 {
+	if !p.begun {
+		p.begun, p.stored, p.base, p.last = true, stored, now, now
+		return now
+	}
+	gap := float64(stored-p.stored) / p.speed
+	due := p.base + int64(max(min(gap, math.MaxInt64/4), -math.MaxInt64/4))
+	if late := now - due; late > tempoSlack {
+		p.base += late
+		due = now
+	}
+	p.last = max(due, p.last)
+	return p.last
+}

@@ -1,0 +1,227 @@
+package natsx
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats.go"
+)
+
+// rehearsal is a replay without a server: the test is the stream.
+type rehearsal struct {
+	*replay
+	stopped chan struct{}
+	last    uint64
+}
+
+// rehearse lets the replay's pool and pacing run; stop ends them.
+func rehearse(t *testing.T, workers int, replay ReplayBuilder, h Handler) *rehearsal {
+	t.Helper()
+	e := &engine{Broker: &Broker{workers: workers, log: slog.New(slog.DiscardHandler)}, pool: newPool(workers), base: time.Now()}
+	e.pool.start()
+	r := &rehearsal{replay: newReplay(t.Context(), e, replay.Handle(h)), stopped: make(chan struct{})}
+	r.stream, r.consumer, r.end = "S", "C", 1<<40
+	go func() {
+		defer close(r.stopped)
+		r.releaseDue()
+	}()
+	return r
+}
+
+// deliver is the arrival of the next message, stored at a time.
+func (r *rehearsal) deliver(subject string, stored time.Time) {
+	r.last++
+	r.receive(&nats.Msg{
+		Subject: subject,
+		Reply:   fmt.Sprintf("$JS.ACK.S.C.1.%d.%d.%d.1000", r.last, r.last, stored.UnixNano()),
+	})
+}
+
+func (r *rehearsal) stop() {
+	r.endIntake()
+	<-r.stopped
+	r.eng.pool.close()
+	<-r.eng.pool.gone
+}
+
+func TestReplayKeepsTheGaps(t *testing.T) {
+	t.Parallel()
+	for _, speed := range []float64{0.5, 1, 10, 1000} {
+		t.Run(fmt.Sprint(speed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				began := time.Now()
+				var at []time.Duration
+				r := rehearse(t, 2, Replay("s").Speed(speed), func(context.Context, *Msg) error {
+					at = append(at, time.Since(began))
+					time.Sleep(time.Millisecond) // which does not add up
+					return nil
+				})
+				stored := time.Date(2001, 2, 3, 4, 5, 6, 7, time.UTC)
+				random := rand.New(rand.NewPCG(1, 2))
+				var want []time.Duration
+				offset := time.Duration(0)
+				for range 500 {
+					r.deliver("s", stored.Add(offset))
+					want = append(want, time.Duration(float64(offset)/speed))
+					offset += time.Duration((2 + 100*random.Float64()) * speed * float64(time.Millisecond))
+				}
+				time.Sleep(time.Duration(float64(offset)/speed) + time.Second)
+				r.stop()
+				if len(at) != len(want) {
+					t.Fatalf("handled %d, want %d", len(at), len(want))
+				}
+				for i := range at {
+					if off := at[i] - want[i]; off < 0 || off > time.Microsecond {
+						t.Fatalf("message %d was handled after %v, want %v", i, at[i], want[i])
+					}
+				}
+			})
+		})
+	}
+}
+
+// While a message is not due its worker does something else.
+func TestReplayWaitsWithoutAWorker(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		r := rehearse(t, 1, Replay("s").Speed(1), func(context.Context, *Msg) error { return nil })
+		now := time.Now()
+		r.deliver("s", now)
+		r.deliver("s", now.Add(time.Hour))
+		synctest.Wait()
+		r.eng.pool.mu.Lock()
+		busy, waiting, handled := r.eng.pool.busy, r.eng.pool.waiting, r.report.Handled
+		r.eng.pool.mu.Unlock()
+		if busy != 0 || waiting != 0 || handled != 1 {
+			t.Errorf("%d busy, %d waiting, %d handled, want 0, 0 and 1", busy, waiting, handled)
+		}
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if r.report.Handled != 2 {
+			t.Error("the second message was not handled in time")
+		}
+		r.stop()
+	})
+}
+
+func TestTempo(t *testing.T) {
+	t.Parallel()
+	const ms = int64(time.Millisecond)
+	type arrival struct{ stored, now, due int64 }
+	for name, c := range map[string]struct {
+		speed    float64
+		arrivals []arrival
+	}{
+		"as it happened": {1, []arrival{{1000 * ms, 7 * ms, 7 * ms}, {1250 * ms, 8 * ms, 257 * ms}, {1300 * ms, 8 * ms, 307 * ms}}},
+		"ten times":      {10, []arrival{{1000 * ms, 0, 0}, {2000 * ms, 0, 100 * ms}}},
+		"a little late":  {1, []arrival{{0, 0, 0}, {100 * ms, 150 * ms, 100 * ms}, {200 * ms, 150 * ms, 200 * ms}}},
+		"the stream stood still": {1, []arrival{
+			{0, 0, 0}, {100 * ms, 5000 * ms, 5000 * ms}, {200 * ms, 5000 * ms, 5100 * ms}}},
+		"the stream's clock went back": {1, []arrival{
+			{1000 * ms, 0, 0}, {1500 * ms, 0, 500 * ms}, {1400 * ms, 0, 500 * ms}, {1600 * ms, 0, 600 * ms}}},
+		"an age": {1e-9, []arrival{{0, 0, 0}, {int64(1 << 62), 0, 1<<61 - 1}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := tempo{speed: c.speed}
+			for i, a := range c.arrivals {
+				got := p.due(a.stored, a.now)
+				if name == "an age" && i == 1 {
+					if got < 1<<60 {
+						t.Errorf("got %d, want the far future", got)
+					}
+				} else if got != a.due {
+					t.Errorf("arrival %d: due %v, want %v", i, time.Duration(got), time.Duration(a.due))
+				}
+			}
+		})
+	}
+}
+
+func TestLedger(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(3, 4))
+	for range 200 {
+		var l ledger
+		next := uint64(1)
+		open := map[uint64]int{}
+		for range 300 {
+			if len(open) == 0 || random.IntN(100) < 55 {
+				next += 1 + uint64(random.IntN(3))
+				size := random.IntN(100)
+				l.push(next, size)
+				open[next] = size
+			} else {
+				for seq, size := range open { // any
+					if got := l.settle(seq); got != size {
+						t.Fatalf("settle %d: size %d, want %d", seq, got, size)
+					}
+					delete(open, seq)
+					break
+				}
+			}
+			want := uint64(0)
+			for seq := range open {
+				if want == 0 || seq < want {
+					want = seq
+				}
+			}
+			got, any := l.lowest()
+			if got != want || any != (want > 0) {
+				t.Fatalf("lowest %d, want %d", got, want)
+			}
+		}
+	}
+}
+
+func TestKeyedQueue(t *testing.T) {
+	t.Parallel()
+	msg := func(subject string, seq uint64, header string) *delivery {
+		return &delivery{msg: Msg{Subject: subject, seq: seq, Header: nats.Header{"Key": {header}}}}
+	}
+	for _, c := range []struct {
+		key  OrderKey
+		same bool // whether a.x and a.y with headers k and l share it
+	}{
+		{SubjectKey(), false}, {SubjectToken(0), true}, {SubjectToken(1), false}, {SubjectToken(5), true},
+		{HeaderKey("Key"), false}, {HeaderKey("Other"), true},
+	} {
+		q := newKeyedQueue(c.key)
+		first, second := msg("a.x", 1, "k"), msg("a.y", 2, "l")
+		if !q.admit(first) {
+			t.Fatalf("%v: the first must run", c.key)
+		}
+		if got := !q.admit(second); got != c.same {
+			t.Errorf("%v: shared %t, want %t", c.key, got, c.same)
+		}
+	}
+
+	q := newKeyedQueue(SubjectKey())
+	var ran []uint64
+	held := map[uint64]*delivery{}
+	for seq := uint64(1); seq <= 9; seq++ {
+		d := msg(fmt.Sprint("a.", seq%3), seq, "")
+		held[seq] = d
+		if q.admit(d) {
+			ran = append(ran, seq)
+		}
+	}
+	for i := 0; i < len(ran); i++ {
+		d := held[ran[i]]
+		d.msg.Subject = "changed by the handler"
+		if next := q.release(d); next != nil {
+			ran = append(ran, next.msg.seq)
+		}
+	}
+	if diff := cmp.Diff([]uint64{1, 2, 3, 4, 5, 6, 7, 8, 9}, ran); diff != "" {
+		t.Errorf("order (-want +got):\n%s", diff)
+	}
+	if q.waiting != 0 || len(q.busy) != 0 {
+		t.Errorf("%d waiting and %d keys left, want none", q.waiting, len(q.busy))
+	}
+}
