@@ -79,6 +79,8 @@ var sections = []section{
 	}},
 	{name: "replay", title: "Reading a stream in order, as fast as possible, 128 B", share: 1, size: 128, does: reading, peers: []peer{
 		{name: "nats.go ordered consumer", run: orderedConsumer},
+		{name: natsxPrefix + " Replay", run: natsxReplay(">")},
+		{name: natsxPrefix + " Replay, by subject", run: natsxReplay(benchSubject)},
 	}},
 }
 

@@ -1,7 +1,12 @@
 package main
 
 import (
+	"context"
+	"fmt"
+
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/natsx/natsx"
 )
 
 // orderedConsumer reads the stream once, in order, with nats.go.
@@ -19,4 +24,27 @@ func orderedConsumer(j *job) error {
 	}
 	defer cc.Stop()
 	return j.finish()
+}
+
+// natsxReplay replays the stream once, with the pool and a progress function.
+func natsxReplay(filter string) func(*job) error {
+	return func(j *job) error {
+		broker := natsx.NewBroker(j.nc, natsx.WithWorkers(workers))
+		var told natsx.ReplayProgress
+		replay := natsx.Replay(filter).Stream(benchStream).Handle(func(context.Context, *natsx.Msg) error {
+			j.handle()
+			return nil
+		}).Progress(func(p natsx.ReplayProgress) { told = p })
+		if err := j.start(); err != nil {
+			return err
+		}
+		report, err := broker.Replay(j.ctx, replay)
+		if err != nil {
+			return err
+		}
+		if n := uint64(j.n); report.Handled != n || told.Done != n || told.Total != n {
+			return fmt.Errorf("replayed %d of %d messages, told %d of %d", report.Handled, n, told.Done, told.Total)
+		}
+		return j.finish()
+	}
 }
