@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -34,7 +35,15 @@ func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, requestError(m.Subject, err)
 	}
-	sayTimeout(ctx, m)
+	if m.Header == nil {
+		// The usual case: the header is written out before the request is sent.
+		h := timeoutHeaders.Get().(nats.Header)
+		defer timeoutHeaders.Put(h)
+		m.Header = h
+		h[timeoutHeader][0] = timeoutLeft(ctx)
+	} else {
+		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
+	}
 	r, err := p.nc.RequestMsgWithContext(ctx, m)
 	if err != nil {
 		return nil, p.requestFailure(ctx, m, err)
@@ -77,7 +86,10 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 		}
 		ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
 		defer cancel()
-		sayTimeout(ctx, m)
+		if m.Header == nil {
+			m.Header = make(nats.Header, 1)
+		}
+		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
 		m.Reply = p.nc.NewInbox()
 		sub, err := p.nc.SubscribeSync(m.Reply)
 		if err != nil {
@@ -106,13 +118,13 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 	}
 }
 
-// sayTimeout tells the responder how long ctx still runs.
-func sayTimeout(ctx context.Context, m *nats.Msg) {
+// timeoutHeaders holds headers of nothing but timeoutHeader.
+var timeoutHeaders = sync.Pool{New: func() any { return nats.Header{timeoutHeader: {""}} }}
+
+// timeoutLeft tells the responder how long ctx still runs.
+func timeoutLeft(ctx context.Context) string {
 	deadline, _ := ctx.Deadline()
-	if m.Header == nil {
-		m.Header = make(nats.Header, 1)
-	}
-	m.Header[timeoutHeader] = []string{time.Until(deadline).String()}
+	return time.Until(deadline).String()
 }
 
 // received is a reply, with the error that it carries.
