@@ -3,6 +3,7 @@ package natsx
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -74,8 +75,12 @@ func TestDeadlineContext(t *testing.T) {
 					if !closed(c) || c.Err() != tt.want {
 						t.Errorf("once its channel is closed: %v, want %v", c.Err(), tt.want)
 					}
-					if tt.name == "abort" && context.Cause(c) != aborted {
-						t.Errorf("cause %v", context.Cause(c))
+					cause := tt.want
+					if strings.HasPrefix(tt.name, "abort") {
+						cause = aborted
+					}
+					if got := context.Cause(c); got != cause {
+						t.Errorf("cause %v, want %v", got, cause)
 					}
 				})
 			})

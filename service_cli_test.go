@@ -98,7 +98,6 @@ func TestServiceIsSeenByTheNatsCLI(t *testing.T) {
 	eventually(t, "all are counted", func() bool { s := r.Stats().Routes[0]; return s.Succeeded == 1 && s.Failed == 2 })
 
 	wants(nats("micro", "ls"), "prices", "1.2.3", "what things cost")
-	wants(nats("micro", "ping", "prices"), "prices", "rtt=")
 	wants(nats("micro", "stats", "prices"), "prices Service Statistics", "prices-get", "prices-_-all")
 
 	var got struct {
