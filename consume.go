@@ -556,6 +556,7 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 		first := r.pulls[0].expires - int64(r.pullExpires())
 		silent = now-max(r.heard.Load(), first) > 2*int64(r.heartbeat)
 	}
+	unrefused := now > r.notBefore+int64(10*pullPause)
 	next := r.plan(now)
 	p.mu.Unlock()
 	r.pull(next)
@@ -564,7 +565,7 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	} else {
 		r.clear("retries")
 	}
-	if now > r.notBefore+int64(10*pullPause) {
+	if unrefused {
 		r.clear("pull")
 	}
 	if silent {

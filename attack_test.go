@@ -1,0 +1,41 @@
+package natsx
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestRefusedPullsShowInHealth lowers a limit of the consumer under a running
+// route: the route says so, tries again, and goes on once the limit is lifted.
+func TestRefusedPullsShowInHealth(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	var handled tally
+	b := NewBroker(nc)
+	runBroker(t, b, Route("orders.*").Durable("d").AckWait(time.Second).Handle(func(_ context.Context, m *Msg) error {
+		handled.add(string(m.Data))
+		return nil
+	}))
+	limit := func(d time.Duration) {
+		t.Helper()
+		cfg := consumerInfo(t, nc, "ORDERS", "d").Config
+		cfg.MaxRequestExpires = d
+		if _, err := jetStream(t, nc).UpdateConsumer(testContext(t), "ORDERS", cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	limit(5 * time.Second)
+	// More than the pulls that wait already bring.
+	const count = 2 * DefaultWorkers
+	publishMany(t, nc, count, numbered("orders.x"))
+	eventually(t, "Health tells of the refusal", func() bool {
+		err := b.Health()
+		return err != nil && strings.Contains(err.Error(), "pull refused: 409 Exceeded MaxRequestExpires of 5s")
+	})
+	limit(0)
+	eventually(t, "all are handled", func() bool { return handled.sum() == count })
+	handled.wantOnce(t, count)
+}
