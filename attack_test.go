@@ -2,9 +2,13 @@ package natsx
 
 import (
 	"context"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // TestRefusedPullsShowInHealth lowers a limit of the consumer under a running
@@ -36,6 +40,35 @@ func TestRefusedPullsShowInHealth(t *testing.T) {
 		return err != nil && strings.Contains(err.Error(), "pull refused: 409 Exceeded MaxRequestExpires of 5s")
 	})
 	limit(0)
+	eventually(t, "all are handled", func() bool { return handled.sum() == count })
+	handled.wantOnce(t, count)
+}
+
+// TestMessageLargerThanAPullMayBring has a consumer whose pulls are limited to
+// fewer bytes than one of its messages has.
+func TestMessageLargerThanAPullMayBring(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	if _, err := jetStream(t, nc).CreateConsumer(testContext(t), "ORDERS", jetstream.ConsumerConfig{
+		Durable: "d", FilterSubject: "orders.*", AckPolicy: jetstream.AckExplicitPolicy, MaxRequestMaxBytes: 1000,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	const count = 50
+	publishMany(t, nc, count, func(i int) *nats.Msg {
+		size := 10
+		if i%10 == 5 {
+			size = 5000
+		}
+		return &nats.Msg{Subject: "orders.x", Data: make([]byte, size)}
+	})
+	var handled tally
+	// So many workers that a pull for all of them is bound in bytes.
+	runBroker(t, NewBroker(nc, WithWorkers(200)), Route("orders.*").Durable("d").Handle(func(_ context.Context, m *Msg) error {
+		handled.add(strconv.FormatUint(m.Sequence(), 10))
+		return nil
+	}))
 	eventually(t, "all are handled", func() bool { return handled.sum() == count })
 	handled.wantOnce(t, count)
 }

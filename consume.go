@@ -61,6 +61,7 @@ type durableRoute struct {
 	notBefore    int64  // no pull before this engine time
 	pulls        []pull // at the server
 	outstanding  int    // messages asked for and not here yet
+	single       bool   // the next pull is for one message, of any size
 	tokens       uint64
 	mean         float64 // of the handler's time in ns, leaning to the slow side
 	finished     int64   // engine time of the last finish, or of the first arrival after a pause
@@ -225,11 +226,13 @@ func (r *durableRoute) status(m *nats.Msg, now int64) {
 
 	p := r.eng.pool
 	p.mu.Lock()
-	r.ended(token, left)
+	asked := r.ended(token, left)
 	switch {
 	case code == "404" || code == "408",
-		strings.HasPrefix(text, "Batch Completed"),
-		strings.HasPrefix(text, "Message Size Exceeds MaxBytes"):
+		strings.HasPrefix(text, "Batch Completed"):
+	case strings.HasPrefix(text, "Message Size Exceeds MaxBytes"):
+		// When it brought nothing, the next one like it would not either.
+		r.single = r.single || left == asked
 	case strings.HasPrefix(text, "Exceeded MaxRequestBatch of "):
 		if n, err := strconv.Atoi(strings.TrimPrefix(text, "Exceeded MaxRequestBatch of ")); err == nil && n > 0 {
 			r.target.maxBatch = n
@@ -267,16 +270,18 @@ type pullError struct{ code, text string }
 func (e *pullError) Error() string { return "natsx: pull refused: " + e.code + " " + e.text }
 
 // ended removes the pull with this token, which brings left messages less than
-// it asked for. The pool is locked.
-func (r *durableRoute) ended(token uint64, left int) {
+// it asked for, and returns what that was. The pool is locked.
+func (r *durableRoute) ended(token uint64, left int) (asked int) {
 	for i := range r.pulls {
 		if r.pulls[i].token == token {
+			asked = r.pulls[i].batch
 			r.pulls = append(r.pulls[:i], r.pulls[i+1:]...)
 			r.outstanding -= left
 			r.boundOutstanding()
-			return
+			break
 		}
 	}
+	return asked
 }
 
 // boundOutstanding mends the count after a pull ended without saying how much of
@@ -320,6 +325,9 @@ func (r *durableRoute) plan(now int64) pull {
 	}
 	if r.target.maxBatch > 0 {
 		want = min(want, r.target.maxBatch)
+	}
+	if r.single {
+		want, r.single = 1, false
 	}
 	r.tokens++
 	next := pull{batch: want, token: r.tokens, expires: now + int64(r.pullExpires())}
