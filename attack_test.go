@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"errors"
 	"strconv"
 	"strings"
 	"testing"
@@ -71,4 +72,75 @@ func TestMessageLargerThanAPullMayBring(t *testing.T) {
 	}))
 	eventually(t, "all are handled", func() bool { return handled.sum() == count })
 	handled.wantOnce(t, count)
+}
+
+// TestDeletedConsumerDoesNotHoldRunUp deletes the consumer while a handler runs
+// whose result must be confirmed: nobody is left to do so.
+func TestDeletedConsumerDoesNotHoldRunUp(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	tests := []struct {
+		name   string
+		route  RouteBuilder
+		result error
+	}{
+		{"ack", Route("orders.ack").Durable("ack").ConfirmAcks(), nil},
+		{"letter", Route("orders.letter").Durable("letter").DLQ("dlq.x"), Permanent(errors.New("broken"))},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			publishAcked(t, nc, "orders."+tt.name, "x")
+			handling, ended := make(chan struct{}, 1), make(chan struct{})
+			r := runBroker(t, NewBroker(nc), tt.route.Handle(func(context.Context, *Msg) error {
+				handling <- struct{}{}
+				<-ended
+				return tt.result
+			}))
+			receive(t, handling, "the handler")
+			if err := jetStream(t, nc).DeleteConsumer(testContext(t), "ORDERS", tt.name); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "Run drains", func() bool { return r.ran.Load().failed() })
+			close(ended)
+			if err := r.wait(t); !errors.Is(err, ErrConsumerDeleted) || errors.Is(err, ErrDrainTimeout) {
+				t.Errorf("got %v, want ErrConsumerDeleted alone", err)
+			}
+		})
+	}
+}
+
+// TestConsumerRecreatedDuringAPause has somebody delete and create the durable
+// while its route is paused: its progress is gone, and going on would handle
+// everything again.
+func TestConsumerRecreatedDuringAPause(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	publishAcked(t, nc, "orders.x", "1", "2", "3")
+	var handled tally
+	r := runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").Handle(func(_ context.Context, m *Msg) error {
+		handled.add(string(m.Data))
+		return nil
+	}))
+	eventually(t, "all are handled", func() bool { return handled.sum() == 3 && settled(t, nc, "ORDERS", "d") })
+	if err := r.Pause("d"); err != nil {
+		t.Fatal(err)
+	}
+	js := jetStream(t, nc)
+	cfg := consumerInfo(t, nc, "ORDERS", "d").Config
+	if err := js.DeleteConsumer(testContext(t), "ORDERS", "d"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := js.CreateConsumer(testContext(t), "ORDERS", cfg); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Resume("d"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.wait(t); !errors.Is(err, ErrConsumerDeleted) {
+		t.Errorf("got %v, want ErrConsumerDeleted", err)
+	}
+	handled.wantOnce(t, 3)
 }

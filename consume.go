@@ -82,11 +82,15 @@ func (r *durableRoute) start() error {
 	r.eng.pool.mu.Unlock()
 	r.lease = r.target.ackWait
 	r.heartbeat = min(max(r.target.ackWait/6, 500*time.Millisecond), 5*time.Second)
-	return r.resume()
+	return r.begin(true)
 }
 
-// resume subscribes and begins to pull; it does nothing when that was done.
-func (r *durableRoute) resume() error {
+// resume opens the route again after a pause.
+func (r *durableRoute) resume() error { return r.begin(false) }
+
+// begin subscribes and begins to pull, after a look at the consumer unless that
+// is known; it does nothing when that was done.
+func (r *durableRoute) begin(known bool) error {
 	r.gate.Lock()
 	defer r.gate.Unlock()
 	p := r.eng.pool
@@ -109,11 +113,14 @@ func (r *durableRoute) resume() error {
 		return err
 	}
 	p.mu.Lock()
-	r.open, r.pulling = true, true
+	r.open, r.pulling = true, known
 	r.pulls, r.outstanding = r.pulls[:0], 0
 	next := r.plan(r.eng.now())
 	p.mu.Unlock()
 	r.pull(next)
+	if !known {
+		r.verify()
+	}
 	return nil
 }
 
@@ -497,9 +504,9 @@ func (r *durableRoute) settle(d *delivery, ack []byte) {
 }
 
 // confirm sends an acknowledgement until the server confirms it, and gives up
-// when the lease is lost, the route was refused a permission, or ctx ends.
+// when the lease is lost, the route is over, or ctx ends.
 func (r *durableRoute) confirm(ctx context.Context, d *delivery, ack []byte) bool {
-	for pause := 50 * time.Millisecond; r.eng.now() < d.lease.Load() && !r.refused.Load(); pause = min(2*pause, time.Second) {
+	for pause := 50 * time.Millisecond; r.eng.now() < d.lease.Load() && !r.over.Load(); pause = min(2*pause, time.Second) {
 		try, cancel := context.WithTimeout(ctx, 2*time.Second)
 		_, err := r.eng.nc.RequestWithContext(try, d.msg.reply, ack)
 		cancel()

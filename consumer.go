@@ -297,7 +297,7 @@ func (r *durableRoute) verified() bool {
 			r.clear("consumer")
 			return true
 		case err == nil:
-			r.eng.fail(r.spec.fault("durable", strconv.Quote(r.target.consumer), "was deleted and created again by somebody else", ErrConsumerDeleted))
+			r.fail(r.spec.fault("durable", strconv.Quote(r.target.consumer), "was deleted and created again by somebody else", ErrConsumerDeleted))
 			return false
 		case hasCode(err, codeConsumerNotFound):
 			gone = ErrConsumerDeleted
@@ -307,7 +307,7 @@ func (r *durableRoute) verified() bool {
 		// A server that just started may not know its assets yet.
 		if gone != nil {
 			if missing++; missing > 1 {
-				r.eng.fail(r.spec.fault("durable", strconv.Quote(r.target.consumer), cause(gone), gone))
+				r.fail(r.spec.fault("durable", strconv.Quote(r.target.consumer), cause(gone), gone))
 				return false
 			}
 		} else {

@@ -217,10 +217,10 @@ func (r *durableRoute) writeLetters() {
 }
 
 // moveLetter publishes the letter of d and settles d once it is stored. Nil means
-// that nothing is left to do, also since the lease is lost or a permission is
-// missing: the next delivery brings the same letter again, under the same id.
+// that nothing is left to do, also since the lease is lost or the route is over:
+// the next delivery brings the same letter again, under the same id.
 func (r *durableRoute) moveLetter(ctx context.Context, d *delivery) error {
-	if r.eng.now() >= d.lease.Load() || r.refused.Load() {
+	if r.eng.now() >= d.lease.Load() || r.over.Load() {
 		r.lapse(d)
 		return nil
 	}

@@ -279,8 +279,7 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 	}
 	for _, r := range e.routes {
 		if r.denied(denied) {
-			r.base().refused.Store(true)
-			e.fail(r.base().spec.fault(denied.Operation, fmt.Sprintf("%q", denied.Subject), "permission denied by the server", denied))
+			r.base().fail(r.base().spec.fault(denied.Operation, fmt.Sprintf("%q", denied.Subject), "permission denied by the server", denied))
 		}
 	}
 	if e.service != nil && e.service.denied(denied) {

@@ -27,7 +27,7 @@ type route struct {
 	sub    *nats.Subscription
 	closed chan struct{} // closed when the subscription's last callback has returned
 
-	refused atomic.Bool // the server refused the route a permission: Run ends
+	over atomic.Bool // for lack of a permission or of its consumer the route settles nothing more
 
 	issuesMu sync.Mutex
 	issues   map[string]error // what keeps the route from its work, by kind
@@ -101,6 +101,12 @@ func (r *route) about(d *delivery) []any {
 		args = append(args, "stack", string(panicked.Stack))
 	}
 	return args
+}
+
+// fail ends Run by a fault of the route, which can settle nothing any more.
+func (r *route) fail(fault error) {
+	r.over.Store(true)
+	r.eng.fail(fault)
 }
 
 // trouble records what keeps the route from its work, for Health, and logs it
