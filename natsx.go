@@ -79,6 +79,22 @@
 // Handlers run at once and in no order, unless Concurrency is 1; a retry comes
 // later than what follows it.
 //
+// [DeadLetters] lists, counts, redrives and purges letters; [OnDeadLetter] handles
+// them in a route. [Broker.Replay] handles once more what a stream holds, and
+// touches no durable.
+//
+// # Publishing and requests
+//
+// A [Publisher] sends envelopes, which [To] starts. What [Publisher.Publish] stores
+// bears a message id, so that no retry of its own is a second copy; inside a
+// handler the id is made of the handled message, so that a redelivery does not
+// publish twice.
+//
+// A route with [RouteBuilder.Reply] answers every request, also when its responder
+// fails or panics. [Publisher.Request] and [RequestJSON] tell an error that was
+// answered ([*ReplyError]) from nobody there ([ErrNoResponders]) and from nobody
+// done in time ([ErrTimeout]).
+//
 // # Shutdown
 //
 // When the context of [Broker.Run] ends, the routes stop receiving, while the
