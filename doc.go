@@ -93,7 +93,8 @@
 // A route with [RouteBuilder.Reply] answers every request, also when its responder
 // fails or panics. [Publisher.Request] and [RequestJSON] tell an error that was
 // answered ([*ReplyError]) from nobody there ([ErrNoResponders]) and from nobody
-// done in time ([ErrTimeout]).
+// done in time ([ErrTimeout]). [WithService] lists a broker's reply routes as a NATS
+// micro service.
 //
 // # Shutdown
 //
