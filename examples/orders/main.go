@@ -73,6 +73,7 @@ func run(ctx context.Context, serve, verbose bool) (err error) {
 	}
 	broker := natsx.NewBroker(nc,
 		natsx.WithStreams(s.streams()...),
+		natsx.WithService("shop", "1.0.0", "tells prices"),
 		natsx.WithObserver(s.tally),
 		natsx.WithDrainTimeout(3*time.Second),
 		natsx.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))),
