@@ -1,0 +1,170 @@
+package natsx_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+
+	"github.com/natsx/natsx"
+)
+
+// makeLetters publishes an order of each payload and has billing give them up.
+func makeLetters(ctx context.Context, nc *nats.Conn, payloads ...string) {
+	ctx, cancel := context.WithCancel(ctx)
+	broker := natsx.NewBroker(nc, quiet, natsx.WithStreams(
+		natsx.Stream("ORDERS").Subjects("orders.*"),
+		natsx.Stream("DLQ").Subjects("dlq.*"),
+	))
+	go func() {
+		<-broker.Ready()
+		pub := natsx.NewPublisher(nc)
+		for _, p := range payloads {
+			pub.Publish(ctx, natsx.To("orders.created").Data([]byte(p)))
+		}
+		for broker.Stats().Routes[0].Dead < uint64(len(payloads)) {
+			time.Sleep(time.Millisecond)
+		}
+		cancel()
+	}()
+	err := broker.Run(ctx, natsx.Route("orders.*").Durable("billing").Retry(0).DLQ("dlq.orders").Concurrency(1).
+		Handle(func(ctx context.Context, m *natsx.Msg) error {
+			if strings.HasPrefix(string(m.Data), "bad") {
+				return natsx.Permanent(errors.New("not an order"))
+			}
+			return errors.New("the bank is closed")
+		}))
+	if err != nil {
+		panic(err)
+	}
+}
+
+// Letters are listed in the order of their death, and nothing of them changes.
+func ExampleDeadLetterQuery_List() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "o-1", "bad", "o-2", "o-3")
+
+	letters := natsx.DeadLetters("dlq.orders").Durable("billing").Reason(natsx.ReasonExhausted).
+		Since(time.Now().Add(-24 * time.Hour)).Limit(100)
+	for l, err := range letters.List(ctx, nc) {
+		if errors.Is(err, natsx.ErrNotALetter) {
+			continue // somebody else's message
+		}
+		if err != nil {
+			fmt.Println("stopped:", err)
+			return
+		}
+		fmt.Printf("%s %d: %s: %s after %d attempt: %s\n", l.Stream, l.Sequence, l.Data, l.Reason, l.Attempts, l.Error)
+	}
+
+	// Output:
+	// ORDERS 1: o-1: exhausted after 1 attempt: the bank is closed
+	// ORDERS 3: o-2: exhausted after 1 attempt: the bank is closed
+	// ORDERS 4: o-3: exhausted after 1 attempt: the bank is closed
+}
+
+// Counting gives the overview, and does not fetch payloads.
+func ExampleDeadLetterQuery_Count() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "o-1", "bad", "o-2", "o-3")
+
+	counts, err := natsx.DeadLetters("dlq.orders").Count(ctx, nc)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	fmt.Println(counts.Total, "letters")
+	for _, g := range counts.Groups {
+		fmt.Println(g.Count, g.Durable, g.Reason)
+	}
+
+	// Output:
+	// 4 letters
+	// 3 billing exhausted
+	// 1 billing permanent
+}
+
+// A redrive sends letters back to the durable that failed. The other durables of
+// the stream do not handle them again.
+func ExampleDeadLetterQuery_Redrive() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "o-1", "bad", "o-2")
+
+	report, err := natsx.DeadLetters("dlq.orders").Reason(natsx.ReasonExhausted).Rate(100).
+		Redrive(ctx, nc, natsx.WithRedriveProgress(func(p natsx.RedriveProgress) {
+			fmt.Printf("%d of %d: %s\n", p.Done(), p.Total, p.Letter.Data)
+		}))
+	fmt.Printf("redriven %d, skipped %d, failed %d, stopped by %v\n", report.Redriven, report.Skipped, report.Failed, err)
+
+	handled := 0
+	err = natsx.NewBroker(nc, quiet).Run(ctx, natsx.Route("orders.*").Durable("billing").DLQ("dlq.orders").Concurrency(1).
+		Handle(func(ctx context.Context, m *natsx.Msg) error {
+			fmt.Printf("%s: attempt %d\n", m.Data, m.Attempt())
+			if handled++; handled == report.Redriven {
+				cancel()
+			}
+			return nil
+		}))
+	fmt.Println("stopped:", err)
+
+	// Output:
+	// 1 of 2: o-1
+	// 2 of 2: o-2
+	// redriven 2, skipped 0, failed 0, stopped by <nil>
+	// o-1: attempt 1
+	// o-2: attempt 1
+	// stopped: <nil>
+}
+
+// A purge deletes the letters that it selects, and a dry run says how many.
+func ExampleDeadLetterQuery_Purge() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "o-1", "bad", "o-2")
+
+	permanent := natsx.DeadLetters("dlq.orders").Reason(natsx.ReasonPermanent)
+	fmt.Println(permanent.DryRun().Purge(ctx, nc))
+	fmt.Println(permanent.Purge(ctx, nc))
+	fmt.Println(permanent.Purge(ctx, nc))
+
+	// Output:
+	// 1 <nil>
+	// 1 <nil>
+	// 0 <nil>
+}
+
+// A DLQ is a stream like any other: a route handles letters as they come.
+func ExampleOnDeadLetter() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "bad")
+
+	alert := func(ctx context.Context, l natsx.DeadLetter) error {
+		fmt.Printf("%s gave up %q of %s: %s\n", l.Durable, l.Data, l.Subject, l.Error)
+		cancel()
+		return nil
+	}
+	err := natsx.NewBroker(nc, quiet).Run(ctx,
+		natsx.Route("dlq.orders").Durable("alerts").Handle(natsx.OnDeadLetter(alert)))
+	fmt.Println("stopped:", err)
+
+	// Output:
+	// billing gave up "bad" of orders.created: not an order
+	// stopped: <nil>
+}
