@@ -548,6 +548,57 @@ func TestRedriveWithoutPermission(t *testing.T) {
 	}
 }
 
+func TestRedriveOverAServerRestart(t *testing.T) {
+	t.Parallel()
+	const count = 100
+	p := startPhoenix(t)
+	nc := connect(t, p.url())
+	orders(t, nc)
+	var billing patient
+	billing.die(t, nc, count, numbered("orders.new"))
+	restarted := make(chan struct{})
+	report, err := DeadLetters("dlq.orders").Rate(200).Redrive(testContext(t), nc, WithRedriveProgress(func(now RedriveProgress) {
+		if now.Done() == 20 {
+			go func() {
+				defer close(restarted)
+				p.stop()
+				p.start(t)
+			}()
+		}
+	}))
+	receive(t, restarted, "the restart")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(RedriveReport{Redriven: count}, report); diff != "" {
+		t.Errorf("report (-want +got):\n%s", diff)
+	}
+	runBroker(t, NewBroker(nc), billing.route())
+	eventually(t, "all are handled", func() bool { return settled(t, nc, "ORDERS", "billing") })
+	billing.handled.wantOnce(t, count)
+}
+
+// TestRedriveOfATakenID has somebody publish with the id that a copy will have: it
+// must not pass for the copy.
+func TestRedriveOfATakenID(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	var billing patient
+	billing.die(t, nc, 2, numbered("orders.new"))
+	found, _ := listed(t, nc, DeadLetters("dlq.orders"))
+	publish(t, nc, &nats.Msg{Subject: "orders.new", Data: []byte("squatter"), Header: nats.Header{
+		"Nats-Msg-Id": {redriveID(&found[0])}, HeaderRedriveTo: {"billing"}, HeaderRedriveCount: {"1"}, HeaderRedriveToken: {"x"},
+	}})
+	report := redriveAll(t, nc, RedriveReport{Redriven: 1, Failed: 1})
+	if len(report.Errors) != 1 || !errors.Is(report.Errors[0], ErrBadAck) {
+		t.Errorf("got %v", report.Errors)
+	}
+	if left := letters(t, nc, "DLQ"); len(left) != 1 || string(left[0].Data) != "0" {
+		t.Errorf("got %v, want the letter whose id is taken", left)
+	}
+}
+
 func init() { childModes["redrive"] = redriveChild }
 
 // redriveChild redrives until it is killed or nothing is left.
