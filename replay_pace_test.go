@@ -37,10 +37,10 @@ func rehearse(t *testing.T, workers int, replay ReplayBuilder, h Handler) *rehea
 // deliver is the arrival of the next message, stored at a time.
 func (r *rehearsal) deliver(subject string, stored time.Time) {
 	r.last++
-	r.receive(&nats.Msg{
+	r.receive([]*nats.Msg{{
 		Subject: subject,
 		Reply:   fmt.Sprintf("$JS.ACK.S.C.1.%d.%d.%d.1000", r.last, r.last, stored.UnixNano()),
-	})
+	}})
 }
 
 func (r *rehearsal) stop() {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -19,6 +20,8 @@ const (
 	// ReplayInactive is how long the server keeps the consumer of a replay whose
 	// process is gone.
 	ReplayInactive = time.Minute
+	// replayBurst is how many messages are taken in at a time.
+	replayBurst = 64
 	// replayWindow is how many messages may be here or on their way.
 	replayWindow = 2048
 	// replayBytes is how much of a replay may be here before it asks for more, and
@@ -64,7 +67,12 @@ type replay struct {
 	total    uint64        // as counted at the start
 	inbox    string
 
+	msgs    chan *nats.Msg // what comes in; never closed, has room for all that may be on its way
+	closing chan struct{}  // closed to end receiveAll
+	joined  chan struct{}  // closed when it has ended; nil before it begins
+
 	// Of the caller's goroutine.
+	inlet     *nats.Subscription
 	owned     []string // consumers that may exist
 	abandoned bool     // handlers still run
 
@@ -109,7 +117,7 @@ type pullLimits struct {
 func newReplay(ctx context.Context, e *engine, want ReplaySpec) *replay {
 	r := &replay{
 		want: want, started: time.Now(),
-		wake: make(chan struct{}, 1), first: make(chan struct{}, 1),
+		wake: make(chan struct{}, 1), first: make(chan struct{}, 1), closing: make(chan struct{}),
 	}
 	r.init(e, Spec{route: RouteBuilder{filter: want.replay.filter}, handler: want.handler}, r)
 	r.limit = want.replay.concurrency(e.workers)
@@ -325,60 +333,58 @@ func notify(ch chan struct{}) {
 	}
 }
 
-// receive is the subscription's callback.
-func (r *replay) receive(m *nats.Msg) {
-	if m.Reply == "" {
-		r.status(m)
-		return
+// receiveAll takes what comes in, many at a time, until the replay is closed.
+func (r *replay) receiveAll() {
+	msgs := make([]*nats.Msg, 0, replayBurst)
+	for {
+		select {
+		case m := <-r.msgs:
+			msgs = append(msgs[:0], m)
+		case <-r.closing:
+			return
+		}
+		for more := true; more && len(msgs) < replayBurst; {
+			select {
+			case m := <-r.msgs:
+				msgs = append(msgs, m)
+			default:
+				more = false
+			}
+		}
+		r.receive(msgs)
+		clear(msgs)
 	}
-	info, ok := parseDelivery(m.Reply)
-	if !ok || info.stream != r.stream {
-		return
-	}
-	d := &delivery{
-		Context: r.serving,
-		route:   &r.route,
-		msg:     Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, stream: r.stream, seq: info.sequence, time: info.time},
+}
+
+// receive takes messages and words of the server in the order they came in.
+func (r *replay) receive(msgs []*nats.Msg) {
+	var burst [replayBurst]arrival
+	arrivals := burst[:0]
+	for _, m := range msgs {
+		// As for a durable, headers prove nothing: only a word of the server has no
+		// reply.
+		if m.Reply == "" {
+			arrivals = append(arrivals, arrival{word: m})
+			continue
+		}
+		info, ok := parseDelivery(m.Reply)
+		if !ok || info.stream != r.stream {
+			continue
+		}
+		arrivals = append(arrivals, arrival{info: info, size: m.Size(), d: &delivery{
+			Context: r.serving,
+			route:   &r.route,
+			msg:     Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, stream: r.stream, seq: info.sequence, time: info.time},
+		}})
 	}
 	p := r.eng.pool
-	p.mu.Lock()
-	if r.stopping || info.consumer != r.consumer {
-		p.mu.Unlock()
-		return
-	}
 	now := r.eng.now()
-	r.heard = now
-	r.outstanding = max(r.outstanding-1, 0)
-	if r.seqHere++; info.consumerSeq != r.seqHere {
-		r.distrust()
-		p.mu.Unlock()
-		return
-	}
-	switch {
-	case r.complete, info.sequence <= r.received: // a replica that lags behind starts early
-	case info.sequence > r.end:
-		r.complete = true
-		r.tell()
-	default:
-		r.received = info.sequence
-		r.taken++
-		size := m.Size()
-		r.hand.push(info.sequence, size)
-		r.bytes += size
-		switch {
-		case info.sequence == r.end || r.limited():
-			r.complete = true
-		case info.pending == 0:
-			r.verify = true
-			r.tell()
-		}
-		if r.pace.speed == 0 {
-			r.admit(d)
+	p.mu.Lock()
+	for i := range arrivals {
+		if a := &arrivals[i]; a.d == nil {
+			r.status(a.word, now)
 		} else {
-			d.due = r.pace.due(d.msg.time, now)
-			if r.early.push(d); r.early.len() == 1 {
-				notify(r.first)
-			}
+			r.arrive(a, now)
 		}
 	}
 	next := r.plan(now)
@@ -386,23 +392,64 @@ func (r *replay) receive(m *nats.Msg) {
 	r.pull(next)
 }
 
-// status handles a word of the server about a pull.
-func (r *replay) status(m *nats.Msg) {
-	code, text := m.Header.Get("Status"), m.Header.Get("Description")
-	token, _ := strconv.ParseUint(m.Subject[strings.LastIndexByte(m.Subject, '.')+1:], 10, 64)
-	p := r.eng.pool
-	p.mu.Lock()
-	i := 0
-	for i < len(r.pulls) && r.pulls[i].token != token {
-		i++
+// arrival is something that came in: a message, or a word of the server.
+type arrival struct {
+	d    *delivery
+	info ackInfo
+	size int
+	word *nats.Msg
+}
+
+// arrive takes a message. The pool is locked.
+func (r *replay) arrive(a *arrival, now int64) {
+	seq := a.info.sequence
+	if r.stopping || a.info.consumer != r.consumer {
+		return
 	}
-	if i == len(r.pulls) {
-		p.mu.Unlock()
+	r.heard = now
+	r.outstanding = max(r.outstanding-1, 0)
+	if r.seqHere++; a.info.consumerSeq != r.seqHere {
+		r.distrust()
+		return
+	}
+	switch {
+	case r.complete, seq <= r.received: // a replica that lags behind starts early
+		return
+	case seq > r.end:
+		r.complete = true
+		r.tell()
+		return
+	}
+	r.received = seq
+	r.taken++
+	r.hand.push(seq, a.size)
+	r.bytes += a.size
+	switch {
+	case seq == r.end || r.limited():
+		r.complete = true
+	case a.info.pending == 0:
+		r.verify = true
+		r.tell()
+	}
+	if r.pace.speed == 0 {
+		r.admit(a.d)
+		return
+	}
+	a.d.due = r.pace.due(a.info.time, now)
+	if r.early.push(a.d); r.early.len() == 1 {
+		notify(r.first)
+	}
+}
+
+// status takes a word of the server about a pull. The pool is locked.
+func (r *replay) status(m *nats.Msg, now int64) {
+	token, _ := strconv.ParseUint(m.Subject[strings.LastIndexByte(m.Subject, '.')+1:], 10, 64)
+	i := slices.IndexFunc(r.pulls, func(p pull) bool { return p.token == token })
+	if i < 0 {
 		return // of an earlier consumer
 	}
-	now := r.eng.now()
 	r.heard = now
-	var next pull
+	code, text := m.Header.Get("Status"), m.Header.Get("Description")
 	switch {
 	case code == "100" || code == "":
 		// Nothing came for a while, though more is expected.
@@ -410,19 +457,15 @@ func (r *replay) status(m *nats.Msg) {
 		r.tell()
 	case code == "404", code == "408", strings.HasPrefix(text, "Batch Completed"), strings.HasPrefix(text, "Message Size Exceeds MaxBytes"):
 		left, _ := strconv.Atoi(m.Header.Get("Nats-Pending-Messages"))
-		r.pulls = append(r.pulls[:i], r.pulls[i+1:]...)
-		r.outstanding -= left
+		r.pulls = slices.Delete(r.pulls, i, i+1)
 		most := 0
-		for _, q := range r.pulls {
-			most += q.batch
+		for _, p := range r.pulls {
+			most += p.batch
 		}
-		r.outstanding = min(max(r.outstanding, 0), most)
-		next = r.plan(now)
+		r.outstanding = min(max(r.outstanding-left, 0), most)
 	default:
 		r.distrust()
 	}
-	p.mu.Unlock()
-	r.pull(next)
 }
 
 // distrust has the consumer replaced. The pool is locked.

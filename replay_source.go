@@ -40,16 +40,17 @@ func (r *replay) open() error {
 		r.inactive = min(r.inactive, most)
 	}
 	r.eng.pool.mu.Unlock()
-	if err := r.subscribe(inbox+".*", "", r.receive); err != nil {
-		return err
+	// Twice the window, since what an earlier consumer sent may still come in.
+	r.msgs = make(chan *nats.Msg, 2*replayWindow+replayBurst)
+	sub, err := r.eng.nc.ChanSubscribe(inbox+".*", r.msgs)
+	if err != nil {
+		return r.want.fault("", "", "could not subscribe: "+cause(err), err)
 	}
-	r.eng.pool.mu.Lock()
-	sub := r.sub
-	r.eng.pool.mu.Unlock()
-	// What may arrive is bounded by the pulls; a limit would only drop it.
-	if err := sub.SetPendingLimits(-1, -1); err != nil {
-		return err
-	}
+	r.inlet, r.joined = sub, make(chan struct{})
+	go func() {
+		defer close(r.joined)
+		r.receiveAll()
+	}()
 	return r.unlessEnded(r.begin(info.State))
 }
 
@@ -296,9 +297,11 @@ func (r *replay) close() {
 	p.mu.Lock()
 	r.pulling, r.consumer = false, ""
 	p.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), apiTimeout)
-	defer cancel()
-	r.unsubscribe(ctx)
+	if r.joined != nil {
+		r.inlet.Unsubscribe()
+		close(r.closing)
+		<-r.joined
+	}
 	r.clean("")
 }
 
