@@ -312,6 +312,7 @@ func (r *replay) halt(err error) {
 	}
 	r.cause = err
 	r.stopAt(r.fed)
+	r.feed(p.put)
 }
 
 // stopAt stops the replay behind a sequence. The pool is locked.
@@ -548,6 +549,9 @@ func (r *replay) admit(d *delivery) {
 
 // feed gives the pool what may run. The pool is locked.
 func (r *replay) feed(put func(*lane, *delivery)) {
+	if !r.stopping && r.intake.Err() != nil {
+		return // about to be halted, which feeds what is to be finished
+	}
 	for r.backlog.len() > 0 && r.running+r.queue.len() < r.limit {
 		d := r.backlog.pop()
 		if d.msg.seq > r.cut.Load() {

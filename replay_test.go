@@ -337,6 +337,9 @@ func TestReplayInterruptedGoesOn(t *testing.T) {
 				if !errors.Is(err, context.Canceled) {
 					t.Fatal(err)
 				}
+				if name == "in order" && runs.sum() != upTo {
+					t.Errorf("%d handled, want no more to begin after the %d that came before the end of the context", runs.sum(), upTo)
+				}
 			}
 			want := count
 			if name == "one subject" {
