@@ -394,3 +394,41 @@ func TestDeadLettersInConstantMemory(t *testing.T) {
 		t.Errorf("read %d letters, want %d", read, count)
 	}
 }
+
+func FuzzLetterHeaders(f *testing.F) {
+	f.Add("Customer", "7", false)
+	f.Add("Nats-Msg-Id", "o-1", true)
+	f.Add("Status", "503", true)
+	f.Add("Natsx-Orig-Nats-TTL", "1s", false)
+	f.Add("Natsx-Dlq-Sequence", "-1", true)
+	f.Fuzz(func(t *testing.T, name, value string, empty bool) {
+		original := nats.Header{name: {value}}
+		kept := originalHeaders(original, empty)
+		// What is said about the message, whatever it says itself.
+		letter := testLetter("billing", ReasonPanic, 0)
+		for k, v := range kept {
+			if _, taken := letter.Header[k]; taken {
+				t.Fatalf("header %q becomes the letter's own %q", name, k)
+			}
+			letter.Header[k] = v
+		}
+		if empty {
+			letter.Data = nil
+		}
+		l, err := parseLetter("DLQ", &storedMsg{subject: "dlq.orders", seq: 1, header: letter.Header, data: letter.Data})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k := range l.Header {
+			if !strings.EqualFold(k, name) && !strings.EqualFold(name, "Nats-"+k) {
+				t.Errorf("header %q comes back as %q", name, k)
+			}
+		}
+		if len(l.Header) != 1 {
+			t.Errorf("header %q is lost", name)
+		}
+		// As a foreign message that has nothing but this header.
+		parseLetter("DLQ", &storedMsg{subject: "dlq.orders", seq: 1, header: original})
+		proveRedrive("ORDERS", 1, "orders.new", original, nil)
+	})
+}

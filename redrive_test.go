@@ -22,6 +22,7 @@ import (
 type patient struct {
 	cured   atomic.Bool
 	handled tally // by payload, once cured
+	copies  tally // by payload and sequence
 	last    atomic.Pointer[Msg]
 }
 
@@ -30,6 +31,7 @@ func (p *patient) handle(_ context.Context, m *Msg) error {
 		return Permanent(errors.New("ill"))
 	}
 	p.last.Store(m)
+	p.copies.add(fmt.Sprintf("%s at %d", m.Data, m.Sequence()))
 	p.handled.add(string(m.Data))
 	return nil
 }
@@ -576,6 +578,48 @@ func TestRedriveOverAServerRestart(t *testing.T) {
 	runBroker(t, NewBroker(nc), billing.route())
 	eventually(t, "all are handled", func() bool { return settled(t, nc, "ORDERS", "billing") })
 	billing.handled.wantOnce(t, count)
+}
+
+// TestRedriveOverElections stops the leaders of both streams, one after the other,
+// while letters are redriven and handled.
+func TestRedriveOverElections(t *testing.T) {
+	t.Parallel()
+	const count = 150
+	c := startCluster(t)
+	nc := connect(t, c.url())
+	createStream(t, nc, jetstream.StreamConfig{Name: "ORDERS", Subjects: []string{"orders.>"}, Replicas: 3, Retention: jetstream.WorkQueuePolicy})
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}, Replicas: 3})
+	var billing patient
+	billing.die(t, nc, count, numbered("orders.new"))
+	runBroker(t, NewBroker(connect(t, c.url())), billing.route())
+	again := make(chan struct{})
+	report, err := DeadLetters("dlq.orders").Rate(75).Redrive(testContext(t), nc, WithRedriveProgress(func(now RedriveProgress) {
+		if now.Done() == 20 {
+			go func() {
+				defer close(again)
+				for _, stream := range []string{"ORDERS", "DLQ"} {
+					leader := c.leader(t, stream, "")
+					leader.stop()
+					c.leader(t, stream, "")
+					leader.start(t)
+				}
+			}()
+		}
+	}))
+	receive(t, again, "the servers to be back")
+	if err != nil || report.Failed > 0 {
+		t.Fatalf("got %+v, %v", report, err)
+	}
+	eventually(t, "all are handled", func() bool { return billing.handled.keys() == count })
+	eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "billing") })
+	// An election may lose an ack, and the message is handled again; a second copy
+	// would be another message.
+	if got := billing.copies.keys(); got != count {
+		t.Errorf("%d copies of %d letters were handled", got, count)
+	}
+	if n := stored(t, nc, "DLQ"); n != 0 {
+		t.Errorf("%d letters are left", n)
+	}
 }
 
 // TestRedriveOfATakenID has somebody publish with the id that a copy will have: it
