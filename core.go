@@ -42,6 +42,7 @@ type coreRoute struct {
 	room      chan struct{} // told when there is room again; capacity 1
 	dropped   uint64        // by the client as a slow consumer, when last asked
 	lastError error         // of a request
+	open      leaseList     // requests that wait or run
 }
 
 // receive is the subscription's callback. It blocks while the route has enough to
@@ -84,6 +85,7 @@ func (r *coreRoute) admit(d *delivery) {
 	case r.queue.len() >= max(MinWaitingRequests, WaitingRequestsPerHandler*r.limit):
 		refusal = errBusy
 	default:
+		r.open.push(d)
 		p.put(&r.lane, d)
 	}
 	p.mu.Unlock()
@@ -107,12 +109,28 @@ func (r *coreRoute) giveUp() {
 	r.makeRoom()
 	var rest []*delivery
 	for r.isReply() && r.queue.len() > 0 {
-		rest = append(rest, r.queue.pop())
+		d := r.queue.pop()
+		r.open.remove(d)
+		rest = append(rest, d)
 		p.waiting--
 	}
 	p.mu.Unlock()
 	for _, d := range rest {
 		r.refuse(d, errShuttingDown)
+	}
+}
+
+// abandon answers the requests whose responders did not return in time.
+func (r *coreRoute) abandon() {
+	p := r.eng.pool
+	p.mu.Lock()
+	var rest []*delivery
+	for d := r.open.head; d != nil; d = d.next {
+		rest = append(rest, d)
+	}
+	p.mu.Unlock()
+	for _, d := range rest {
+		r.respondFor(d, errShuttingDown)
 	}
 }
 
@@ -144,9 +162,7 @@ func (r *coreRoute) run(d *delivery) {
 	answered := make(chan struct{})
 	late := time.AfterFunc(timeout, func() {
 		defer close(answered)
-		if !d.answered.Swap(true) {
-			r.send(d, nil, nil, Fail(http.StatusGatewayTimeout, "no answer within "+timeout.String()))
-		}
+		r.respondFor(d, Fail(http.StatusGatewayTimeout, "no answer within "+timeout.String()))
 	})
 	defer func() {
 		if !late.Stop() {
@@ -158,28 +174,25 @@ func (r *coreRoute) run(d *delivery) {
 
 // conclude books the result of a message, and answers a request.
 func (r *coreRoute) conclude(d *delivery, err error) {
-	if r.isReply() {
-		err = r.respond(d, err)
-	}
 	d.err = err
+	if r.isReply() {
+		d.err = r.respond(d, err)
+	} else if err != nil {
+		r.log.Error("natsx: handler failed, core message is gone", append(r.about(d), "error", err)...)
+	}
 	switch {
-	case err == nil:
+	case d.err == nil:
 		d.outcome = Succeeded
-	case r.isReply():
-		d.outcome = Failed
-	case is[*discardError](err):
+	case is[*discardError](err) && !r.isReply():
 		d.outcome = Discarded
 	default:
 		d.outcome = Failed
-	}
-	if err != nil && !r.isReply() {
-		r.log.Error("natsx: handler failed, core message is gone", append(r.about(d), "error", err)...)
 	}
 	r.observe(d)
 }
 
 // respond answers a request with the result of its responder, unless it was
-// answered at its deadline, and returns the error that counts.
+// answered without it, and returns the error that counts.
 func (r *coreRoute) respond(d *delivery, err error) error {
 	if d.answered.Swap(true) {
 		if err == nil {
@@ -191,33 +204,58 @@ func (r *coreRoute) respond(d *delivery, err error) error {
 	if errors.Is(err, context.Canceled) && r.eng.handlers.Err() != nil {
 		err = fmt.Errorf("%w: %w", errShuttingDown, err)
 	}
-	return r.send(d, d.answer, d.msg.answer, err)
+	if err != nil {
+		if _, internal := replyFor(err); internal {
+			r.log.Error("natsx: request failed", append(r.about(d), "error", err)...)
+		}
+	}
+	told, failed := r.send(d, d.answer, d.msg.answer, err)
+	if failed != nil {
+		r.log.Error("natsx: answer not sent as it is", append(r.about(d), "error", failed)...)
+	}
+	return told
 }
 
-// send publishes the answer that data, header and err make, and returns the error
-// that the requester got.
-func (r *coreRoute) send(d *delivery, data []byte, header nats.Header, err error) error {
-	data, header, internal := answer(data, header, err)
-	if internal {
-		r.log.Error("natsx: request failed", append(r.about(d), "error", err)...)
+// respondFor answers a request while its responder is still at work: it may be
+// changing everything else of the delivery.
+func (r *coreRoute) respondFor(d *delivery, err error) {
+	if d.answered.Swap(true) {
+		return
 	}
+	if _, failed := r.send(d, nil, nil, err); failed != nil {
+		r.log.Error("natsx: answer not sent", "route", r.spec.route.filter, "error", failed)
+	}
+}
+
+// send publishes the answer that data, header and err make. What cannot be sent is
+// replaced by an error. It returns the error that the requester was told, and what
+// failed.
+func (r *coreRoute) send(d *delivery, data []byte, header nats.Header, err error) (told, failed error) {
 	if d.msg.reply == "" {
-		return err
+		return err, nil
 	}
-	reply := &nats.Msg{Subject: d.msg.reply, Data: data, Header: header}
-	if most := r.eng.nc.MaxPayload(); int64(messageSize(reply)) > most {
-		r.log.Error("natsx: answer is too large", append(r.about(d), "bytes", messageSize(reply), "max", most)...)
-		err = errors.Join(Fail(http.StatusInternalServerError, "answer is larger than "+strconv.FormatInt(most, 10)+" bytes"), err)
-		reply.Data, reply.Header, _ = answer(nil, nil, err)
+	reply := &nats.Msg{Subject: d.msg.reply}
+	reply.Data, reply.Header, _ = answer(data, header, err)
+	failed = r.eng.nc.PublishMsg(reply)
+	var instead string
+	switch {
+	case errors.Is(failed, nats.ErrMaxPayload):
+		instead = "answer is larger than " + strconv.FormatInt(r.eng.nc.MaxPayload(), 10) + " bytes"
+	case errors.Is(failed, nats.ErrBadHeaderMsg):
+		instead = "answer has an invalid header"
+	default:
+		return err, failed
 	}
-	if failed := r.eng.nc.PublishMsg(reply); failed != nil {
-		r.log.Error("natsx: answer not sent", append(r.about(d), "error", failed)...)
-	}
-	return err
+	err = errors.Join(Fail(http.StatusInternalServerError, instead), err)
+	reply.Data, reply.Header, _ = answer(nil, nil, err)
+	return err, errors.Join(fmt.Errorf("natsx: %s: %w", instead, failed), r.eng.nc.PublishMsg(reply))
 }
 
 // finish books a message whose worker is done with it. The pool is locked.
 func (r *coreRoute) finish(d *delivery) pull {
+	if r.isReply() {
+		r.open.remove(d)
+	}
 	r.book(d)
 	if r.full && r.queue.len() <= coreQueue/2 {
 		r.makeRoom()

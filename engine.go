@@ -453,6 +453,11 @@ func (e *engine) drain() error {
 		e.pool.mu.Lock()
 		cut.Running = e.pool.busy
 		e.pool.mu.Unlock()
+		for _, r := range e.routes {
+			if c, ok := r.(*coreRoute); ok {
+				c.abandon()
+			}
+		}
 	}
 	e.acks.stop()
 	e.nc.FlushTimeout(time.Second)

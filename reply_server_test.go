@@ -333,6 +333,27 @@ func TestDrainTimeoutAnswersTheRest(t *testing.T) {
 	}
 }
 
+func TestResponderThatNeverReturnsIsAnsweredFor(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	b := newBlocked(t)
+	_, log := newLogBook()
+	r := runBroker(t, NewBroker(connect(t, s.ClientURL()), WithDrainTimeout(20*time.Millisecond), WithLogger(log)), Route("q").Reply(b.respond))
+	a := collectAnswers(t, connect(t, s.ClientURL()))
+	a.ask(t, "q", "x", "")
+	receive(t, b.entered, "the responder")
+	var cut *DrainError
+	if err := r.stop(t); !errors.As(err, &cut) || cut.Running != 1 {
+		t.Errorf("got %v, want a drain that left a handler running", err)
+	}
+	if got, want := a.next(t), "503 service is shutting down"; got != want {
+		t.Errorf("answered %q, want %q", got, want)
+	}
+	b.free()
+	eventually(t, "the late result is booked", func() bool { return r.Stats().Routes[0].Failed == 1 })
+	a.none(t)
+}
+
 func TestEveryRequestIsAnswered(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, func(o *server.Options) { o.MaxPayload = 8 << 10 })
@@ -348,7 +369,7 @@ func TestEveryRequestIsAnswered(t *testing.T) {
 		{"permanent", func(context.Context, *Msg) ([]byte, error) { return nil, Permanent(Fail(410, "gone")) }, "410 gone", Failed, ""},
 		{"error", func(context.Context, *Msg) ([]byte, error) { return nil, errors.New("secret") }, "500 internal error", Failed, "secret"},
 		{"discard", func(context.Context, *Msg) ([]byte, error) { return nil, Discard(errors.New("secret")) }, "500 internal error", Failed, "secret"},
-		{"panic", func(context.Context, *Msg) ([]byte, error) { panic("secret") }, "500 internal error", Failed, "secret"},
+		{"panic", func(context.Context, *Msg) ([]byte, error) { panic("secret") }, "500 internal error", Failed, "stack=goroutine"},
 		{"exit", func(context.Context, *Msg) ([]byte, error) { runtime.Goexit(); return nil, nil }, "500 internal error", Failed, "runtime.Goexit"},
 		{"timeout", func(context.Context, *Msg) ([]byte, error) { return nil, context.DeadlineExceeded }, "504 timeout", Failed, "context deadline exceeded"},
 		{"undecodable", JSONReply(func(context.Context, int) (int, error) { return 0, nil }), "400 request does not decode as application/json", Failed, ""},
@@ -359,6 +380,10 @@ func TestEveryRequestIsAnswered(t *testing.T) {
 			m.ReplyHeader().Set("K", strings.Repeat("v", 8<<10))
 			return nil, Fail(404, "no such")
 		}, "500 answer is larger than 8192 bytes", Failed, ""},
+		{"bad header", func(_ context.Context, m *Msg) ([]byte, error) {
+			m.ReplyHeader()["a b"] = []string{"v"}
+			return nil, nil
+		}, "500 answer has an invalid header", Failed, "invalid header"},
 	}
 	book, log := newLogBook()
 	events := make(chan Event, len(tests))
