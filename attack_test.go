@@ -144,3 +144,25 @@ func TestConsumerRecreatedDuringAPause(t *testing.T) {
 	}
 	handled.wantOnce(t, 3)
 }
+
+// TestLetterIsOfTheMessageAsItCame has a handler that makes its message its own.
+func TestLetterIsOfTheMessageAsItCame(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").DLQ("dlq.x").Handle(func(_ context.Context, m *Msg) error {
+		m.Subject, m.Data = "changed", []byte("changed")
+		m.Header.Set("Key", "changed")
+		m.Header.Set("Added", "changed")
+		return Permanent(errors.New("broken"))
+	}))
+	publish(t, nc, &nats.Msg{Subject: "orders.x", Data: []byte("payload"), Header: nats.Header{"Key": {"value"}}})
+	eventually(t, "the letter is stored", func() bool { return stored(t, nc, "DLQ") == 1 })
+	letter := letters(t, nc, "DLQ")[0]
+	if got := letter.Header.Get(HeaderDLQSubject); got != "orders.x" {
+		t.Errorf("subject %q, want orders.x", got)
+	}
+	if string(letter.Data) != "payload" || letter.Header.Get("Key") != "value" || letter.Header.Get("Added") != "" {
+		t.Errorf("got %q with %v, want the message as it came", letter.Data, letter.Header)
+	}
+}

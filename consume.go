@@ -3,6 +3,7 @@ package natsx
 import (
 	"context"
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"strconv"
 	"strings"
@@ -192,6 +193,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		Context: r.eng.handlers,
 		created: r.target.streamCreated,
 		route:   &r.route,
+		raw:     m,
 		msg: Msg{
 			Subject: m.Subject, Data: m.Data, Header: m.Header,
 			reply: m.Reply, stream: r.target.stream, durable: r.target.consumer,
@@ -394,6 +396,9 @@ func (r *durableRoute) run(d *delivery) {
 	if n := r.spec.route.attempts(); n > 0 && d.msg.Attempt() > n {
 		r.conclude(d, errCrashed)
 		return
+	}
+	if r.spec.route.dlq != "" {
+		d.msg.Header = maps.Clone(d.msg.Header)
 	}
 	r.attempt(d, r.spec.route.timeout)
 }

@@ -291,7 +291,7 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 	id := fmt.Sprintf("%s@%d/%s/%d", m.stream, d.created, m.durable, m.seq)
 	core := nats.Header{
 		nats.MsgIdHdr:      {id},
-		HeaderDLQSubject:   {m.Subject},
+		HeaderDLQSubject:   {d.raw.Subject},
 		HeaderDLQStream:    {m.stream},
 		HeaderDLQSequence:  {strconv.FormatUint(m.seq, 10)},
 		HeaderDLQDurable:   {m.durable},
@@ -308,7 +308,7 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 	}
 	brief := nats.Header{HeaderDLQError: {headerText(r.eng.errorText(d.err), 128)}}
 	pointer := nats.Header{HeaderDLQPointer: {"true"}}
-	original := originalHeaders(m.Header, len(m.Data) == 0)
+	original := originalHeaders(d.raw.Header, len(d.raw.Data) == 0)
 
 	limit := r.eng.nc.MaxPayload()
 	if most := r.letterTarget.maxMsgSize; most > 0 {
@@ -319,9 +319,9 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 		headers []nats.Header
 		data    []byte
 	}{
-		{[]nats.Header{original, why, core}, m.Data},
-		{[]nats.Header{original, brief, core}, m.Data},
-		{[]nats.Header{brief, core}, m.Data},
+		{[]nats.Header{original, why, core}, d.raw.Data},
+		{[]nats.Header{original, brief, core}, d.raw.Data},
+		{[]nats.Header{brief, core}, d.raw.Data},
 		{[]nats.Header{original, why, core, pointer}, nil},
 		{[]nats.Header{brief, core, pointer}, nil},
 	} {

@@ -100,7 +100,8 @@ func subjectToken(subject string, i int) string {
 // context, which saves an allocation for each message.
 type delivery struct {
 	context.Context
-	msg       Msg
+	msg       Msg           // the handler's, who may change it
+	raw       *nats.Msg     // as it came, for its dead letter
 	created   int64         // the stream's creation in Unix nanoseconds, 0 when unknown
 	published atomic.Uint64 // envelopes published with this context so far
 
