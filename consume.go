@@ -201,8 +201,13 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		},
 	}
 	lease := int64(r.target.ackWait)
+	arrived := now
+	if r.slept(now) {
+		arrived = r.eng.awake.Load()
+		r.verify()
+	}
 	// The server counts from a moment before the arrival; the tenth is for that.
-	d.lease.Store(now + lease - lease/10)
+	d.lease.Store(arrived + lease - lease/10)
 	d.renew = now + lease/3
 
 	p.mu.Lock()
@@ -219,6 +224,12 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	next := r.plan(now)
 	p.mu.Unlock()
 	r.pull(next)
+}
+
+// slept tells whether the process may have been stopped for so long, and so
+// lately, that what arrives now has waited for it.
+func (r *durableRoute) slept(now int64) bool {
+	return now-r.eng.awake.Load() > int64(r.target.ackWait)/2
 }
 
 // status handles a word of the server about a pull: a heartbeat, its end or a

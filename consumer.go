@@ -288,6 +288,12 @@ func (r *durableRoute) verified() bool {
 		if !r.eng.alive() && r.eng.reconnect() {
 			return false
 		}
+		if r.slept(r.eng.now()) {
+			if !wait(ctx, 10*time.Millisecond) {
+				return false
+			}
+			continue
+		}
 		r.eng.asking <- struct{}{}
 		info, err := r.consumerInfoOnce(ctx)
 		<-r.eng.asking

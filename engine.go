@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -40,6 +41,8 @@ type engine struct {
 	abortHandlers context.CancelCauseFunc
 	closing       context.Context
 	endClosing    context.CancelFunc
+
+	awake atomic.Int64 // engine time at which the process was last known to run; see pulse
 
 	background sync.WaitGroup // goroutines that routes start when something is wrong
 	replaying  sync.WaitGroup // replays that use the pool
@@ -112,11 +115,10 @@ func (e *engine) run() error {
 	go e.acks.run()
 	prepared := e.prepare()
 	keeper, endKeeper := context.WithCancel(context.Background())
-	kept := make(chan struct{})
-	go func() {
-		defer close(kept)
-		e.keep(keeper)
-	}()
+	var kept sync.WaitGroup
+	kept.Go(func() { e.keep(keeper) })
+	e.awake.Store(e.now())
+	kept.Go(func() { e.pulse(keeper) })
 	if prepared && e.open() {
 		e.setState("")
 		close(e.ready)
@@ -126,7 +128,7 @@ func (e *engine) run() error {
 	e.setState("is draining")
 	err := e.drain()
 	endKeeper()
-	<-kept
+	kept.Wait()
 	e.replaying.Wait()
 	e.endClosing()
 	e.background.Wait()
@@ -339,14 +341,8 @@ func (e *engine) alive() bool {
 
 // keep visits every route all the time and renews the leases that they name.
 func (e *engine) keep(ctx context.Context) {
-	period := 500 * time.Millisecond
-	for _, r := range e.routes {
-		if d, ok := r.(*durableRoute); ok && d.target.ackWait > 0 {
-			period = min(period, max(d.target.ackWait/12, 5*time.Millisecond))
-		}
-	}
 	var due []*delivery
-	for wait(ctx, period) {
+	for period := e.period(); wait(ctx, period); {
 		due = due[:0]
 		for _, r := range e.routes {
 			due = r.tick(e.now(), due)
@@ -355,6 +351,38 @@ func (e *engine) keep(ctx context.Context) {
 			e.renew(due)
 		}
 		clear(due)
+	}
+}
+
+// period is how often leases are looked after: several times within the shortest.
+func (e *engine) period() time.Duration {
+	period := 500 * time.Millisecond
+	for _, r := range e.routes {
+		if d, ok := r.(*durableRoute); ok && d.target.ackWait > 0 {
+			period = min(period, max(d.target.ackWait/12, 5*time.Millisecond))
+		}
+	}
+	return period
+}
+
+// pulse keeps the time at which the process was last known to run. One that was
+// stopped for a while finds messages in its socket that are as old as the stop:
+// the time stays behind until the server has answered a ping, which comes after
+// them.
+func (e *engine) pulse(ctx context.Context) {
+	for period := e.period(); wait(ctx, period); {
+		now := e.now()
+		if now-e.awake.Load() > 5*int64(period) && e.nc.IsConnected() {
+			for _, r := range e.routes {
+				r.verify()
+			}
+			// What was read before the answer is with the routes a moment later.
+			if e.nc.FlushTimeout(time.Second) != nil || !wait(ctx, period) {
+				continue
+			}
+			now = e.now()
+		}
+		e.awake.Store(now)
 	}
 }
 
