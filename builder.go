@@ -74,10 +74,9 @@ type RouteBuilder struct {
 	stream  string
 	dlq     string
 
-	deliver   jetstream.DeliverPolicy
-	startSeq  uint64
-	startSec  int64 // of DeliverFromTime, split since a time.Time holds a pointer
-	startNano int64
+	deliver  jetstream.DeliverPolicy
+	startSeq uint64
+	start    instant // of DeliverFromTime
 
 	retry         int
 	backoffMin    time.Duration
@@ -93,6 +92,13 @@ type RouteBuilder struct {
 	breakerRest   time.Duration
 	maxAckPending int
 }
+
+// instant is a time.Time without its pointer.
+type instant struct{ sec, nano int64 }
+
+func instantOf(t time.Time) instant    { return instant{t.Unix(), int64(t.Nanosecond())} }
+func (i instant) time() time.Time      { return time.Unix(i.sec, i.nano).UTC() }
+func (i instant) after(o instant) bool { return i.time().After(o.time()) }
 
 // Route starts a route for the messages whose subject matches filter, which may
 // hold the wildcards * and >. Without [RouteBuilder.Durable] it is a core NATS
@@ -161,7 +167,7 @@ func (r RouteBuilder) DeliverFromSequence(seq uint64) RouteBuilder {
 func (r RouteBuilder) DeliverFromTime(t time.Time) RouteBuilder {
 	r.set |= optDeliver
 	r.deliver = jetstream.DeliverByStartTimePolicy
-	r.startSec, r.startNano = t.Unix(), int64(t.Nanosecond())
+	r.start = instantOf(t)
 	return r
 }
 
@@ -445,7 +451,7 @@ func (s Spec) faults() []error {
 		switch {
 		case r.deliver == jetstream.DeliverByStartSequencePolicy && r.startSeq == 0:
 			add("deliverFromSequence", "0", "sequences start at 1", ErrOutOfRange)
-		case r.deliver == jetstream.DeliverByStartTimePolicy && r.startTime().IsZero():
+		case r.deliver == jetstream.DeliverByStartTimePolicy && r.start.time().IsZero():
 			add("deliverFromTime", "", "must not be the zero time", ErrOutOfRange)
 		}
 	}
@@ -563,8 +569,6 @@ var durableOptions = []struct {
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
 }
-
-func (r RouteBuilder) startTime() time.Time { return time.Unix(r.startSec, r.startNano).UTC() }
 
 // attempts is the number of times a message may be handled, 0 for no limit.
 func (r RouteBuilder) attempts() int {

@@ -379,7 +379,7 @@ func TestRouteDefaults(t *testing.T) {
 		t.Errorf("without Retry %d attempts, want 0 for no limit", got)
 	}
 	at := time.Date(2026, 2, 3, 4, 5, 6, 789, time.FixedZone("", 3600))
-	if got := r.DeliverFromTime(at).startTime(); !got.Equal(at) || got.Location() != time.UTC {
+	if got := r.DeliverFromTime(at).start.time(); !got.Equal(at) || got.Location() != time.UTC {
 		t.Errorf("start time %v, want %v in UTC", got, at)
 	}
 }

@@ -174,7 +174,7 @@ func (r *durableRoute) consumerConfig() jetstream.ConsumerConfig {
 	case jetstream.DeliverByStartSequencePolicy:
 		cfg.OptStartSeq = spec.startSeq
 	case jetstream.DeliverByStartTimePolicy:
-		t := spec.startTime()
+		t := spec.start.time()
 		cfg.OptStartTime = &t
 	}
 	if spec.set&optMaxAckPending == 0 {

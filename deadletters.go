@@ -189,15 +189,13 @@ const (
 type DeadLetterQuery struct {
 	set letterOption
 
-	subject   string
-	durable   string
-	reason    Reason
-	original  string
-	sinceSec  int64 // split since a time.Time holds a pointer
-	sinceNano int64
-	untilSec  int64
-	untilNano int64
-	limit     int
+	subject  string
+	durable  string
+	reason   Reason
+	original string
+	since    instant
+	until    instant
+	limit    int
 
 	rate        float64
 	dryRun      bool
@@ -235,14 +233,14 @@ func (q DeadLetterQuery) Subject(filter string) DeadLetterQuery {
 // Since selects what died at t or later.
 func (q DeadLetterQuery) Since(t time.Time) DeadLetterQuery {
 	q.set |= optLetterSince
-	q.sinceSec, q.sinceNano = t.Unix(), int64(t.Nanosecond())
+	q.since = instantOf(t)
 	return q
 }
 
 // Until selects what died before t.
 func (q DeadLetterQuery) Until(t time.Time) DeadLetterQuery {
 	q.set |= optLetterUntil
-	q.untilSec, q.untilNano = t.Unix(), int64(t.Nanosecond())
+	q.until = instantOf(t)
 	return q
 }
 
@@ -308,13 +306,13 @@ func (q DeadLetterQuery) validate() error {
 	if reason := filterFault(q.original); has(optLetterSubject) && reason != "" {
 		add("original subject", strconv.Quote(q.original), reason, ErrInvalidSubject)
 	}
-	if has(optLetterSince) && q.since().IsZero() {
+	if has(optLetterSince) && q.since.time().IsZero() {
 		add("since", "", "must not be the zero time", ErrOutOfRange)
 	}
-	if has(optLetterUntil) && q.until().IsZero() {
+	if has(optLetterUntil) && q.until.time().IsZero() {
 		add("until", "", "must not be the zero time", ErrOutOfRange)
-	} else if has(optLetterSince) && has(optLetterUntil) && !q.since().Before(q.until()) {
-		add("until", q.until().Format(time.RFC3339Nano), "is not after since", ErrOptionConflict)
+	} else if has(optLetterSince) && has(optLetterUntil) && !q.since.time().Before(q.until.time()) {
+		add("until", q.until.time().Format(time.RFC3339Nano), "is not after since", ErrOptionConflict)
 	}
 	if has(optLetterLimit) && q.limit < 1 {
 		add("limit", strconv.Itoa(q.limit), "must be at least 1", ErrOutOfRange)
@@ -337,9 +335,6 @@ func (q DeadLetterQuery) validate() error {
 	return errors.Join(faults...)
 }
 
-func (q DeadLetterQuery) since() time.Time { return time.Unix(q.sinceSec, q.sinceNano) }
-func (q DeadLetterQuery) until() time.Time { return time.Unix(q.untilSec, q.untilNano) }
-
 // selects tells whether the filters take l. Of what is no letter, nothing is known
 // that a filter could take.
 func (q DeadLetterQuery) selects(l *DeadLetter) bool {
@@ -349,8 +344,8 @@ func (q DeadLetterQuery) selects(l *DeadLetter) bool {
 		has(optLetterReason) && l.Reason != q.reason,
 		has(optLetterSubject) && (l.Subject == "" || !subjectMatches(q.original, l.Subject)),
 		has(optLetterSince|optLetterUntil) && l.Time.IsZero(),
-		has(optLetterSince) && l.Time.Before(q.since()),
-		has(optLetterUntil) && !l.Time.Before(q.until()):
+		has(optLetterSince) && l.Time.Before(q.since.time()),
+		has(optLetterUntil) && !l.Time.Before(q.until.time()):
 		return false
 	}
 	return true

@@ -67,17 +67,11 @@ type EnvelopeError struct {
 
 // Error gives the fault on one line that names subject, setter and value.
 func (e *EnvelopeError) Error() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "natsx: publish to %q: ", e.Subject)
-	if e.Field != "" && e.Field != "subject" {
-		b.WriteString(e.Field)
-		if e.Value != "" {
-			b.WriteString(" " + e.Value)
-		}
-		b.WriteString(": ")
+	field := e.Field
+	if field == "subject" {
+		field = "" // it is named anyway
 	}
-	b.WriteString(e.Reason)
-	return b.String()
+	return faultLine(fmt.Sprintf("publish to %q", e.Subject), field, e.Value, e.Reason)
 }
 
 // Unwrap returns the sentinel or cause in Err.

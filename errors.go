@@ -3,7 +3,6 @@ package natsx
 import (
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 )
 
@@ -45,23 +44,24 @@ type RouteError struct {
 
 // Error gives the fault on one line that names route, durable and option.
 func (e *RouteError) Error() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "natsx: route %q", e.Route)
+	where := fmt.Sprintf("route %q", e.Route)
 	if e.Durable != "" {
-		fmt.Fprintf(&b, " durable %q", e.Durable)
+		where += fmt.Sprintf(" durable %q", e.Durable)
 	}
-	if e.Field != "" {
-		b.WriteString(": " + e.Field)
-		if e.Value != "" {
-			b.WriteString(" " + e.Value)
+	return faultLine(where, e.Field, e.Value, e.Reason)
+}
+
+// faultLine is the text of a fault: where it is, the option and its value when
+// there is one, and what is wrong.
+func faultLine(where, field, value, reason string) string {
+	line := "natsx: " + where
+	if field != "" {
+		line += ": " + field
+		if value != "" {
+			line += " " + value
 		}
 	}
-	reason := e.Reason
-	if reason == "" && e.Err != nil {
-		reason = strings.TrimPrefix(e.Err.Error(), "natsx: ")
-	}
-	b.WriteString(": " + reason)
-	return b.String()
+	return line + ": " + reason
 }
 
 // Unwrap returns the sentinel or cause in Err.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -64,13 +63,6 @@ type ReplayBuilder struct {
 	timeout    time.Duration
 	continuing bool
 }
-
-// instant is a time.Time without its pointer.
-type instant struct{ sec, nano int64 }
-
-func instantOf(t time.Time) instant    { return instant{t.Unix(), int64(t.Nanosecond())} }
-func (i instant) time() time.Time      { return time.Unix(i.sec, i.nano).UTC() }
-func (i instant) after(o instant) bool { return i.time().After(o.time()) }
 
 // Replay starts a replay of the stored messages whose subject matches filter,
 // which may hold the wildcards * and >; ">" is the whole stream. Without bounds it
@@ -259,15 +251,7 @@ type ReplayError struct {
 
 // Error gives the fault on one line that names replay and option.
 func (e *ReplayError) Error() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "natsx: replay %q", e.Replay)
-	if e.Field != "" {
-		b.WriteString(": " + e.Field)
-		if e.Value != "" {
-			b.WriteString(" " + e.Value)
-		}
-	}
-	return b.String() + ": " + e.Reason
+	return faultLine(fmt.Sprintf("replay %q", e.Replay), e.Field, e.Value, e.Reason)
 }
 
 // Unwrap returns the sentinel or cause in Err.

@@ -278,11 +278,7 @@ type StreamError struct {
 
 // Error gives the fault on one line that names the stream and the option.
 func (e *StreamError) Error() string {
-	value := e.Value
-	if value != "" {
-		value = " " + value
-	}
-	return fmt.Sprintf("natsx: stream %q: %s%s: %s", e.Stream, e.Field, value, e.Reason)
+	return faultLine(fmt.Sprintf("stream %q", e.Stream), e.Field, e.Value, e.Reason)
 }
 
 // Unwrap returns the sentinel in Err.
