@@ -429,6 +429,9 @@ func TestEveryRequestIsAnswered(t *testing.T) {
 	if err := r.stop(t); err != nil {
 		t.Error(err)
 	}
+	if r.ran.Load().responders()[0].open.head != nil {
+		t.Error("a request is kept after its answer")
+	}
 	if got := r.Stats().Routes[0]; got.Failed != failed || got.Succeeded != 1 || got.Discarded != 0 || got.Received != failed+1 || got.HandlerTime <= 0 {
 		t.Errorf("got %+v, want %d failed and 1 succeeded", got, failed)
 	}
