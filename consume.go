@@ -65,6 +65,7 @@ type durableRoute struct {
 	single       bool   // the next pull is for one message, of any size
 	tokens       uint64
 	mean         float64 // of the handler's time in ns, leaning to the slow side
+	backlog      bool    // the server had more to deliver when it sent the last message
 	finished     int64   // engine time of the last finish, or of the first arrival after a pause
 	leases       leaseList
 	delayed      timeHeap // when the retries given back by this process come due
@@ -137,19 +138,24 @@ func (r *durableRoute) pause(ctx context.Context) {
 	}
 	r.open, r.pulling = false, false
 	p.mu.Unlock()
-	// The server may be about to send what was asked for, and would count a
-	// delivery that finds no subscription as an attempt: while messages keep
-	// coming, let the pulls be served first.
-	const lull = 20 * time.Millisecond
-	for end := r.eng.now() + int64(10*lull); r.eng.now() < end; {
+	r.awaitPulls(ctx)
+	r.unsubscribe(ctx)
+}
+
+// awaitPulls lets the pulls be served that are about to be. The server would count
+// a delivery that finds no subscription as an attempt. While it has a backlog it
+// serves them in any case; else they are over when nothing comes for a moment.
+func (r *durableRoute) awaitPulls(ctx context.Context) {
+	const lull, patience = 20 * time.Millisecond, 2 * time.Second
+	p := r.eng.pool
+	for end := r.eng.now() + int64(patience); r.eng.now() < end && r.eng.nc.IsConnected(); {
 		p.mu.Lock()
-		served := r.outstanding == 0
+		served, backlog := r.outstanding == 0, r.backlog
 		p.mu.Unlock()
-		if served || r.eng.now()-r.heard.Load() > int64(lull) || !wait(ctx, lull/10) {
-			break
+		if served || !backlog && r.eng.now()-r.heard.Load() > int64(lull) || !wait(ctx, lull/10) {
+			return
 		}
 	}
-	r.unsubscribe(ctx)
 }
 
 // stop is a pause for good.
@@ -216,6 +222,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.outstanding = 0
 		r.pulls = r.pulls[:0]
 	}
+	r.backlog = info.pending > 0
 	r.leases.push(d)
 	if r.running == 0 && r.queue.len() == 0 {
 		r.finished = now

@@ -540,31 +540,6 @@ func TestDomainAndPrefix(t *testing.T) {
 	}
 }
 
-// A core route that is not fast enough blocks its subscription and not the
-// connection; what NATS drops is counted.
-func TestSlowConsumerIsCounted(t *testing.T) {
-	t.Parallel()
-	nc := connect(t, startServer(t).ClientURL(), nats.SyncQueueLen(1))
-	hold := make(chan struct{})
-	b := NewBroker(nc, WithWorkers(1))
-	r := startBroker(t, b, Route("flood").Handle(func(context.Context, *Msg) error { <-hold; return nil }))
-	defer close(hold)
-	receive(t, b.Ready(), "the broker")
-	// The default limit of a subscription is 64 MiB.
-	payload := make([]byte, 512<<10)
-	for range 1 + coreQueue + 300 {
-		if err := nc.Publish("flood", payload); err != nil {
-			t.Fatal(err)
-		}
-	}
-	eventually(t, "drops are counted", func() bool { return b.Stats().Routes[0].Dropped > 0 })
-	select {
-	case <-r.done:
-		t.Fatalf("Run returned: %v", r.err)
-	default:
-	}
-}
-
 func TestStreamOfLettersIsCreatedToKeepThem(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
