@@ -55,17 +55,23 @@ func natsxPublish(j *job) error {
 	})
 }
 
-// natsxPublishAll hands all envelopes to one call.
+// natsxPublishAll hands over the envelopes by the ten thousand, and makes them
+// in the time that is measured.
 func natsxPublishAll(opts ...natsx.PublisherOption) func(*job) error {
 	return func(j *job) error {
 		pub := natsx.NewPublisher(j.nc, opts...)
 		return j.publish(func(payload []byte) error {
-			es := make([]natsx.Envelope, j.n)
-			for i := range es {
-				es[i] = natsx.To(benchSubject).Data(payload)
+			es := make([]natsx.Envelope, 0, 10_000)
+			for left := j.n; left > 0; left -= len(es) {
+				es = es[:0]
+				for range min(left, cap(es)) {
+					es = append(es, natsx.To(benchSubject).Data(payload))
+				}
+				if _, err := pub.PublishAll(j.ctx, es...); err != nil {
+					return err
+				}
 			}
-			_, err := pub.PublishAll(j.ctx, es...)
-			return err
+			return nil
 		})
 	}
 }
