@@ -64,7 +64,7 @@ func runClient(arg string) (err error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeLimit)
 	defer cancel()
-	nc, err := nats.Connect(o.URL)
+	nc, err := connect(o.URL)
 	if err != nil {
 		return err
 	}
@@ -108,6 +108,11 @@ func runClient(arg string) (err error) {
 		return err
 	}
 	return json.NewEncoder(os.Stdout).Encode(j.result)
+}
+
+// connect is patient, for a machine that is busy with other things.
+func connect(url string) (*nats.Conn, error) {
+	return nats.Connect(url, nats.Timeout(30*time.Second))
 }
 
 func writeAllocs(name string) error {

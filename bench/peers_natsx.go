@@ -80,7 +80,7 @@ func natsxPublishAll(opts ...natsx.PublisherOption) func(*job) error {
 // nats.go or natsx requests.
 func natsxRequests(requesters int, request func(*job) func([]byte) ([]byte, error)) func(*job) error {
 	return func(j *job) error {
-		nc, err := nats.Connect(j.url)
+		nc, err := connect(j.url)
 		if err != nil {
 			return err
 		}

@@ -17,7 +17,7 @@ const requestSubject = "echo"
 // connection of its own, and Conn.Request.
 func microRequests(requesters int) func(*job) error {
 	return func(j *job) error {
-		nc, err := nats.Connect(j.url)
+		nc, err := connect(j.url)
 		if err != nil {
 			return err
 		}

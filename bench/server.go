@@ -35,7 +35,7 @@ func serve(dir string) error {
 	if !s.ReadyForConnections(time.Minute) {
 		return errors.New("nats-server is not ready")
 	}
-	nc, err := nats.Connect("", nats.InProcessServer(s))
+	nc, err := nats.Connect("", nats.InProcessServer(s), nats.Timeout(30*time.Second))
 	if err != nil {
 		return err
 	}
@@ -109,7 +109,7 @@ const (
 
 // prepare makes the streams of a section and stores its messages.
 func prepare(url string, s section, n int) error {
-	nc, err := nats.Connect(url)
+	nc, err := connect(url)
 	if err != nil {
 		return err
 	}
