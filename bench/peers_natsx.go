@@ -6,8 +6,6 @@ import (
 	"os"
 	"time"
 
-	"github.com/nats-io/nats.go"
-
 	"github.com/natsx/natsx"
 )
 
