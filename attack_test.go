@@ -166,3 +166,38 @@ func TestLetterIsOfTheMessageAsItCame(t *testing.T) {
 		t.Errorf("got %q with %v, want the message as it came", letter.Data, letter.Header)
 	}
 }
+
+// TestDLQMadeAnewMustKeepLetters has the DLQ's stream come back as one that
+// acknowledges what it does not store.
+func TestDLQMadeAnewMustKeepLetters(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc, workQueue)
+	js := jetStream(t, nc)
+	b := NewBroker(nc)
+	runBroker(t, b, Route("orders.*").Durable("d").DLQ("dlq.x").Handle(func(context.Context, *Msg) error {
+		return Permanent(errors.New("broken"))
+	}))
+	health := func(text string) func() bool {
+		return func() bool {
+			err := b.Health()
+			return err != nil && strings.Contains(err.Error(), text)
+		}
+	}
+	if err := js.DeleteStream(testContext(t), "DLQ"); err != nil {
+		t.Fatal(err)
+	}
+	publishAcked(t, nc, "orders.x", "1", "2")
+	eventually(t, "Health tells that the DLQ takes no letter", health("not stored"))
+	createStream(t, nc, jetstream.StreamConfig{Name: "LETTERS", Subjects: []string{"dlq.>"}, Retention: jetstream.InterestPolicy})
+	eventually(t, "Health tells what is wrong with the DLQ", health("interest retention and no consumer"))
+	if got := stored(t, nc, "ORDERS"); got != 2 {
+		t.Errorf("%d originals are left, want both", got)
+	}
+	if err := js.DeleteStream(testContext(t), "LETTERS"); err != nil {
+		t.Fatal(err)
+	}
+	createStream(t, nc, jetstream.StreamConfig{Name: "KEPT", Subjects: []string{"dlq.>"}})
+	eventually(t, "both letters are stored", func() bool { return stored(t, nc, "KEPT") == 2 && stored(t, nc, "ORDERS") == 0 })
+	eventually(t, "Health is well again", func() bool { return b.Health() == nil })
+}

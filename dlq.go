@@ -78,6 +78,7 @@ type letterBox struct {
 type letterTarget struct {
 	stream     string // empty when it may not be asked for
 	maxMsgSize int64  // 0 unlimited
+	fault      error  // why the stream that was made anew would not keep letters
 }
 
 // checkDLQ makes sure that letters can be kept, and remembers where.
@@ -227,8 +228,11 @@ func (r *durableRoute) moveLetter(ctx context.Context, d *delivery) error {
 	if !d.stored {
 		p := r.eng.pool
 		p.mu.Lock()
-		stream := r.letterTarget.stream
+		stream, fault := r.letterTarget.stream, r.letterTarget.fault
 		p.mu.Unlock()
+		if fault != nil {
+			return fault
+		}
 		if stream != "" {
 			d.letter.Header.Set(nats.ExpectedStreamHdr, stream)
 		} else {
@@ -259,8 +263,8 @@ func (r *durableRoute) moveLetter(ctx context.Context, d *delivery) error {
 	return nil
 }
 
-// refreshDLQ looks the DLQ's stream up again, which may have been made anew under
-// another name.
+// refreshDLQ looks the DLQ's stream up again, which may have been made anew, with
+// another name or as one that would not keep letters.
 func (r *durableRoute) refreshDLQ() {
 	ctx, cancel := context.WithTimeout(r.eng.closing, apiTimeout)
 	defer cancel()
@@ -269,12 +273,27 @@ func (r *durableRoute) refreshDLQ() {
 		names, err = streamsFor(ctx, r.eng.js, r.spec.route.dlq)
 		return err
 	})
-	if err == nil && len(names) == 1 {
-		p := r.eng.pool
-		p.mu.Lock()
-		r.letterTarget.stream = names[0]
-		p.mu.Unlock()
+	if err != nil || len(names) != 1 {
+		return
 	}
+	var fault error
+	err = r.eng.call(ctx, "STREAM.INFO."+names[0], func(ctx context.Context) error {
+		s, err := r.eng.js.Stream(ctx, names[0])
+		if err != nil {
+			return err
+		}
+		if reason := letterFault(s.CachedInfo(), r.target.config); reason != "" {
+			fault = fmt.Errorf("%w: stream %q %s", ErrBadDLQ, names[0], reason)
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, ErrPermission) {
+		return
+	}
+	p := r.eng.pool
+	p.mu.Lock()
+	r.letterTarget.stream, r.letterTarget.fault = names[0], fault
+	p.mu.Unlock()
 }
 
 // letter makes the dead letter of d. One that would be too large loses its error
