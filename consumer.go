@@ -281,7 +281,8 @@ func (r *durableRoute) verifyOnce() (again bool) {
 func (r *durableRoute) verified() bool {
 	ctx := r.eng.intake
 	missing := 0
-	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
+	pause, patience := 100*time.Millisecond, time.Second
+	for ; ; pause, patience = min(2*pause, 2*time.Second), min(2*patience, apiTimeout) {
 		if ctx.Err() != nil || !r.eng.nc.IsConnected() {
 			return false
 		}
@@ -295,7 +296,10 @@ func (r *durableRoute) verified() bool {
 			continue
 		}
 		r.eng.asking <- struct{}{}
-		info, err := r.consumerInfoOnce(ctx)
+		// Before a cluster has elected its leaders nobody answers.
+		try, cancel := context.WithTimeout(ctx, patience)
+		info, err := r.consumerInfoOnce(try)
+		cancel()
 		<-r.eng.asking
 		gone := error(nil)
 		switch {
