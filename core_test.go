@@ -106,8 +106,8 @@ func TestCoreRouteReportsWhatWasDropped(t *testing.T) {
 		return route().Succeeded+route().Dropped == messages
 	})
 	eventually(t, "the loss is logged", func() bool { return len(book.alarms("flood")) > 0 })
-	if got := book.alarms("flood"); len(got) > 10 {
-		t.Errorf("%d dropped messages made %d log lines, want few: %q", route().Dropped, len(got), got[:10])
+	if got := book.alarms("flood"); len(got) > 50 {
+		t.Errorf("%d dropped messages made %d log lines, want few: %q", route().Dropped, len(got), got[:5])
 	}
 }
 
