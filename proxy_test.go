@@ -186,21 +186,22 @@ func TestProxyHoldsBack(t *testing.T) {
 	s := startServer(t)
 	p := startProxy(t, s.ClientURL())
 	nc := connect(t, p.url())
-	alive := func(nc *nats.Conn) bool { return nc.FlushTimeout(300*time.Millisecond) == nil }
-	if !alive(nc) {
+	alive := func(nc *nats.Conn, within time.Duration) bool { return nc.FlushTimeout(within) == nil }
+	const moment = 300 * time.Millisecond
+	if !alive(nc, testLimit) {
 		t.Fatal("nothing passes at first")
 	}
 
 	p.freezeExisting()
-	if alive(nc) || !nc.IsConnected() {
+	if alive(nc, moment) || !nc.IsConnected() {
 		t.Error("a frozen connection must hold everything back and stay up")
 	}
-	if other := connect(t, p.url()); !alive(other) {
+	if other := connect(t, p.url()); !alive(other, testLimit) {
 		t.Error("a new connection must pass while only the old ones are frozen")
 	}
 
 	p.freeze()
-	if _, err := nats.Connect(p.url(), nats.Timeout(300*time.Millisecond)); err == nil {
+	if _, err := nats.Connect(p.url(), nats.Timeout(moment)); err == nil {
 		t.Error("a new connection must hang while all are frozen")
 	}
 	p.thaw()
