@@ -245,14 +245,27 @@ type fifo[T any] struct {
 func (q *fifo[T]) len() int { return q.count }
 
 func (q *fifo[T]) push(v T) {
-	if q.count == len(q.ring) {
-		ring := make([]T, max(16, 2*len(q.ring)))
-		n := copy(ring, q.ring[q.head:])
-		copy(ring[n:], q.ring[:q.head])
-		q.ring, q.head = ring, 0
-	}
+	q.makeRoom()
 	q.ring[(q.head+q.count)&(len(q.ring)-1)] = v
 	q.count++
+}
+
+// pushFront makes v the oldest value.
+func (q *fifo[T]) pushFront(v T) {
+	q.makeRoom()
+	q.head = (q.head - 1) & (len(q.ring) - 1)
+	q.ring[q.head] = v
+	q.count++
+}
+
+func (q *fifo[T]) makeRoom() {
+	if q.count < len(q.ring) {
+		return
+	}
+	ring := make([]T, max(16, 2*len(q.ring)))
+	n := copy(ring, q.ring[q.head:])
+	copy(ring[n:], q.ring[:q.head])
+	q.ring, q.head = ring, 0
 }
 
 // peek returns the oldest value; the queue is not empty.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -223,5 +224,33 @@ func TestKeyedQueue(t *testing.T) {
 	}
 	if q.waiting != 0 || len(q.busy) != 0 {
 		t.Errorf("%d waiting and %d keys left, want none", q.waiting, len(q.busy))
+	}
+}
+
+func TestPlaceParser(t *testing.T) {
+	t.Parallel()
+	var p placeParser
+	for _, reply := range []string{
+		"$JS.ACK.S.C.1.42.7.1700000000000000001.5",
+		"$JS.ACK.S.C.1.43.8.1700000000000000002.4",
+		"$JS.ACK.S.C.1.43.8.1700000000000000002.", "$JS.ACK.S.C.1.43.8.1700000000000000002", "$JS.ACK.S.C.1..8.1.2",
+		"$JS.ACK.S.C.1.x.8.1.2", "$JS.ACK.S.C.1.9223372036854775807.8.1.2",
+		"$JS.ACK.S.C.2.44.9.1700000000000000003.3",
+		"$JS.ACK.S.D.1.45.1.1700000000000000003.2",
+		"$JS.ACK.1.1.1.45.1.1700000000000000003.2", "$JS.ACK.1.1.1.46.1.1700000000000000003.2",
+		"$JS.ACK._.hash.S.C.1.46.7.1700000000000000004.1", "$JS.ACK._.hash.S.C.1.47.8.1700000000000000005.0",
+		"$JS.ACK._.hash.S.C.1.48.9.1700000000000000006.0.more", "$JS.ACK._.hash.S.C.1.49.10.1700000000000000007.0.more.and",
+		"", "_INBOX.a",
+		"$JS.ACK.S.C.1.43.8.9223372036854775808.2", "$JS.ACK.S.C.1.43.8.9999999999999999999.2.x",
+	} {
+		want, wantOK := parseDelivery(reply)
+		known, fast := p, false
+		got, ok := p.parse(reply)
+		if _, fast = known.numbers(reply); ok && !fast && known.prefix != "" && strings.HasPrefix(reply, known.prefix) {
+			t.Errorf("%q: not read fast", reply)
+		}
+		if ok != wantOK || got != want {
+			t.Errorf("%q: got %+v, %t, want %+v, %t", reply, got, ok, want, wantOK)
+		}
 	}
 }

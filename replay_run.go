@@ -22,6 +22,10 @@ const (
 	ReplayInactive = time.Minute
 	// replayBurst is how many messages are taken in at a time.
 	replayBurst = 64
+	// replayRun is how many messages a worker gets at once, and replayTurn when it
+	// leaves what it did not start yet to the next turn.
+	replayRun  = 32
+	replayTurn = 200 * time.Microsecond
 	// replayWindow is how many messages may be here or on their way.
 	replayWindow = 2048
 	// replayBytes is how much of a replay may be here before it asks for more, and
@@ -67,9 +71,11 @@ type replay struct {
 	total    uint64        // as counted at the start
 	inbox    string
 
-	msgs    chan *nats.Msg // what comes in; never closed, has room for all that may be on its way
-	closing chan struct{}  // closed to end receiveAll
-	joined  chan struct{}  // closed when it has ended; nil before it begins
+	arrivals []arrival      // of receiveAll, kept for the next burst
+	place    placeParser    // of receiveAll
+	msgs     chan *nats.Msg // what comes in; never closed, has room for all that may be on its way
+	closing  chan struct{}  // closed to end receiveAll
+	joined   chan struct{}  // closed when it has ended; nil before it begins
 
 	// Of the caller's goroutine.
 	inlet     *nats.Subscription
@@ -118,6 +124,7 @@ func newReplay(ctx context.Context, e *engine, want ReplaySpec) *replay {
 	r := &replay{
 		want: want, started: time.Now(),
 		wake: make(chan struct{}, 1), first: make(chan struct{}, 1), closing: make(chan struct{}),
+		arrivals: make([]arrival, 0, replayBurst),
 	}
 	r.init(e, Spec{route: RouteBuilder{filter: want.replay.filter}, handler: want.handler}, r)
 	r.limit = want.replay.concurrency(e.workers)
@@ -359,8 +366,7 @@ func (r *replay) receiveAll() {
 
 // receive takes messages and words of the server in the order they came in.
 func (r *replay) receive(msgs []*nats.Msg) {
-	var burst [replayBurst]arrival
-	arrivals := burst[:0]
+	arrivals := r.arrivals[:0]
 	for _, m := range msgs {
 		// As for a durable, headers prove nothing: only a word of the server has no
 		// reply.
@@ -368,7 +374,7 @@ func (r *replay) receive(msgs []*nats.Msg) {
 			arrivals = append(arrivals, arrival{word: m})
 			continue
 		}
-		info, ok := parseDelivery(m.Reply)
+		info, ok := r.place.parse(m.Reply)
 		if !ok || info.stream != r.stream {
 			continue
 		}
@@ -390,7 +396,58 @@ func (r *replay) receive(msgs []*nats.Msg) {
 	}
 	next := r.plan(now)
 	p.mu.Unlock()
+	clear(arrivals)
 	r.pull(next)
+}
+
+// placeParser is parseDelivery for many messages of one consumer, whose ack
+// subjects differ in their last four numbers only.
+type placeParser struct {
+	prefix string // up to the first of these numbers
+	info   ackInfo
+}
+
+func (p *placeParser) parse(reply string) (ackInfo, bool) {
+	if n, ok := p.numbers(reply); ok {
+		info := p.info
+		info.sequence, info.consumerSeq, info.time, info.pending = n[0], n[1], int64(n[2]), n[3]
+		return info, true
+	}
+	info, ok := parseDelivery(reply)
+	if ok {
+		before := 5 // $JS, ACK, stream, consumer, deliveries
+		if strings.Count(reply, ".") > 8 {
+			before = 7 // and domain, account
+		}
+		end := 0
+		for range before {
+			end += strings.IndexByte(reply[end:], '.') + 1
+		}
+		p.prefix, p.info = reply[:end], info
+	}
+	return info, ok
+}
+
+func (p *placeParser) numbers(reply string) (n [4]uint64, ok bool) {
+	if p.prefix == "" || !strings.HasPrefix(reply, p.prefix) {
+		return n, false
+	}
+	field, digits := 0, 0
+	for i := len(p.prefix); i < len(reply); i++ {
+		c := reply[i]
+		switch {
+		case '0' <= c && c <= '9' && digits < 19:
+			n[field] = 10*n[field] + uint64(c-'0')
+			digits++
+		case c == '.' && digits == 0, c != '.':
+			return n, false // parseDelivery judges
+		case c == '.' && field == 3:
+			return n, n[2] <= math.MaxInt64 // more may follow
+		default:
+			field, digits = field+1, 0
+		}
+	}
+	return n, field == 3 && digits > 0 && n[2] <= math.MaxInt64
 }
 
 // arrival is something that came in: a message, or a word of the server.
@@ -548,6 +605,10 @@ func (r *replay) admit(d *delivery) {
 }
 
 // feed gives the pool what may run. The pool is locked.
+//
+// A replay with one handler hands over a run of messages at a time, linked by
+// next: a fast handler then costs the pool little. What the worker leaves of it
+// comes back with finish.
 func (r *replay) feed(put func(*lane, *delivery)) {
 	if !r.stopping && r.intake.Err() != nil {
 		return // about to be halted, which feeds what is to be finished
@@ -558,17 +619,27 @@ func (r *replay) feed(put func(*lane, *delivery)) {
 			continue
 		}
 		r.fed = max(r.fed, d.msg.seq)
+		if r.limit == 1 && r.keys == nil {
+			for last, n := d, 1; n < replayRun && r.backlog.len() > 0; n++ {
+				last.next = r.backlog.pop()
+				last = last.next
+			}
+		}
 		put(&r.lane, d)
 	}
 }
 
-// run handles one message on a worker.
+// run handles a message on a worker, and those linked to it for as long as that
+// is no long time.
 func (r *replay) run(d *delivery) {
-	if d.msg.seq > r.cut.Load() {
-		return // not started: finish finds no outcome
+	end := r.eng.now() + int64(replayTurn)
+	for began := end - int64(replayTurn); d != nil && d.msg.seq <= r.cut.Load() && began < end; d = d.next {
+		d.began = began
+		r.attempt(d, r.want.replay.timeout)
+		if began = d.ended; d.outcome == Failed && !r.want.replay.continuing || r.intake.Err() != nil {
+			return
+		}
 	}
-	d.began = r.eng.now()
-	r.attempt(d, r.want.replay.timeout)
 }
 
 // conclude takes the result of a handler.
@@ -583,35 +654,64 @@ func (r *replay) conclude(d *delivery, err error) {
 	r.observe(d)
 }
 
-// finish books a message whose worker is done with it. The pool is locked.
+// finish books what a worker is done with. The pool is locked.
 func (r *replay) finish(d *delivery) pull {
-	seq := d.msg.seq
-	done := d.outcome != ""
-	if done {
-		rep := &r.report
-		if rep.First == 0 || seq < rep.First {
-			rep.First = seq
-		}
-		rep.Last = max(rep.Last, seq)
-		r.current = d.msg.time
-		if d.outcome == Failed {
-			rep.Failed++
-			failure := &ReplayFailure{Replay: r.want.replay.filter, Stream: r.stream, Sequence: seq, Subject: d.msg.Subject, Err: d.err}
-			if len(rep.Failures) < MaxReplayFailures {
-				rep.Failures = append(rep.Failures, failure)
-			}
-			if !r.want.replay.continuing {
-				done = false
-				if r.failure == nil || seq < r.failure.Sequence {
-					r.failure = failure
-				}
-				r.stopAt(seq)
-			}
-		} else {
-			rep.Handled++
-		}
+	for d != nil && d.outcome != "" {
+		next := d.next
+		d.next = nil
+		r.book(d)
+		d = next
 	}
-	if done {
+	if d != nil && !r.stopping {
+		r.returned(d)
+	}
+	r.feed(r.eng.pool.refill)
+	if r.over() {
+		r.tell()
+	}
+	return r.plan(r.eng.now())
+}
+
+// returned puts back what a worker left of a run of messages.
+func (r *replay) returned(d *delivery) {
+	var run [replayRun]*delivery
+	n := 0
+	for ; d != nil; n++ {
+		run[n] = d
+		d, d.next = d.next, nil
+	}
+	for n--; n >= 0; n-- {
+		r.backlog.pushFront(run[n])
+	}
+}
+
+// book takes a handled message into account. The pool is locked.
+func (r *replay) book(d *delivery) {
+	seq := d.msg.seq
+	rep := &r.report
+	if rep.First == 0 || seq < rep.First {
+		rep.First = seq
+	}
+	rep.Last = max(rep.Last, seq)
+	r.current = d.msg.time
+	settled := true
+	if d.outcome == Failed {
+		rep.Failed++
+		failure := &ReplayFailure{Replay: r.want.replay.filter, Stream: r.stream, Sequence: seq, Subject: d.msg.Subject, Err: d.err}
+		if len(rep.Failures) < MaxReplayFailures {
+			rep.Failures = append(rep.Failures, failure)
+		}
+		if !r.want.replay.continuing {
+			settled = false
+			if r.failure == nil || seq < r.failure.Sequence {
+				r.failure = failure
+			}
+			r.stopAt(seq)
+		}
+	} else {
+		rep.Handled++
+	}
+	if settled {
 		r.bytes -= r.hand.settle(seq)
 	}
 	if r.keys != nil {
@@ -619,11 +719,6 @@ func (r *replay) finish(d *delivery) pull {
 			r.backlog.push(next)
 		}
 	}
-	r.feed(r.eng.pool.refill)
-	if r.over() {
-		r.tell()
-	}
-	return r.plan(r.eng.now())
 }
 
 // releaseDue passes on what waits for its time.
