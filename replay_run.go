@@ -78,11 +78,11 @@ type replay struct {
 	joined   chan struct{}  // closed when it has ended; nil before it begins
 
 	// Of the caller's goroutine.
-	inlet     *nats.Subscription
-	owned     []string // consumers that may exist
-	abandoned bool     // handlers still run
+	inlet *nats.Subscription
+	owned []string // consumers that may exist
 
-	cut atomic.Uint64 // nothing above this sequence is started
+	cut     atomic.Uint64 // nothing above this sequence is started
+	through atomic.Uint64 // the last sequence that a worker is done with
 
 	// Guarded by the pool's mutex.
 	consumer    string // empty while there is none to trust
@@ -107,11 +107,14 @@ type replay struct {
 	early   fifo[*delivery]
 	keys    *keyedQueue // nil without an order
 	backlog fifo[*delivery]
-	fed     uint64 // highest sequence given to the pool
-	hand    ledger
-	bytes   int   // of what is in hand
-	current int64 // stream time of the last message handled
-	report  ReplayReport
+	fed     uint64    // highest sequence given to the pool
+	atWork  *delivery // first of the run of messages given to the pool
+	// Handlers are left running: what they do is not in the report any more.
+	abandoned bool
+	hand      ledger
+	bytes     int   // of what is in hand
+	current   int64 // stream time of the last message handled
+	report    ReplayReport
 }
 
 // pullLimits are the server's on pulls of this consumer; 0 is none.
@@ -295,9 +298,22 @@ func (r *replay) supervise(ctx context.Context, status <-chan nats.Status) error
 				continue
 			}
 			cut.Running = left
-			r.abandoned = true
+			r.leave()
 			return cut
 		}
+	}
+}
+
+// leave gives up on handlers that do not return. What a worker has done before it
+// came upon such a one counts.
+func (r *replay) leave() {
+	p := r.eng.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r.abandoned = true
+	through := r.through.Load()
+	for d := r.atWork; d != nil && d.msg.seq <= through; d = d.next {
+		r.book(d)
 	}
 }
 
@@ -624,6 +640,7 @@ func (r *replay) feed(put func(*lane, *delivery)) {
 				last.next = r.backlog.pop()
 				last = last.next
 			}
+			r.atWork = d
 		}
 		put(&r.lane, d)
 	}
@@ -636,6 +653,7 @@ func (r *replay) run(d *delivery) {
 	for began := end - int64(replayTurn); d != nil && d.msg.seq <= r.cut.Load() && began < end; d = d.next {
 		d.began = began
 		r.attempt(d, r.want.replay.timeout)
+		r.through.Store(d.msg.seq)
 		if began = d.ended; d.outcome == Failed && !r.want.replay.continuing || r.intake.Err() != nil {
 			return
 		}
@@ -656,6 +674,10 @@ func (r *replay) conclude(d *delivery, err error) {
 
 // finish books what a worker is done with. The pool is locked.
 func (r *replay) finish(d *delivery) pull {
+	if r.abandoned {
+		return pull{}
+	}
+	r.atWork = nil
 	for d != nil && d.outcome != "" {
 		next := d.next
 		d.next = nil
