@@ -333,10 +333,14 @@ func (e *engine) reconnect() bool {
 }
 
 // alive makes sure of the connection with a round trip. Messages that come in
-// meanwhile are as good as its answer.
+// meanwhile are as good as its answer, and so is a new connection.
 func (e *engine) alive() bool {
-	before := e.nc.Stats().InMsgs
-	return e.nc.FlushTimeout(time.Second) == nil || e.nc.Stats().InMsgs != before
+	before := e.nc.Stats()
+	if e.nc.FlushTimeout(time.Second) == nil {
+		return true
+	}
+	now := e.nc.Stats()
+	return now.InMsgs != before.InMsgs || now.Reconnects != before.Reconnects
 }
 
 // keep visits every route all the time and renews the leases that they name.
