@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -200,4 +201,46 @@ func TestDLQMadeAnewMustKeepLetters(t *testing.T) {
 	createStream(t, nc, jetstream.StreamConfig{Name: "KEPT", Subjects: []string{"dlq.>"}})
 	eventually(t, "both letters are stored", func() bool { return stored(t, nc, "KEPT") == 2 && stored(t, nc, "ORDERS") == 0 })
 	eventually(t, "Health is well again", func() bool { return b.Health() == nil })
+}
+
+// TestPausesBurnNoAttempt pauses and resumes two brokers all the time while they
+// share a backlog: what the server sends meanwhile is handled, once.
+func TestPausesBurnNoAttempt(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	orders(t, nc)
+	const count = 2000
+	var handled tally
+	all := make(chan struct{})
+	var pausing sync.WaitGroup
+	for range 2 {
+		b := NewBroker(connect(t, s.ClientURL()), WithWorkers(8))
+		runBroker(t, b, Route("orders.*").Durable("d").Handle(func(ctx context.Context, m *Msg) error {
+			if m.Attempt() != 1 {
+				t.Errorf("message %s: attempt %d, want 1", m.Data, m.Attempt())
+			}
+			if handled.add(string(m.Data)) == count {
+				close(all)
+			}
+			return work(ctx, time.Millisecond)
+		}))
+		pausing.Go(func() {
+			for {
+				if err := errors.Join(b.Pause("d"), b.Resume("d")); err != nil {
+					t.Error(err)
+				}
+				select {
+				case <-all:
+					return
+				case <-time.After(20 * time.Millisecond): // of work between two pauses
+				}
+			}
+		})
+	}
+	publishMany(t, nc, count, numbered("orders.x"))
+	receive(t, all, "the last message")
+	pausing.Wait()
+	eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
+	handled.wantOnce(t, count)
 }
