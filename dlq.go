@@ -53,6 +53,10 @@ const (
 	MaxLetterStack = 8192
 )
 
+// smallestLetter is room for the headers of a letter without its original's
+// headers and payload, when no name in it is extremely long.
+const smallestLetter = 2048
+
 const (
 	headerPrefix  = "Natsx-"
 	letterPrefix  = "Natsx-Dlq-"
@@ -138,6 +142,8 @@ func letterFault(info *jetstream.StreamInfo, source *jetstream.StreamConfig) str
 		return "acknowledges before it stores (async persist mode)"
 	case c.Retention == jetstream.InterestPolicy && info.State.Consumers == 0:
 		return "has interest retention and no consumer: it would store nothing"
+	case c.MaxMsgSize > 0 && c.MaxMsgSize < smallestLetter:
+		return fmt.Sprintf("has a MaxMsgSize of %d, too small for the headers of a letter, which need %d", c.MaxMsgSize, smallestLetter)
 	case source == nil:
 		return ""
 	case c.Replicas < source.Replicas:

@@ -125,6 +125,8 @@ func TestBadDLQIsRefused(t *testing.T) {
 	createStream(t, nc, jetstream.StreamConfig{Name: "SMALLSRC", Subjects: []string{"smallsrc.*"}, MaxMsgSize: 4096})
 	createStream(t, nc, jetstream.StreamConfig{Name: "NOACK", Subjects: []string{"dlq.noack"}, NoAck: true})
 	createStream(t, nc, jetstream.StreamConfig{Name: "SMALL", Subjects: []string{"dlq.small"}, MaxMsgSize: 1024})
+	createStream(t, nc, jetstream.StreamConfig{Name: "TINYSRC", Subjects: []string{"tinysrc.*"}, MaxMsgSize: 512})
+	createStream(t, nc, jetstream.StreamConfig{Name: "TINY", Subjects: []string{"dlq.tiny"}, MaxMsgSize: 512})
 	createStream(t, nc, jetstream.StreamConfig{Name: "IDLE", Subjects: []string{"dlq.idle"}, Retention: jetstream.InterestPolicy})
 	createStream(t, nc, jetstream.StreamConfig{Name: "MIRROR", Mirror: &jetstream.StreamSource{Name: "SRC"}})
 	createStream(t, nc, jetstream.StreamConfig{Name: "GOOD", Subjects: []string{"dlq.good"}})
@@ -147,6 +149,7 @@ func TestBadDLQIsRefused(t *testing.T) {
 		{"src.*", "dlq.sealed", ErrBadDLQ},
 		{"src.*", "dlq.small", ErrBadDLQ},
 		{"smallsrc.*", "dlq.small", ErrBadDLQ},
+		{"tinysrc.*", "dlq.tiny", ErrBadDLQ},
 		{"src.*", "dlq.idle", ErrBadDLQ},
 		{"src.*", "dlq.hasty", ErrBadDLQ},
 		{"src.*", "dlq.good", nil},
