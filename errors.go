@@ -48,7 +48,11 @@ func (e *RouteError) Error() string {
 	if e.Durable != "" {
 		where += fmt.Sprintf(" durable %q", e.Durable)
 	}
-	return faultLine(where, e.Field, e.Value, e.Reason)
+	reason := e.Reason
+	if reason == "" && e.Err != nil {
+		reason = cause(e.Err)
+	}
+	return faultLine(where, e.Field, e.Value, reason)
 }
 
 // faultLine is the text of a fault: where it is, the option and its value when
