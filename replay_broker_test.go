@@ -475,8 +475,8 @@ func TestReplayInConstantMemory(t *testing.T) {
 	if _, err := fmt.Sscan(receive(t, lines, "the result"), &handled, &grown); err != nil {
 		t.Fatal(err)
 	}
-	if handled != count || grown > 64 {
-		t.Errorf("handled %d of %d, the heap grew by %d MiB, want at most 64", handled, count, grown)
+	if handled != count || grown > 24 {
+		t.Errorf("handled %d of %d, the heap grew by %d MiB, want at most 24", handled, count, grown)
 	}
 }
 
