@@ -392,6 +392,37 @@ func TestReplayTimeout(t *testing.T) {
 	}
 }
 
+// While a handler takes its time the server sends no more than a window.
+func TestReplayHoldsBack(t *testing.T) {
+	t.Parallel()
+	const count, most = 10_000, 3_000
+	nc := connect(t, startServer(t).ClientURL())
+	chronicle(t, nc, count, 1)
+	before := nc.Stats().InMsgs
+	_, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Handle(func(_ context.Context, m *Msg) error {
+		if m.Sequence() > 1 {
+			return nil
+		}
+		eventually(t, "more is here", func() bool { return nc.Stats().InMsgs-before >= 1000 })
+		came := uint64(0)
+		for now := nc.Stats().InMsgs - before; now != came && now <= most; now = nc.Stats().InMsgs - before {
+			came = now
+			for range 100 {
+				if err := nc.Flush(); err != nil {
+					return err
+				}
+			}
+		}
+		if now := nc.Stats().InMsgs - before; now > most {
+			t.Errorf("%d messages came while the first was handled, want %d at most", now, most)
+		}
+		return nil
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestReplayTellsItsProgress(t *testing.T) {
 	t.Parallel()
 	const count = 20_000
@@ -418,7 +449,7 @@ func TestReplayTellsItsProgress(t *testing.T) {
 	if err != nil || report.Handled != count {
 		t.Fatalf("got %+v, %v", report, err)
 	}
-	if limit := int(time.Since(began)/progressEvery) + 2; last.Done != count || calls > limit {
+	if limit := int(time.Since(began)/(100*time.Millisecond)) + 2; last.Done != count || calls > limit {
 		t.Errorf("told %d times up to %+v, want at most %d times up to the end", calls, last, limit)
 	}
 }

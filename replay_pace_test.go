@@ -111,6 +111,36 @@ func TestReplayWaitsWithoutAWorker(t *testing.T) {
 	})
 }
 
+// A message that is missing, or that came before, is noticed.
+func TestReplayDistrustsItsConsumer(t *testing.T) {
+	t.Parallel()
+	var handled history
+	r := rehearse(t, 1, Replay("s"), handled.handle)
+	arrive := func(consumer string, seq, here int) {
+		r.receive([]*nats.Msg{{Subject: "s", Reply: fmt.Sprintf("$JS.ACK.S.%s.1.%d.%d.1.9", consumer, seq, here)}})
+	}
+	arrive("C", 1, 1)
+	arrive("C", 3, 2)     // 2 is deleted or of another subject
+	arrive("OTHER", 4, 3) // of an earlier consumer
+	if r.doubt {
+		t.Error("doubted without a reason")
+	}
+	arrive("C", 6, 4) // the third is missing
+	arrive("C", 7, 5)
+	if !r.doubt || r.consumer != "" || r.received != 3 {
+		t.Errorf("doubt %t of %q at %d, want it at 3", r.doubt, r.consumer, r.received)
+	}
+	r.consumer, r.seqHere, r.doubt = "D", 0, false // replaced
+	arrive("D", 2, 1)                              // by one that starts too early
+	arrive("D", 3, 2)
+	arrive("D", 4, 3)
+	eventually(t, "the last is handled", func() bool { return len(handled.seen()) == 3 })
+	r.stop()
+	if diff := cmp.Diff([]uint64{1, 3, 4}, handled.seen()); diff != "" {
+		t.Errorf("handled (-want +got):\n%s", diff)
+	}
+}
+
 func TestTempo(t *testing.T) {
 	t.Parallel()
 	const ms = int64(time.Millisecond)
