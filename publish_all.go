@@ -190,7 +190,9 @@ func (b *bulk) send(ctx context.Context, s *sent) {
 	}
 	s.fill(b.header)
 	m := nats.Msg{Subject: s.subject, Reply: b.inbox + strconv.Itoa(s.index), Header: b.header, Data: s.e.data}
-	s.when = time.Now().Add(ackWait)
+	// Longer from try to try, or a server that is slower than what is under way
+	// would be kept busy with repetitions.
+	s.when = time.Now().Add(ackWait << min(s.tries, 3))
 	if err := b.p.nc.PublishMsg(&m); err != nil {
 		b.failed(ctx, s, err)
 	}
