@@ -71,7 +71,7 @@ func (e *SequenceError) Unwrap() []error { return []error{ErrWrongSequence, e.Er
 // Ack is a stream's word that it has the message.
 type Ack struct {
 	Stream   string
-	Sequence uint64
+	Sequence uint64 // 0 where [WithFastIngest] leaves it unknown
 	// Duplicate tells that the stream already had a message with this id, be it
 	// from an earlier try of the same call, and that Sequence is of that one.
 	Duplicate bool
@@ -96,6 +96,7 @@ type Publisher struct {
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	bare   bool          // no automatic message ids
+	fast   bool          // batches in PublishAll
 	prefix string        // of automatic message ids
 	count  atomic.Uint64 // automatic message ids so far
 }

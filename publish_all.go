@@ -70,15 +70,17 @@ func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, erro
 		acks: make([]Ack, len(es)),
 		slot: make([]int32, len(es)),
 		out:  make([]sent, min(len(es), MaxPublishesInFlight)),
-		// Twice as many, since a message that is tried again may have two acks.
-		replies: make(chan *nats.Msg, 2*min(len(es), MaxPublishesInFlight)),
+		// More than messages: one that is tried again may have two acks, and one of
+		// a fast batch news of that before.
+		replies: make(chan *nats.Msg, 4*min(len(es), MaxPublishesInFlight)),
+		fast:    p.fast,
 		inbox:   p.nc.NewInbox() + ".",
 		header:  make(nats.Header),
 	}
 	for i := range b.out {
 		b.free = append(b.free, int32(i))
 	}
-	sub, err := p.nc.ChanSubscribe(b.inbox+"*", b.replies)
+	sub, err := p.nc.ChanSubscribe(b.inbox+">", b.replies)
 	if err != nil {
 		for i := range es {
 			b.fail(i, p.publishFailure(&outgoing{e: &es[i]}, err))
@@ -109,14 +111,23 @@ type bulk struct {
 	inbox   string      // subject of the replies, which ends in the envelope's number
 	header  nats.Header // of the message that is being sent, kept for its memory
 	stream  string      // of the last ack
+
+	// Of WithFastIngest.
+	fast        bool
+	asked, home string // a subject, and the stream that takes it in batches
+	open        *fastBatch
+	batches     map[string]*fastBatch // by id, until all of their messages are settled
+	started     int                   // batches so far
 }
 
 // sent is an envelope under way.
 type sent struct {
 	outgoing
 	index int
-	last  error     // why the last try failed
-	when  time.Time // of the next try, when no ack comes and there is an id to try it with
+	batch *fastBatch // of which the ack settles it, or nil
+	alone bool       // it was sent, or is to be, on its own after its batch
+	last  error      // why the last try failed
+	when  time.Time  // of the next try, when no ack comes and there is an id to try it with
 }
 
 var errNoAck = fmt.Errorf("no ack within %s: %w", ackWait, context.DeadlineExceeded)
@@ -134,6 +145,9 @@ func (b *bulk) run(ctx context.Context) {
 		for b.next < len(b.es) && b.room() {
 			b.start(ctx)
 		}
+		if b.open != nil {
+			b.commit(ctx)
+		}
 		select {
 		case r := <-b.replies:
 			b.receive(ctx, r)
@@ -146,6 +160,7 @@ func (b *bulk) run(ctx context.Context) {
 				b.abandon(ErrConnectionClosed)
 				return
 			}
+			b.overdueBatches(ctx, now)
 			b.overdue(ctx, now)
 			if !limited && now.Sub(progress) > DefaultPublishTimeout {
 				b.abandon(context.DeadlineExceeded)
@@ -174,11 +189,33 @@ func (b *bulk) start(ctx context.Context) {
 	b.free = b.free[:len(b.free)-1]
 	b.slot[i] = place + 1
 	b.bytes += len(o.e.data)
-	b.out[place] = sent{outgoing: o, index: i}
-	b.send(ctx, &b.out[place])
+	s := &b.out[place]
+	*s = sent{outgoing: o, index: i}
+	stream := ""
+	if b.fast {
+		stream = b.fastStream(ctx, &s.outgoing)
+	}
+	if b.open != nil && b.open.stream != stream {
+		b.commit(ctx)
+	}
+	if stream != "" {
+		b.add(ctx, stream, s)
+	} else {
+		b.send(ctx, s)
+	}
 }
 
+// send sends a message on its own.
 func (b *bulk) send(ctx context.Context, s *sent) {
+	// Longer from try to try, or a server that is slower than what is under way
+	// would be kept busy with repetitions.
+	s.when = time.Now().Add(ackWait << min(s.tries, 3))
+	if err := b.write(s, b.inbox+strconv.Itoa(s.index)); err != nil {
+		b.failed(ctx, s, err)
+	}
+}
+
+func (b *bulk) write(s *sent, reply string) error {
 	// Names stay with empty values, which are not sent, so that neither the map
 	// nor its slices are made anew for each message. A message without an id may
 	// have no headers at all.
@@ -189,17 +226,17 @@ func (b *bulk) send(ctx context.Context, s *sent) {
 		b.header[k] = v[:0]
 	}
 	s.fill(b.header)
-	m := nats.Msg{Subject: s.subject, Reply: b.inbox + strconv.Itoa(s.index), Header: b.header, Data: s.e.data}
-	// Longer from try to try, or a server that is slower than what is under way
-	// would be kept busy with repetitions.
-	s.when = time.Now().Add(ackWait << min(s.tries, 3))
-	if err := b.p.nc.PublishMsg(&m); err != nil {
-		b.failed(ctx, s, err)
-	}
+	m := nats.Msg{Subject: s.subject, Reply: reply, Header: b.header, Data: s.e.data}
+	return b.p.nc.PublishMsg(&m)
 }
 
 func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
-	i, err := strconv.Atoi(r.Subject[len(b.inbox):])
+	at := r.Subject[len(b.inbox):]
+	if strings.HasSuffix(at, batchSuffix) {
+		b.receiveFast(ctx, at, r)
+		return
+	}
+	i, err := strconv.Atoi(at)
 	if err != nil || i < 0 || i >= len(b.es) || b.slot[i] == 0 {
 		return // of a try before the one that was acknowledged
 	}
@@ -220,6 +257,12 @@ func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
 
 // failed ends an envelope or has it tried again.
 func (b *bulk) failed(ctx context.Context, s *sent, err error) {
+	b.leaveBatch(s)
+	b.retry(ctx, s, err)
+}
+
+// retry is failed for what its batch may yet settle.
+func (b *bulk) retry(ctx context.Context, s *sent, err error) {
 	ack, wait, final := b.after(ctx, &s.outgoing, err)
 	switch {
 	case wait >= 0:
@@ -237,11 +280,11 @@ func (b *bulk) failed(ctx context.Context, s *sent, err error) {
 func (b *bulk) overdue(ctx context.Context, now time.Time) {
 	for place := range b.out {
 		s := &b.out[place]
-		if s.e == nil || s.when.After(now) || s.id == "" && s.last == nil {
+		if s.e == nil || s.batch != nil && !s.alone || s.when.After(now) || s.id == "" && s.last == nil {
 			continue
 		}
 		if s.last == nil {
-			b.failed(ctx, s, errNoAck)
+			b.retry(ctx, s, errNoAck)
 		}
 		if s.e != nil {
 			s.last = nil
@@ -251,6 +294,7 @@ func (b *bulk) overdue(ctx context.Context, now time.Time) {
 }
 
 func (b *bulk) release(s *sent) {
+	b.leaveBatch(s)
 	place := b.slot[s.index] - 1
 	b.slot[s.index] = 0
 	b.bytes -= len(s.e.data)
