@@ -64,6 +64,9 @@ var sections = []section{
 	{name: "publish-fast", title: "Publishing many at once, 128 B, the stream allows batch ingest", share: 1, size: 128, does: fastPublishing, peers: []peer{
 		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
 		{name: natsxPrefix + " PublishAll", run: natsxPublishAll()},
+		{name: natsxPrefix + " PublishAll, WithFastIngest", run: natsxPublishAll(natsx.WithFastIngest())},
+		{name: natsxPrefix + " PublishAll without message ids", run: natsxPublishAll(natsx.WithoutMessageIDs())},
+		{name: natsxPrefix + " PublishAll, WithFastIngest, without message ids", run: natsxPublishAll(natsx.WithFastIngest(), natsx.WithoutMessageIDs())},
 		{name: "orbit.go fast ingest, defaults", run: fastIngest(0, 0)},
 		{name: "orbit.go fast ingest, flow 1,000 x 4", run: fastIngest(1000, 4)},
 	}},
