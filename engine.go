@@ -435,8 +435,8 @@ func (e *engine) leave(r *replay) {
 	e.replaying.Done()
 }
 
-// haltReplays stops the replays and admits no more: when it returns they put
-// nothing more into the pool than what what runs holds back.
+// haltReplays stops the replays and admits no more. What they give the pool after
+// it has returned is only what waits behind a running message of its key.
 func (e *engine) haltReplays() {
 	e.mu.Lock()
 	e.noReplays = true
