@@ -49,13 +49,14 @@ func watermillNATS(ackAsync bool) func(*job) error {
 	}
 }
 
-// watermillRun ends with the process: closing a subscriber would drain the
-// connection that the figures are still read over.
+// watermillRun leaves the subscription to the end of the process. Closing the
+// subscriber would drain the connection that the figures are still read over, and
+// the end of its context closes the channel that it may be sending to.
 func watermillRun(j *job, sub message.Subscriber) error {
 	if err := j.start(); err != nil {
 		return err
 	}
-	messages, err := sub.Subscribe(j.ctx, benchSubject)
+	messages, err := sub.Subscribe(context.WithoutCancel(j.ctx), benchSubject)
 	if err != nil {
 		return err
 	}
