@@ -29,8 +29,8 @@ type route struct {
 
 	over atomic.Bool // for lack of a permission or of its consumer the route settles nothing more
 
-	issuesMu sync.Mutex
-	issues   map[string]error // what keeps the route from its work, by kind
+	troublesMu sync.Mutex
+	troubles   map[string]error // what keeps the route from its work, by kind
 }
 
 // runner is a running route.
@@ -65,7 +65,7 @@ func newRunner(e *engine, spec Spec) runner {
 func (r *route) init(e *engine, spec Spec, owner job) {
 	r.eng, r.spec, r.log, r.owner = e, spec, e.log, owner
 	r.handler = e.wrap(spec)
-	r.issues = map[string]error{}
+	r.troubles = map[string]error{}
 	r.limit = e.workers
 	if spec.route.set&optConcurrency != 0 {
 		r.limit = min(e.workers, spec.route.concurrency)
@@ -112,10 +112,10 @@ func (r *route) fail(fault error) {
 // trouble records what keeps the route from its work, for Health, and logs it
 // when it is new.
 func (r *route) trouble(kind string, err error) {
-	r.issuesMu.Lock()
-	_, known := r.issues[kind]
-	r.issues[kind] = err
-	r.issuesMu.Unlock()
+	r.troublesMu.Lock()
+	_, known := r.troubles[kind]
+	r.troubles[kind] = err
+	r.troublesMu.Unlock()
 	if !known {
 		r.log.Warn("natsx: route is in trouble", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind, "error", err)
 	}
@@ -123,20 +123,20 @@ func (r *route) trouble(kind string, err error) {
 
 // clear takes a trouble back.
 func (r *route) clear(kind string) {
-	r.issuesMu.Lock()
-	_, known := r.issues[kind]
-	delete(r.issues, kind)
-	r.issuesMu.Unlock()
+	r.troublesMu.Lock()
+	_, known := r.troubles[kind]
+	delete(r.troubles, kind)
+	r.troublesMu.Unlock()
 	if known {
 		r.log.Info("natsx: route is well again", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind)
 	}
 }
 
 func (r *route) health() []error {
-	r.issuesMu.Lock()
-	defer r.issuesMu.Unlock()
+	r.troublesMu.Lock()
+	defer r.troublesMu.Unlock()
 	var errs []error
-	for kind, err := range r.issues {
+	for kind, err := range r.troubles {
 		errs = append(errs, &RouteError{
 			Route: r.spec.route.filter, Durable: r.spec.route.durable, Field: kind,
 			Reason: strings.TrimPrefix(err.Error(), "natsx: "), Err: err,
