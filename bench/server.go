@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strconv"
 	"strings"
 	"syscall"
@@ -24,6 +25,7 @@ const cpuSubject = "bench-server.cpu"
 // serve is the server process: nats-server with its files in dir, until its
 // standard input closes, which it does when the parent ends in any way.
 func serve(dir string) error {
+	signal.Ignore(os.Interrupt, syscall.SIGTERM) // they reach the parent too
 	s, err := server.NewServer(&server.Options{
 		Host: "127.0.0.1", Port: server.RANDOM_PORT,
 		JetStream: true, StoreDir: dir, NoLog: true, NoSigs: true,
@@ -50,7 +52,10 @@ func serve(dir string) error {
 	}
 	fmt.Println(s.ClientURL())
 	_, err = io.Copy(io.Discard, os.Stdin)
-	return err
+	// Only a parent that was interrupted gets here; otherwise it kills and cleans up.
+	s.Shutdown()
+	s.WaitForShutdown()
+	return errors.Join(err, os.RemoveAll(dir))
 }
 
 type serverProcess struct {
