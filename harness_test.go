@@ -372,7 +372,10 @@ func letters(t testing.TB, nc *nats.Conn, stream string) []*jetstream.RawStreamM
 // stored is how many messages a stream holds, 0 when there is none.
 func stored(t testing.TB, nc *nats.Conn, stream string) int {
 	t.Helper()
-	s, err := jetStream(t, nc).Stream(testContext(t), stream)
+	// A question that a server took with it when it went down has no answer.
+	ctx, cancel := context.WithTimeout(testContext(t), 5*time.Second)
+	defer cancel()
+	s, err := jetStream(t, nc).Stream(ctx, stream)
 	if err != nil {
 		return 0
 	}

@@ -551,10 +551,7 @@ func TestFastIngestThroughElections(t *testing.T) {
 		acks, err = NewPublisher(nc, WithFastIngest()).PublishAll(testContext(t), numberedEnvelopes(n)...)
 	}()
 	atLeast := func(mark int) {
-		eventually(t, "some are stored", func() bool {
-			s, err := jetStream(t, watcher).Stream(testContext(t), "S")
-			return err == nil && s.CachedInfo().State.Msgs > uint64(mark)
-		})
+		eventually(t, "some are stored", func() bool { return stored(t, watcher, "S") > mark })
 	}
 	atLeast(2_000)
 	if _, err := watcher.Request("$JS.API.STREAM.LEADER.STEPDOWN.S", nil, testLimit); err != nil {
