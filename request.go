@@ -16,9 +16,9 @@ import (
 const DefaultRequestTimeout = 5 * time.Second
 
 // Request sends an envelope on core NATS and returns the answer. It waits until
-// ctx ends or, when ctx has no deadline, for [DefaultRequestTimeout]. How long it
-// waits is told to the responder in the header Natsx-Timeout, and ends its
-// context in time.
+// ctx ends or, when ctx has no deadline, for [DefaultRequestTimeout]. A deadline
+// of ctx is told to the responder as the time that is left, in the header
+// Natsx-Timeout, and ends its context in time.
 //
 // An error that the responder answered with is a [*ReplyError]; the message comes
 // with it, since it may have a payload. Nobody there is [ErrNoResponders] at
@@ -30,18 +30,21 @@ func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 	if err != nil {
 		return nil, err
 	}
+	_, bounded := ctx.Deadline()
 	ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
 	defer cancel()
 	if err := ctx.Err(); err != nil {
 		return nil, requestError(m.Subject, err)
 	}
-	if m.Header == nil {
+	switch {
+	case !bounded:
+	case m.Header == nil:
 		// The usual case: the header is written out before the request is sent.
 		h := timeoutHeaders.Get().(nats.Header)
 		defer timeoutHeaders.Put(h)
 		m.Header = h
 		h[timeoutHeader][0] = timeoutLeft(ctx)
-	} else {
+	default:
 		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
 	}
 	r, err := p.nc.RequestMsgWithContext(ctx, m)
@@ -84,12 +87,15 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 			yield(nil, err)
 			return
 		}
+		_, bounded := ctx.Deadline()
 		ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
 		defer cancel()
-		if m.Header == nil {
-			m.Header = make(nats.Header, 1)
+		if bounded {
+			if m.Header == nil {
+				m.Header = make(nats.Header, 1)
+			}
+			m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
 		}
-		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
 		m.Reply = p.nc.NewInbox()
 		sub, err := p.nc.SubscribeSync(m.Reply)
 		if err != nil {

@@ -74,11 +74,13 @@ var sections = []section{
 		{name: "nats.go Request, micro", run: microRequests(1)},
 		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(1, natsRequester)},
 		{name: natsxPrefix + " Reply and Request", run: natsxRequests(1, natsxRequester)},
+		{name: natsxPrefix + " Reply and Request, deadline told", run: natsxRequests(1, natsxDeadlineRequester)},
 	}},
 	{name: "request-64", title: "Request-reply, 64 requesters, 128 B", share: 0.5, size: 128, does: requesting, peers: []peer{
 		{name: "nats.go Request, micro", run: microRequests(64)},
 		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(64, natsRequester)},
 		{name: natsxPrefix + " Reply and Request", run: natsxRequests(64, natsxRequester)},
+		{name: natsxPrefix + " Reply and Request, deadline told", run: natsxRequests(64, natsxDeadlineRequester)},
 	}},
 	{name: "replay", title: "Reading a stream in order, as fast as possible, 128 B", share: 1, size: 128, does: reading, peers: []peer{
 		{name: "nats.go ordered consumer", run: orderedConsumer},

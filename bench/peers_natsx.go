@@ -106,10 +106,20 @@ func natsxRequests(requesters int, request func(*job) func([]byte) ([]byte, erro
 
 func natsRequester(j *job) func([]byte) ([]byte, error) { return j.natsRequest }
 
+// natsxRequester requests without a deadline of its own, which then is not told.
 func natsxRequester(j *job) func([]byte) ([]byte, error) {
+	return natsxRequest(j, context.WithoutCancel(j.ctx))
+}
+
+// natsxDeadlineRequester tells the responder a deadline, in a header.
+func natsxDeadlineRequester(j *job) func([]byte) ([]byte, error) {
+	return natsxRequest(j, j.ctx)
+}
+
+func natsxRequest(j *job, ctx context.Context) func([]byte) ([]byte, error) {
 	pub := natsx.NewPublisher(j.nc)
 	return func(payload []byte) ([]byte, error) {
-		m, err := pub.Request(j.ctx, natsx.To(requestSubject).Data(payload))
+		m, err := pub.Request(ctx, natsx.To(requestSubject).Data(payload))
 		if err != nil {
 			return nil, err
 		}
