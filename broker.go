@@ -28,15 +28,20 @@ type Option func(*Broker)
 // [DefaultWorkers]; below 1 is refused by [Broker.Run].
 func WithWorkers(n int) Option { return func(b *Broker) { b.workers = n } }
 
-// WithLogger sets where the broker logs. Default is [slog.Default].
+// WithLogger sets where the broker logs. Default, also for nil, is
+// [slog.Default].
 func WithLogger(l *slog.Logger) Option { return func(b *Broker) { b.log = l } }
 
-// WithMiddleware wraps the handlers of all routes; the first is the outermost.
+// WithMiddleware wraps the handlers of all routes, responders and replays
+// included; the first is the outermost. A middleware that does not call the next
+// handler decides itself: of a request it then sends no payload. Nil is refused by
+// [Broker.Run].
 func WithMiddleware(mw ...Middleware) Option {
 	return func(b *Broker) { b.middleware = append(b.middleware, mw...) }
 }
 
-// WithObserver has o told of every finished attempt.
+// WithObserver has o told of every finished attempt. Of several the last one
+// holds.
 func WithObserver(o Observer) Option { return func(b *Broker) { b.observer = o } }
 
 // WithDrainTimeout sets how long a shutdown waits for running handlers before it
@@ -44,7 +49,8 @@ func WithObserver(o Observer) Option { return func(b *Broker) { b.observer = o }
 func WithDrainTimeout(d time.Duration) Option { return func(b *Broker) { b.drainTimeout = d } }
 
 // WithErrorText sets what of an error goes into a dead letter, for errors that
-// hold what must not be stored. Default is the error's text.
+// hold what must not be stored. Default is the error's text. fn is called by many
+// at once; nil is refused by [Broker.Run].
 func WithErrorText(fn func(error) string) Option { return func(b *Broker) { b.errorText = fn } }
 
 // WithJetStream sets the JetStream context that durables and dead letters use,
@@ -176,7 +182,8 @@ func (b *Broker) Health() error {
 	return e.health()
 }
 
-// Stats returns the counters of every route. They are kept after Run has returned.
+// Stats returns the counters of every route. There are none before Run, and they
+// are kept after it has returned.
 func (b *Broker) Stats() Stats {
 	e := b.ran.Load()
 	if e == nil {

@@ -106,7 +106,8 @@ func (i instant) after(o instant) bool { return i.time().After(o.time()) }
 func Route(filter string) RouteBuilder { return RouteBuilder{filter: filter} }
 
 // Queue makes a core subscription a member of a queue group: each message goes
-// to one member. It excludes Durable.
+// to one member. It excludes Durable. The name is not empty and has no white
+// space, else [ErrInvalidName].
 func (r RouteBuilder) Queue(group string) RouteBuilder {
 	r.set |= optQueue
 	r.queue = group
@@ -117,7 +118,8 @@ func (r RouteBuilder) Queue(group string) RouteBuilder {
 // least once, shared by all processes that use the same name. It is created when
 // it is missing. An existing one is adopted when its filter, acknowledgement and
 // delivery are those of the route; settings that the server can change are
-// brought to those of the route.
+// brought to those of the route. A name is printable, without white space and any
+// of . * > / \, and at most [MaxNameLength] bytes, else [ErrInvalidName].
 func (r RouteBuilder) Durable(name string) RouteBuilder {
 	r.set |= optDurable
 	r.durable = name
@@ -125,7 +127,7 @@ func (r RouteBuilder) Durable(name string) RouteBuilder {
 }
 
 // Stream names the stream of the durable. Without it the stream is looked up by
-// the filter, and exactly one must match.
+// the filter, and exactly one must match. The rules of durables' names hold.
 func (r RouteBuilder) Stream(name string) RouteBuilder {
 	r.set |= optStream
 	r.stream = name
@@ -163,7 +165,8 @@ func (r RouteBuilder) DeliverFromSequence(seq uint64) RouteBuilder {
 	return r
 }
 
-// DeliverFromTime starts a new durable with the first message stored at or after t.
+// DeliverFromTime starts a new durable with the first message stored at or after
+// t, which is not the zero time.
 func (r RouteBuilder) DeliverFromTime(t time.Time) RouteBuilder {
 	r.set |= optDeliver
 	r.deliver = jetstream.DeliverByStartTimePolicy
@@ -171,8 +174,8 @@ func (r RouteBuilder) DeliverFromTime(t time.Time) RouteBuilder {
 	return r
 }
 
-// Retry allows n retries after the first attempt, so n+1 attempts; 0 is none.
-// Without it a failing message is retried until it succeeds.
+// Retry allows n retries after the first attempt, so n+1 attempts; 0 is none, and
+// a negative number [ErrOutOfRange]. Without it a failing message is retried until it succeeds.
 func (r RouteBuilder) Retry(n int) RouteBuilder {
 	r.set |= optRetry
 	r.retry = n
@@ -180,7 +183,8 @@ func (r RouteBuilder) Retry(n int) RouteBuilder {
 }
 
 // Backoff sets the delay before retry k to low*2^(k-1), at most high, spread by a
-// random ±20 %. Default is 1 s to 1 min. Both are above zero.
+// random ±20 %. Default is 1 s to 1 min. Both are above zero, and low
+// is not above high.
 func (r RouteBuilder) Backoff(low, high time.Duration) RouteBuilder {
 	r.set |= optBackoff
 	r.backoffMin, r.backoffMax = low, high
@@ -188,8 +192,8 @@ func (r RouteBuilder) Backoff(low, high time.Duration) RouteBuilder {
 }
 
 // Timeout ends the handler's context d after it was started; the attempt then
-// failed with an error that wraps [context.DeadlineExceeded]. Default is none:
-// a running handler keeps its message for as long as it takes.
+// failed with an error that wraps [context.DeadlineExceeded]. It is above zero;
+// default is none: a running handler keeps its message for as long as it takes.
 func (r RouteBuilder) Timeout(d time.Duration) RouteBuilder {
 	r.set |= optTimeout
 	r.timeout = d
@@ -207,28 +211,32 @@ func (r RouteBuilder) AckWait(d time.Duration) RouteBuilder {
 }
 
 // Concurrency limits the handlers of this route that run at once. Default is
-// the pool's size, which also is its upper bound; see [WithWorkers].
+// the pool's size, which also is its upper bound; at least 1. See [WithWorkers].
 func (r RouteBuilder) Concurrency(n int) RouteBuilder {
 	r.set |= optConcurrency
 	r.concurrency = n
 	return r
 }
 
-// OrderedBy runs messages with one key one after another in stream order.
+// OrderedBy runs messages with one key one after another in stream order. This
+// version refuses it on a route with [ErrNotSupported]; see
+// [ReplayBuilder.OrderedBy].
 func (r RouteBuilder) OrderedBy(key OrderKey) RouteBuilder {
 	r.set |= optOrderedBy
 	r.order = key
 	return r
 }
 
-// Batch hands up to n messages, or what came within wait, to a batch handler.
+// Batch hands up to n messages, or what came within wait, to a batch handler. This
+// version refuses it with [ErrNotSupported].
 func (r RouteBuilder) Batch(n int, wait time.Duration) RouteBuilder {
 	r.set |= optBatch
 	r.batch, r.batchWait = n, wait
 	return r
 }
 
-// Rate limits the handlers started in a second.
+// Rate limits the handlers started in a second. This version refuses it with
+// [ErrNotSupported].
 func (r RouteBuilder) Rate(perSecond float64) RouteBuilder {
 	r.set |= optRate
 	r.rate = perSecond
@@ -236,7 +244,7 @@ func (r RouteBuilder) Rate(perSecond float64) RouteBuilder {
 }
 
 // Breaker stops pulling for cooldown after so many failures in a row, then
-// tries one message.
+// tries one message. This version refuses it with [ErrNotSupported].
 func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder {
 	r.set |= optBreaker
 	r.breakerAfter, r.breakerRest = failures, cooldown
@@ -261,17 +269,21 @@ func (r RouteBuilder) ConfirmAcks() RouteBuilder {
 }
 
 // DLQ sends dead messages to this subject, which a stream must capture and the
-// route's own filter must not match.
+// route's own filter must not match ([ErrDLQLoop]). It has no wildcard and does
+// not begin with $. [Broker.Run] refuses one that no stream captures
+// ([ErrNoStream]) or whose stream could not keep letters ([ErrBadDLQ]).
 func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 	r.set |= optDLQ
 	r.dlq = subject
 	return r
 }
 
-// Handle ends the chain with the function that handles each message.
+// Handle ends the chain with the function that handles each message; nil is
+// [ErrNoHandler].
 func (r RouteBuilder) Handle(fn Handler) Spec { return Spec{route: r, handler: fn} }
 
-// HandleBatch ends a chain that has Batch.
+// HandleBatch ends a chain that has Batch. This version refuses it with
+// [ErrNotSupported].
 func (r RouteBuilder) HandleBatch(fn BatchHandler) Spec {
 	return Spec{route: r, kind: kindBatch, batch: fn}
 }

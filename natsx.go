@@ -190,7 +190,8 @@ func MsgFrom(ctx context.Context) *Msg {
 //
 // Since a failed first connect is retried in the background, Connect returns
 // before the connection is up when no server answers; [Broker.Run] waits for it.
-// The caller closes the connection.
+// What is wrong with url or opts is an error at once. The caller closes the
+// connection.
 func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 	defaults := []nats.Option{
 		nats.Name(filepath.Base(os.Args[0])),
