@@ -244,3 +244,25 @@ func TestPausesBurnNoAttempt(t *testing.T) {
 	eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
 	handled.wantOnce(t, count)
 }
+
+// nilError cannot say anything when it is a nil pointer in an error.
+type nilError struct{ text string }
+
+func (e *nilError) Error() string { return e.text }
+
+// TestErrorWithoutATextMakesALetter has a handler return what handlers should
+// not, and must not take the process down with.
+func TestErrorWithoutATextMakesALetter(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").Retry(0).DLQ("dlq.x").Handle(func(context.Context, *Msg) error {
+		var err *nilError
+		return err
+	}))
+	publishAcked(t, nc, "orders.x", "payload")
+	eventually(t, "the letter is stored", func() bool { return stored(t, nc, "DLQ") == 1 })
+	if got := letters(t, nc, "DLQ")[0].Header.Get(HeaderDLQError); !strings.HasPrefix(got, "*natsx.nilError without a text: ") {
+		t.Errorf("error %q, want its type", got)
+	}
+}

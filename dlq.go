@@ -323,12 +323,13 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 		HeaderDLQPublished: {m.Time().UTC().Format(time.RFC3339Nano)},
 		HeaderDLQHost:      {hostname},
 	}
-	why := nats.Header{HeaderDLQError: {headerText(r.eng.errorText(d.err), MaxLetterError)}}
+	text := r.eng.textOf(d.err)
+	why := nats.Header{HeaderDLQError: {headerText(text, MaxLetterError)}}
 	var panicked *PanicError
 	if errors.As(d.err, &panicked) && len(panicked.Stack) > 0 {
 		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), MaxLetterStack))
 	}
-	brief := nats.Header{HeaderDLQError: {headerText(r.eng.errorText(d.err), 128)}}
+	brief := nats.Header{HeaderDLQError: {headerText(text, 128)}}
 	pointer := nats.Header{HeaderDLQPointer: {"true"}}
 	original := originalHeaders(d.raw.Header, len(d.raw.Data) == 0)
 
@@ -359,6 +360,17 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 		}
 	}
 	return letter
+}
+
+// textOf is the text of err for a letter. An error may panic when it is asked for
+// it, as a nil pointer in an error does.
+func (b *Broker) textOf(err error) (text string) {
+	defer func() {
+		if v := recover(); v != nil {
+			text = fmt.Sprintf("%T without a text: %v", err, v)
+		}
+	}()
+	return b.errorText(err)
 }
 
 var hostname, _ = os.Hostname()
