@@ -140,8 +140,10 @@ func (e Envelope) TTL(d time.Duration) Envelope {
 	return e
 }
 
-// At has the stream hold the message back until t, exact to the millisecond or
-// so; a t in the past is now. Until then it is a schedule, a message on the
+// At has the stream hold the message back until t; a t in the past is now. It
+// comes within milliseconds of t, or up to 250 ms late when another schedule of the
+// stream was due shortly before: a server (as of 2.15) looks at most that often.
+// Until then it is a schedule, a message on the
 // subject
 //
 //	natsx-schedule.<unique token>.<subject>
