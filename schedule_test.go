@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -66,4 +67,33 @@ func TestUntilDue(t *testing.T) {
 	if every := untilDue("@every 1h"); every != time.Minute {
 		t.Errorf("repeated: %s, want 1m", every)
 	}
+}
+
+// A delayed message that is alone in its stream is punctual to less than a second,
+// which nats.go's own helper is not. The machine may be slow, so one of several
+// must be.
+func TestDelayedMessageIsPunctual(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	pub := NewPublisher(nc)
+	var late []time.Duration
+	for i := range 10 {
+		name := fmt.Sprint("S", i)
+		s := createStream(t, nc, jetstream.StreamConfig{Name: name, Subjects: []string{name + ".>"}, AllowMsgSchedules: true})
+		due := time.Now().Add(350 * time.Millisecond)
+		if _, err := pub.Publish(testContext(t), To(name+".x").At(due)); err != nil {
+			t.Fatal(err)
+		}
+		var m *jetstream.RawStreamMsg
+		eventually(t, "the message comes", func() (ok bool) {
+			var err error
+			m, err = s.GetLastMsgForSubject(testContext(t), name+".x")
+			return err == nil
+		})
+		late = append(late, m.Time.Sub(due))
+		if off := late[i]; off >= 0 && off <= 100*time.Millisecond {
+			return
+		}
+	}
+	t.Errorf("late by %v, want at least one by 0 to 100ms", late)
 }
