@@ -410,8 +410,14 @@ func (e *engine) renew(due []*delivery) {
 		}
 		return
 	}
+	// The answer may come from behind a network that stood still meanwhile. What it
+	// proves is that the server has the acks by now: a lease that has ended by now
+	// may have ended before they came.
+	confirmed := e.now()
 	for _, d := range renewed {
-		d.lease.Store(sent + int64(d.route.lease))
+		if confirmed < d.lease.Load() {
+			d.lease.Store(sent + int64(d.route.lease))
+		}
 	}
 }
 
