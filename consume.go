@@ -22,8 +22,11 @@ const (
 	lookahead = 100 * time.Millisecond
 	// deepest is how many messages may wait locally, however fast the handler.
 	deepest = 8192
-	// pullExpires is how long a pull request stays at the server.
+	// pullExpires is how long a pull request stays at the server, at most.
 	pullExpires = 30 * time.Second
+	// briefPull is how long a pull stays while messages come. A pull cannot be
+	// taken back, so this is what a pause waits for.
+	briefPull = 200 * time.Millisecond
 	// pullBytes bounds the bytes that one pull may bring.
 	pullBytes = 64 << 20
 	// pullPause is the pause after the server refused a pull.
@@ -34,6 +37,7 @@ const (
 type pull struct {
 	batch   int
 	token   uint64 // last token of its reply subject, to tell its status messages
+	sent    int64  // engine time
 	expires int64  // engine time
 }
 
@@ -65,7 +69,7 @@ type durableRoute struct {
 	single       bool   // the next pull is for one message, of any size
 	tokens       uint64
 	mean         float64 // of the handler's time in ns, leaning to the slow side
-	backlog      bool    // the server had more to deliver when it sent the last message
+	arrived      int64   // engine time of the last message, or of the subscription
 	finished     int64   // engine time of the last finish, or of the first arrival after a pause
 	leases       leaseList
 	delayed      timeHeap // when the retries given back by this process come due
@@ -115,9 +119,10 @@ func (r *durableRoute) begin(known bool) error {
 		return err
 	}
 	p.mu.Lock()
-	r.open, r.pulling = true, known
+	now := r.eng.now()
+	r.open, r.pulling, r.arrived = true, known, now
 	r.pulls, r.outstanding = r.pulls[:0], 0
-	next := r.plan(r.eng.now())
+	next := r.plan(now)
 	p.mu.Unlock()
 	r.pull(next)
 	if !known {
@@ -142,17 +147,18 @@ func (r *durableRoute) pause(ctx context.Context) {
 	r.unsubscribe(ctx)
 }
 
-// awaitPulls lets the pulls be served that are about to be. The server would count
-// a delivery that finds no subscription as an attempt. While it has a backlog it
-// serves them in any case; else they are over when nothing comes for a moment.
+// awaitPulls lets the pulls be served or end, since the server would count a
+// delivery that finds no subscription as an attempt. Only the pull of a route to
+// which nothing came for long is not waited for: it is for one message.
 func (r *durableRoute) awaitPulls(ctx context.Context) {
-	const lull, patience = 20 * time.Millisecond, 2 * time.Second
+	const short, patience = 500 * time.Millisecond, 2 * time.Second
 	p := r.eng.pool
-	for end := r.eng.now() + int64(patience); r.eng.now() < end && r.eng.nc.IsConnected(); {
+	for end := r.eng.now() + int64(patience); r.eng.nc.IsConnected(); {
+		now := r.eng.now()
 		p.mu.Lock()
-		served, backlog := r.outstanding == 0, r.backlog
+		done := r.outstanding == 0 || len(r.pulls) > 0 && r.pulls[0].expires-now > int64(short)
 		p.mu.Unlock()
-		if served || !backlog && r.eng.now()-r.heard.Load() > int64(lull) || !wait(ctx, lull/10) {
+		if done || now > end || !wait(ctx, 2*time.Millisecond) {
 			return
 		}
 	}
@@ -222,7 +228,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.outstanding = 0
 		r.pulls = r.pulls[:0]
 	}
-	r.backlog = info.pending > 0
+	r.arrived = now
 	r.leases.push(d)
 	if r.running == 0 && r.queue.len() == 0 {
 		r.finished = now
@@ -328,6 +334,9 @@ func (r *durableRoute) boundOutstanding() {
 // its part of the pool, since all idle routes may be hit at once; a busy one for
 // what is free, at least its share. A slow handler's lookahead is nothing: then
 // the pull is exact. A fast handler's is deep, and is refilled at half.
+//
+// While nothing comes, each pull stays for as long as nothing came before it, and
+// one message is enough to tell that this is over.
 func (r *durableRoute) plan(now int64) pull {
 	if !r.pulling || r.letters.down || now < r.notBefore {
 		return pull{}
@@ -350,6 +359,16 @@ func (r *durableRoute) plan(now int64) pull {
 	if want < max(1, ahead/2, min(r.outstanding, allowance-1)) {
 		return pull{}
 	}
+	stay := min(max(time.Duration(now-r.arrived), briefPull), pullExpires)
+	if stay > briefPull {
+		if r.outstanding > 0 {
+			return pull{}
+		}
+		want = 1
+	}
+	if most := r.target.maxExpires; most > 0 {
+		stay = min(stay, most)
+	}
 	if r.target.maxBatch > 0 {
 		want = min(want, r.target.maxBatch)
 	}
@@ -357,17 +376,10 @@ func (r *durableRoute) plan(now int64) pull {
 		want, r.single = 1, false
 	}
 	r.tokens++
-	next := pull{batch: want, token: r.tokens, expires: now + int64(r.pullExpires())}
+	next := pull{batch: want, token: r.tokens, sent: now, expires: now + int64(stay)}
 	r.pulls = append(r.pulls, next)
 	r.outstanding += want
 	return next
-}
-
-func (r *durableRoute) pullExpires() time.Duration {
-	if most := r.target.maxExpires; most > 0 {
-		return min(pullExpires, most)
-	}
-	return pullExpires
 }
 
 // pull sends a planned pull (the pull protocol of ADR-13). A failure to send is
@@ -377,12 +389,12 @@ func (r *durableRoute) pull(next pull) {
 	if next.batch == 0 || !r.eng.nc.IsConnected() {
 		return
 	}
-	expires := r.pullExpires()
+	expires := time.Duration(next.expires - next.sent)
 	b := make([]byte, 0, 128)
 	b = strconv.AppendInt(append(b, `{"expires":`...), int64(expires), 10)
 	b = strconv.AppendInt(append(b, `,"batch":`...), int64(next.batch), 10)
-	if beat := min(r.heartbeat, expires/3); beat > 0 {
-		b = strconv.AppendInt(append(b, `,"idle_heartbeat":`...), int64(beat), 10)
+	if expires > r.heartbeat { // else its end comes in time for one
+		b = strconv.AppendInt(append(b, `,"idle_heartbeat":`...), int64(min(r.heartbeat, expires/3)), 10)
 	}
 	// A pull that cannot bring too much needs no bound, and then no word from
 	// the server about its end either.
@@ -580,7 +592,7 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	due = r.leases.due(now, int64(r.target.ackWait)/3, due)
 	crowded := 10*r.delayed.after(now) >= 9*r.target.maxAckPending
 	for i := 0; i < len(r.pulls); {
-		if r.pulls[i].expires+int64(r.heartbeat) < now {
+		if r.pulls[i].expires+int64(2*r.heartbeat) < now {
 			r.ended(r.pulls[i].token, 0)
 			continue
 		}
@@ -591,8 +603,7 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	}
 	silent := false
 	if r.pulling && len(r.pulls) > 0 {
-		first := r.pulls[0].expires - int64(r.pullExpires())
-		silent = now-max(r.heard.Load(), first) > 2*int64(r.heartbeat)
+		silent = now-max(r.heard.Load(), r.pulls[0].sent) > 2*int64(r.heartbeat)
 	}
 	unrefused := now > r.notBefore+int64(10*pullPause)
 	next := r.plan(now)

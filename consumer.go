@@ -323,7 +323,9 @@ func (r *durableRoute) verified() bool {
 		} else {
 			missing = 0
 		}
-		r.trouble("consumer", err)
+		if ctx.Err() == nil {
+			r.trouble("consumer", err)
+		}
 		if !wait(ctx, pause) {
 			return false
 		}
