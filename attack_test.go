@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"strconv"
 	"strings"
@@ -265,4 +266,90 @@ func TestErrorWithoutATextMakesALetter(t *testing.T) {
 	if got := letters(t, nc, "DLQ")[0].Header.Get(HeaderDLQError); !strings.HasPrefix(got, "*natsx.nilError without a text: ") {
 		t.Errorf("error %q, want its type", got)
 	}
+}
+
+// TestNoPullOutlivesAPause listens on the route's inbox as well, so that the server
+// would serve a pull that is still there.
+func TestNoPullOutlivesAPause(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc, own := connect(t, s.ClientURL()), connect(t, s.ClientURL(), nats.CustomInboxPrefix("_ROUTE"))
+	orders(t, nc)
+	delivered := make(chan string, 16)
+	if _, err := nc.Subscribe("_ROUTE.>", func(m *nats.Msg) {
+		if strings.HasPrefix(m.Reply, "$JS.ACK.") {
+			delivered <- string(m.Data)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.FlushWithContext(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	handled := make(chan string, 16)
+	b := NewBroker(own)
+	runBroker(t, b, Route("orders.*").Durable("d").Handle(func(_ context.Context, m *Msg) error {
+		handled <- string(m.Data)
+		return nil
+	}))
+	for i := range 3 {
+		data := strconv.Itoa(i)
+		if err := b.Pause("d"); err != nil {
+			t.Fatal(err)
+		}
+		publishAcked(t, nc, "orders.x", data)
+		if info := consumerInfo(t, nc, "ORDERS", "d"); info.NumPending != 1 || info.Delivered.Consumer != uint64(i) {
+			t.Errorf("%d messages pending and %d delivered, want 1 and %d", info.NumPending, info.Delivered.Consumer, i)
+		}
+		if err := b.Resume("d"); err != nil {
+			t.Fatal(err)
+		}
+		if got := receive(t, handled, "the message"); got != data || receive(t, delivered, "its delivery") != data {
+			t.Errorf("got %q, want %q", got, data)
+		}
+	}
+}
+
+// TestPullsOfAnIdleRoute reads the pulls that a route sends: brief ones for as many
+// messages as it has workers while messages come, and one for one message else.
+func TestPullsOfAnIdleRoute(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	type request struct {
+		Batch   int
+		Expires time.Duration
+	}
+	pulls := make(chan request, 64)
+	if _, err := nc.Subscribe("$JS.API.CONSUMER.MSG.NEXT.ORDERS.d", func(m *nats.Msg) {
+		var r request
+		if err := json.Unmarshal(m.Data, &r); err != nil {
+			t.Errorf("pull %q: %v", m.Data, err)
+		}
+		pulls <- r
+	}); err != nil {
+		t.Fatal(err)
+	}
+	runBroker(t, NewBroker(nc, WithWorkers(8)), Route("orders.*").Durable("d").Handle(succeed))
+	brief := func() {
+		t.Helper()
+		for {
+			if p := receive(t, pulls, "a pull"); p.Batch > 1 {
+				if p.Expires != briefPull {
+					t.Errorf("a pull for %d stays %v, want %v", p.Batch, p.Expires, briefPull)
+				}
+				return
+			}
+		}
+	}
+	brief()
+	for stayed := briefPull; stayed < 2*time.Second; {
+		p := receive(t, pulls, "a pull")
+		if p.Batch != 1 && p.Expires != briefPull || p.Batch == 1 && p.Expires < stayed {
+			t.Errorf("pull for %d stays %v after one of %v", p.Batch, p.Expires, stayed)
+		}
+		stayed = p.Expires
+	}
+	publishAcked(t, nc, "orders.x", "1")
+	brief()
 }
