@@ -194,7 +194,8 @@ func (b *Broker) Stats() Stats {
 
 // Pause stops the intake of all routes of this process with the durable: what was
 // pulled is finished, nothing more is pulled until [Broker.Resume]. Other
-// processes go on. It returns when nothing more arrives; pausing twice is
+// processes go on. It returns when nothing more arrives: after half a second at
+// most while the server answers, and after 5 s in any case. Pausing twice is
 // harmless. ErrUnknownDurable tells that no running route has the durable.
 func (b *Broker) Pause(durable string) error {
 	return b.forDurable(durable, func(r *durableRoute) error {
