@@ -21,6 +21,7 @@ const (
 )
 
 const (
+	// apiTimeout is the longest wait for an answer of JetStream's API.
 	apiTimeout = 5 * time.Second
 	// startPatience is how long a route that starts waits for a JetStream that
 	// does not answer at all, which is how a server without JetStream looks.
@@ -281,8 +282,8 @@ func (r *durableRoute) verifyOnce() (again bool) {
 func (r *durableRoute) verified() bool {
 	ctx := r.eng.intake
 	missing := 0
-	pause, patience := 100*time.Millisecond, time.Second
-	for ; ; pause, patience = min(2*pause, 2*time.Second), min(2*patience, apiTimeout) {
+	pause := 100 * time.Millisecond
+	for tries := 0; ; pause = min(2*pause, 2*time.Second) {
 		if ctx.Err() != nil || !r.eng.nc.IsConnected() {
 			return false
 		}
@@ -296,10 +297,10 @@ func (r *durableRoute) verified() bool {
 			continue
 		}
 		r.eng.asking <- struct{}{}
-		// Before a cluster has elected its leaders nobody answers.
-		try, cancel := context.WithTimeout(ctx, patience)
+		try, cancel := context.WithTimeout(ctx, patience(tries))
 		info, err := r.consumerInfoOnce(try)
 		cancel()
+		tries++
 		<-r.eng.asking
 		gone := error(nil)
 		switch {
@@ -333,7 +334,7 @@ func (r *durableRoute) verified() bool {
 }
 
 func (r *durableRoute) consumerInfo(ctx context.Context) (info *jetstream.ConsumerInfo, err error) {
-	err = r.retry(ctx, func() (err error) {
+	err = r.retry(ctx, func(ctx context.Context) (err error) {
 		info, err = r.consumerInfoOnce(ctx)
 		return err
 	})
@@ -372,13 +373,22 @@ func (r *route) streamNames(ctx context.Context, filter string) (names []string,
 
 // api calls JetStream's API, again and again while the failure passes by itself.
 func (r *route) api(ctx context.Context, subject string, fn func(context.Context) error) error {
-	return r.retry(ctx, func() error { return r.eng.call(ctx, subject, fn) })
+	return r.retry(ctx, func(ctx context.Context) error { return r.eng.call(ctx, subject, fn) })
 }
 
-func (r *route) retry(ctx context.Context, try func() error) error {
+// patience is how long a try waits for an answer of JetStream's API, counted from
+// 0. A request that meets an election is never answered, so the first tries are
+// short; a loaded server needs longer ones.
+func patience(try int) time.Duration { return min(time.Second<<min(try, 3), apiTimeout) }
+
+func (r *route) retry(ctx context.Context, try func(context.Context) error) error {
 	begun := time.Now()
-	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
-		err := try()
+	pause := 100 * time.Millisecond
+	for tries := 0; ; pause = min(2*pause, 2*time.Second) {
+		limited, cancel := context.WithTimeout(ctx, patience(tries))
+		err := try(limited)
+		cancel()
+		tries++
 		if err == nil || ctx.Err() != nil || !passes(err) || hasCode(err, codeStreamNotFound) || r.eng.failed() {
 			r.clear("start")
 			return err

@@ -380,9 +380,11 @@ func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters,
 		return fail(err.Error(), err)
 	}
 	var names []string
-	err = requestWith(ctx, nc, apiPrefix(js)+"STREAM.NAMES", func(ctx context.Context) (err error) {
-		names, err = streamsFor(ctx, js, q.subject)
-		return err
+	err = again(ctx, func(ctx context.Context) error {
+		return requestWith(ctx, nc, apiPrefix(js)+"STREAM.NAMES", func(ctx context.Context) (err error) {
+			names, err = streamsFor(ctx, js, q.subject)
+			return err
+		})
 	})
 	switch {
 	case err != nil:

@@ -15,14 +15,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// A request is asked again when its answer is late, whatever the caller's
-// deadline is: at first soon, since a stream that was just created does not
-// answer before it has a leader, then with the patience a loaded server needs.
-const (
-	shortStreamRequest = time.Second
-	longStreamRequest  = 5 * time.Second
-)
-
 // StreamConflictError is an existing stream that cannot become what was
 // described; nothing of it was changed. It matches [ErrStreamConflict].
 type StreamConflictError struct {
@@ -95,9 +87,9 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 
 // ensure is Ensure for a description that was validated, with another logger.
 func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream, log *slog.Logger) error {
-	wait, patience := 50*time.Millisecond, shortStreamRequest
+	wait := 50 * time.Millisecond
 	for attempt := 1; ; attempt++ {
-		err := s.ensureOnce(ctx, js, patience)
+		err := s.ensureOnce(ctx, js, patience(attempt-1))
 		if err == nil || !passes(err) || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 			return err
 		}
@@ -111,7 +103,7 @@ func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream, log *slo
 			timer.Stop()
 			return fmt.Errorf("%w: %w", err, ctx.Err())
 		}
-		wait, patience = min(2*wait, 2*time.Second), min(2*patience, longStreamRequest)
+		wait = min(2*wait, 2*time.Second)
 	}
 }
 
@@ -428,7 +420,7 @@ func passes(err error) bool {
 // streamsFor returns the names of all streams with a subject that overlaps
 // subject, which may hold wildcards. Without any it returns none and no error.
 func streamsFor(ctx context.Context, js jetstream.JetStream, subject string) ([]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, longStreamRequest)
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
 	lister := js.StreamNames(ctx, jetstream.WithStreamListSubject(subject))
 	var names []string

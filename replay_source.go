@@ -138,8 +138,8 @@ func (r *replay) glance(at startAt) (*jetstream.ConsumerInfo, error) {
 // create makes a consumer, again and again while the failure passes by itself.
 func (r *replay) create(at startAt) (name string, info *jetstream.ConsumerInfo, err error) {
 	name = r.newName()
-	err = r.retry(r.intake, func() (err error) {
-		info, err = r.createOnce(name, at)
+	err = r.retry(r.intake, func(ctx context.Context) (err error) {
+		info, err = r.createOnce(ctx, name, at)
 		return err
 	})
 	if err != nil {
@@ -155,7 +155,7 @@ func (r *replay) newName() string {
 	return name
 }
 
-func (r *replay) createOnce(name string, at startAt) (info *jetstream.ConsumerInfo, err error) {
+func (r *replay) createOnce(ctx context.Context, name string, at startAt) (info *jetstream.ConsumerInfo, err error) {
 	cfg := jetstream.ConsumerConfig{
 		Name:              name,
 		AckPolicy:         jetstream.AckNonePolicy,
@@ -169,7 +169,7 @@ func (r *replay) createOnce(name string, at startAt) (info *jetstream.ConsumerIn
 		subject += "." + filter
 	}
 	at.apply(&cfg)
-	err = r.eng.call(r.intake, subject, func(ctx context.Context) error {
+	err = r.eng.call(ctx, subject, func(ctx context.Context) error {
 		c, err := r.eng.js.CreateConsumer(ctx, r.stream, cfg)
 		if err == nil {
 			info = c.CachedInfo()
@@ -197,7 +197,8 @@ func (r *replay) install(name string, info *jetstream.ConsumerInfo) {
 // long that takes. It returns what does not pass by itself.
 func (r *replay) replace() error {
 	missing := 0
-	for pause := 100 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
+	pause := 100 * time.Millisecond
+	for tries := 0; ; pause = min(2*pause, 2*time.Second) {
 		if err := r.awaitConnection(); err != nil || r.intake.Err() != nil {
 			return err
 		}
@@ -208,7 +209,10 @@ func (r *replay) replace() error {
 			}
 			continue
 		}
-		err := r.replaceOnce()
+		limited, cancel := context.WithTimeout(r.intake, patience(tries))
+		err := r.replaceOnce(limited)
+		cancel()
+		tries++
 		switch {
 		case err == nil || r.intake.Err() != nil:
 			r.clear("replay")
@@ -231,9 +235,9 @@ func (r *replay) replace() error {
 	}
 }
 
-func (r *replay) replaceOnce() error {
+func (r *replay) replaceOnce(ctx context.Context) error {
 	var created time.Time
-	err := r.eng.call(r.intake, "STREAM.INFO."+r.stream, func(ctx context.Context) error {
+	err := r.eng.call(ctx, "STREAM.INFO."+r.stream, func(ctx context.Context) error {
 		s, err := r.eng.js.Stream(ctx, r.stream)
 		if err == nil {
 			created = s.CachedInfo().Created
@@ -251,7 +255,7 @@ func (r *replay) replaceOnce() error {
 	next := r.received + 1
 	p.mu.Unlock()
 	name := r.newName()
-	info, err := r.createOnce(name, startAt{seq: next})
+	info, err := r.createOnce(ctx, name, startAt{seq: next})
 	if err != nil {
 		return err
 	}
@@ -316,14 +320,16 @@ func (r *replay) clean(keep string) {
 			left = append(left, name)
 			continue
 		}
-		for {
+		for tries := 0; ; tries++ {
 			if !r.eng.nc.IsConnected() {
 				left = append(left, name)
 				break
 			}
-			err := r.eng.call(ctx, "CONSUMER.DELETE."+r.stream+"."+name, func(ctx context.Context) error {
+			limited, cancel := context.WithTimeout(ctx, patience(tries))
+			err := r.eng.call(limited, "CONSUMER.DELETE."+r.stream+"."+name, func(ctx context.Context) error {
 				return r.eng.js.DeleteConsumer(ctx, r.stream, name)
 			})
+			cancel()
 			if err == nil || hasCode(err, codeConsumerNotFound) || hasCode(err, codeStreamNotFound) {
 				break
 			}

@@ -109,15 +109,25 @@ func (s *store) remove(ctx context.Context, stream string, seq uint64) error {
 }
 
 // ask makes one request of JetStream's API, again while the failure passes by
-// itself, until ctx ends or readPatience is over.
+// itself.
 func (s *store) ask(ctx context.Context, operation string, request, response any) error {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return err
 	}
+	return again(ctx, func(ctx context.Context) error { return s.askOnce(ctx, operation, body, response) })
+}
+
+// again calls fn until its failure does not pass by itself, ctx ends or
+// readPatience is over.
+func again(ctx context.Context, fn func(context.Context) error) error {
 	begun := time.Now()
-	for pause := 50 * time.Millisecond; ; pause = min(2*pause, time.Second) {
-		err := s.askOnce(ctx, operation, body, response)
+	pause := 50 * time.Millisecond
+	for tries := 0; ; pause = min(2*pause, time.Second) {
+		limited, cancel := context.WithTimeout(ctx, patience(tries))
+		err := fn(limited)
+		cancel()
+		tries++
 		if err == nil || ctx.Err() != nil || !passes(err) || hasCode(err, codeStreamNotFound) || time.Since(begun) > readPatience {
 			return err
 		}
@@ -222,19 +232,23 @@ type reader struct {
 // run returns nil at the end of the span, and when yield wants no more.
 func (r *reader) run(ctx context.Context, yield func(*storedMsg, error) bool) error {
 	progress := time.Now()
-	for pause := 50 * time.Millisecond; ; pause = min(2*pause, time.Second) {
-		err := r.open(ctx)
+	pause := 50 * time.Millisecond
+	for tries := 0; ; pause = min(2*pause, time.Second) {
+		limited, cancel := context.WithTimeout(ctx, patience(tries))
+		err := r.open(limited)
+		cancel()
 		for err == nil {
 			var done bool
 			before := r.next
-			done, err = r.batch(ctx, yield)
+			done, err = r.batch(ctx, patience(tries), yield)
 			if done {
 				return nil
 			}
 			if r.next != before {
-				progress, pause = time.Now(), 50*time.Millisecond
+				progress, tries, pause = time.Now(), 0, 50*time.Millisecond
 			}
 		}
+		tries++
 		r.close(ctx)
 		var api *jetstream.APIError
 		refused := errors.Is(err, ErrPermission) || errors.As(err, &api) && !passes(err)
@@ -267,10 +281,12 @@ func (r *reader) open(ctx context.Context) error {
 		_, err := r.js.CreateConsumer(ctx, stream, cfg)
 		return err
 	})
+	if err == nil || passes(err) { // it may exist
+		r.consumer, r.expected = name, 1
+	}
 	if err != nil {
 		return err
 	}
-	r.consumer, r.expected = name, 1
 	r.inbox = r.nc.NewInbox()
 	r.msgs = make(chan *nats.Msg, readBatch+8)
 	r.sub, err = r.nc.ChanSubscribe(r.inbox+".*", r.msgs)
@@ -293,8 +309,9 @@ func (r *reader) close(ctx context.Context) {
 var errReaderSilent = errors.New("natsx: nothing came")
 
 // batch makes one pull. It returns true when the reading is over, and an error
-// when the consumer is not to be trusted any more.
-func (r *reader) batch(ctx context.Context, yield func(*storedMsg, error) bool) (done bool, _ error) {
+// when the consumer is not to be trusted any more, as when it says nothing
+// within limit.
+func (r *reader) batch(ctx context.Context, limit time.Duration, yield func(*storedMsg, error) bool) (done bool, _ error) {
 	r.pulls++
 	token := strconv.Itoa(r.pulls)
 	pull := fmt.Sprintf(`{"batch":%d,"no_wait":true,"max_bytes":%d}`, readBatch, max(readBytes, r.nc.MaxPayload()+8192))
@@ -302,7 +319,7 @@ func (r *reader) batch(ctx context.Context, yield func(*storedMsg, error) bool) 
 	if err := r.nc.PublishRequest(subject, r.inbox+"."+token, []byte(pull)); err != nil {
 		return false, err
 	}
-	silence := time.NewTimer(apiTimeout)
+	silence := time.NewTimer(limit)
 	defer silence.Stop()
 	for got := 0; got < readBatch; {
 		var m *nats.Msg
@@ -346,7 +363,7 @@ func (r *reader) batch(ctx context.Context, yield func(*storedMsg, error) bool) 
 			return true, nil
 		}
 		// The time that yield took is not silence.
-		silence.Reset(apiTimeout)
+		silence.Reset(limit)
 	}
 	return false, nil
 }
