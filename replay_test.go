@@ -471,17 +471,19 @@ func TestReplaySurvivesLeaderChanges(t *testing.T) {
 	nc := connect(t, c.url())
 	createStream(t, nc, jetstream.StreamConfig{Name: "HISTORY", Subjects: []string{"history.>"}, Replicas: 3})
 	publishMany(t, nc, count, numbered("history.x"))
-	consumer := func() string {
-		s, err := jetStream(t, nc).Stream(testContext(t), "HISTORY")
+	// consumers asks once, with an answer or not: an election may lose the question.
+	consumers := func() (names []string, answered bool) {
+		ctx, cancel := context.WithTimeout(testContext(t), 2*time.Second)
+		defer cancel()
+		s, err := jetStream(t, nc).Stream(ctx, "HISTORY")
 		if err != nil {
-			t.Error(err)
-			return ""
+			return nil, false
 		}
-		name := ""
-		for n := range s.ConsumerNames(testContext(t)).Name() {
-			name = n
+		list := s.ConsumerNames(ctx)
+		for n := range list.Name() {
+			names = append(names, n)
 		}
-		return name
+		return names, list.Err() == nil
 	}
 	var seen history
 	report, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Handle(func(ctx context.Context, m *Msg) error {
@@ -490,12 +492,16 @@ func TestReplaySurvivesLeaderChanges(t *testing.T) {
 			old := c.leader(t, "HISTORY", "")
 			old.srv.JetStreamStepdownStream("$G", "HISTORY")
 		case count / 2:
-			if name := consumer(); name != "" {
-				p := c.leader(t, "HISTORY", name)
-				p.stop()
-				c.leader(t, "HISTORY", "")
-				p.start(t)
-			}
+			// It is named before its server is stopped, so that the replay loses it.
+			var names []string
+			eventually(t, "the replay's consumer is known", func() bool {
+				names, _ = consumers()
+				return len(names) > 0
+			})
+			p := c.leader(t, "HISTORY", names[len(names)-1])
+			p.stop()
+			c.leader(t, "HISTORY", "")
+			p.start(t)
 		}
 		return seen.handle(ctx, m)
 	}))
@@ -506,7 +512,10 @@ func TestReplaySurvivesLeaderChanges(t *testing.T) {
 		t.Errorf("got %+v", report)
 	}
 	seen.inOrderOnce(t, count)
-	eventually(t, "no consumer is left", func() bool { return consumer() == "" })
+	eventually(t, "no consumer is left", func() bool {
+		names, answered := consumers()
+		return answered && len(names) == 0
+	})
 }
 
 // Messages that are deleted before they are delivered do not hold the end up.
