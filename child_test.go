@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -37,6 +38,31 @@ func runChild(mode string) int {
 	return run()
 }
 
+// raceDetector tells that this binary has the race detector.
+var raceDetector bool
+
+// childBinary is what children are copies of: this binary, or one without the race
+// detector, which triples what the start of a process costs. Hundreds are started,
+// and what they do is run under the detector by other tests.
+var childBinary = sync.OnceValues(func() (string, error) {
+	if !raceDetector {
+		return os.Args[0], nil
+	}
+	dir, err := os.MkdirTemp("", "natsx-child")
+	if err != nil {
+		return "", err
+	}
+	childDir = dir
+	path := filepath.Join(dir, "child.test")
+	if out, err := exec.Command("go", "test", "-c", "-o", path, ".").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the children's binary: %w: %s", err, out)
+	}
+	return path, nil
+})
+
+// childDir is where childBinary was built; TestMain removes it.
+var childDir string
+
 // childURL is the server that the parent named.
 func childURL() string { return os.Getenv(childEnv + "_URL") }
 
@@ -54,7 +80,11 @@ type child struct {
 // and is dropped while lines is full.
 func startChild(t testing.TB, mode, url string, lines chan<- string) *child {
 	t.Helper()
-	cmd := exec.Command(os.Args[0])
+	binary, err := childBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary)
 	cmd.Env = append(os.Environ(), childEnv+"="+mode, childEnv+"_URL="+url)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {

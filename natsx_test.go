@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"log/slog"
 	"os"
 	"runtime"
 	"strconv"
@@ -29,7 +30,11 @@ func TestMain(m *testing.M) {
 		// Most tests wait for leases and servers: more of them than cores fit.
 		flag.Set("test.parallel", "8")
 	}
+	if !testing.Verbose() {
+		slog.SetDefault(slog.New(slog.DiscardHandler)) // what brokers without a logger say
+	}
 	code := m.Run()
+	os.RemoveAll(childDir) // an empty path is no file
 	if code == 0 {
 		if leaked := leakedGoroutines(); leaked != "" {
 			fmt.Fprintf(os.Stderr, "goroutines left after all tests:\n%s\n", leaked)

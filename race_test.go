@@ -1,0 +1,5 @@
+//go:build race
+
+package natsx
+
+func init() { raceDetector = true }
