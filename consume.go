@@ -31,6 +31,9 @@ const (
 	pullBytes = 64 << 20
 	// pullPause is the pause after the server refused a pull.
 	pullPause = time.Second
+	// renewals is how often a lease is renewed within its length: this side, the
+	// network and the server may together stand still for most of it.
+	renewals = 4
 )
 
 // pull is a request for a batch of messages; an empty one is none.
@@ -220,7 +223,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	}
 	// The server counts from a moment before the arrival; the tenth is for that.
 	d.lease.Store(arrived + lease - lease/10)
-	d.renew = now + lease/3
+	d.renew = now + lease/renewals
 
 	p.mu.Lock()
 	r.stats.Received++
@@ -589,7 +592,7 @@ func (r *durableRoute) learn(took time.Duration) {
 func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	p := r.eng.pool
 	p.mu.Lock()
-	due = r.leases.due(now, int64(r.target.ackWait)/3, due)
+	due = r.leases.due(now, int64(r.target.ackWait)/renewals, due)
 	crowded := 10*r.delayed.after(now) >= 9*r.target.maxAckPending
 	for i := 0; i < len(r.pulls); {
 		if r.pulls[i].expires+int64(2*r.heartbeat) < now {

@@ -363,7 +363,7 @@ func (e *engine) period() time.Duration {
 	period := 500 * time.Millisecond
 	for _, r := range e.routes {
 		if d, ok := r.(*durableRoute); ok && d.target.ackWait > 0 {
-			period = min(period, max(d.target.ackWait/12, 5*time.Millisecond))
+			period = min(period, max(d.target.ackWait/(4*renewals), 5*time.Millisecond))
 		}
 	}
 	return period
