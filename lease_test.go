@@ -16,7 +16,8 @@ func TestSlowHandlersShareWithoutDuplicates(t *testing.T) {
 	const messages, workers = 32, 4
 	s := startServer(t)
 	nc := connect(t, s.ClientURL())
-	createStream(t, nc, jetstream.StreamConfig{Name: "SLOW", Subjects: []string{"slow.*"}})
+	// In memory, since a disk that stalls for half a lease is no fault of natsx.
+	createStream(t, nc, jetstream.StreamConfig{Name: "SLOW", Subjects: []string{"slow.*"}, Storage: jetstream.MemoryStorage})
 	publishMany(t, nc, messages, numbered("slow.x"))
 
 	var seen, shares tally

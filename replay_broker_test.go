@@ -167,26 +167,28 @@ func TestReplaySpeedOnAServer(t *testing.T) {
 	for _, speed := range []float64{1, 10} {
 		t.Run(fmt.Sprint(speed), func(t *testing.T) {
 			t.Parallel()
-			var began, first time.Time
-			var late []time.Duration
-			report, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Speed(speed).Handle(func(_ context.Context, m *Msg) error {
-				if began.IsZero() {
-					began, first = time.Now(), m.Time()
+			// The machine may be busy with something else, so one of several must be
+			// punctual.
+			var tries [][]time.Duration
+			for range 10 {
+				var began, first time.Time
+				var late []time.Duration
+				report, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Speed(speed).Handle(func(_ context.Context, m *Msg) error {
+					if began.IsZero() {
+						began, first = time.Now(), m.Time()
+					}
+					want := time.Duration(float64(m.Time().Sub(first)) / speed)
+					late = append(late, time.Since(began)-want)
+					return nil
+				}))
+				if err != nil || report.Handled != 6 {
+					t.Fatalf("got %+v, %v", report, err)
 				}
-				want := time.Duration(float64(m.Time().Sub(first)) / speed)
-				late = append(late, time.Since(began)-want)
-				return nil
-			}))
-			if err != nil || report.Handled != 6 {
-				t.Fatalf("got %+v, %v", report, err)
-			}
-			for i, l := range late {
-				// Late by what a loaded machine takes, early only as far as the first was late.
-				if l < -50*time.Millisecond || l > 500*time.Millisecond {
-					t.Errorf("message %d: off by %v", i+1, l)
+				if tries = append(tries, late); slices.Min(late) >= -10*time.Millisecond && slices.Max(late) <= 10*time.Millisecond {
+					return
 				}
 			}
-			t.Logf("speed %g: off by %v", speed, late)
+			t.Errorf("speed %g: off by %v, want at most 10ms once", speed, tries)
 		})
 	}
 }
