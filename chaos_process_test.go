@@ -21,7 +21,8 @@ func init() { childModes["poison"] = poisonChild }
 // poisonAttempts is how often poisonChild's route may handle a message.
 const poisonAttempts = 3
 
-// poisonChild runs a route on which everything fails, and prints each attempt.
+// poisonChild runs a route on which everything fails, and asks its parent before
+// each attempt.
 func poisonChild() int {
 	nc, err := nats.Connect(childURL(), nats.MaxReconnects(-1))
 	if err != nil {
@@ -36,8 +37,9 @@ func poisonChild() int {
 	err = b.Run(context.Background(), Route("jobs.*").Durable("worker").AckWait(time.Second).
 		Retry(poisonAttempts-1).Backoff(20*time.Millisecond, 50*time.Millisecond).DLQ("dlq.jobs").
 		Handle(func(ctx context.Context, m *Msg) error {
-			fmt.Println("attempt", m.Attempt())
-			work(ctx, rand.N(20*time.Millisecond))
+			if _, err := nc.Request("attempts", strconv.AppendInt(nil, int64(m.Attempt()), 10), testLimit); err != nil {
+				return err
+			}
 			return fmt.Errorf("job %s always fails", m.Data)
 		}))
 	fmt.Fprintln(os.Stderr, err)
@@ -77,18 +79,18 @@ func poisonUnderKills(t *testing.T, gap time.Duration) {
 
 	// A letter on its way is the moment between publishing it and settling the
 	// original.
-	events := make(chan string, 1024)
-	if _, err := nc.Subscribe("dlq.jobs", func(*nats.Msg) {
-		select {
-		case events <- "letter":
-		default:
+	attempts, written := make(chan *nats.Msg, 10*messages), make(chan *nats.Msg, 10*messages)
+	for subject, ch := range map[string]chan *nats.Msg{"attempts": attempts, "dlq.jobs": written} {
+		if _, err := nc.ChanSubscribe(subject, ch); err != nil {
+			t.Fatal(err)
 		}
-	}); err != nil {
+	}
+	if err := nc.FlushTimeout(testLimit); err != nil {
 		t.Fatal(err)
 	}
 	children := make([]*child, fleet)
 	for i := range children {
-		children[i] = startChild(t, "poison", s.ClientURL(), events)
+		children[i] = startChild(t, "poison", s.ClientURL(), nil)
 	}
 	for _, c := range children {
 		if !c.serves(t) {
@@ -111,24 +113,30 @@ func poisonUnderKills(t *testing.T, gap time.Duration) {
 	publishMany(t, nc, messages, build)
 
 	killed, next := 0, 10
+	strike := func() {
+		if next--; next <= 0 && killed < kills {
+			children[rand.N(fleet)].kill()
+			killed++
+			next = 5 + rand.N(15)
+		}
+	}
 	poll := time.NewTicker(100 * time.Millisecond)
 	defer poll.Stop()
 	for done := false; !done; {
 		select {
-		case event := <-events:
-			if event == "ready" {
-				continue
+		case m := <-attempts:
+			if n, err := strconv.Atoi(string(m.Data)); err != nil || n < 1 || n > poisonAttempts {
+				t.Errorf("a handler ran at attempt %q, want at most %d", m.Data, poisonAttempts)
 			}
-			if attempt, ok := strings.CutPrefix(event, "attempt "); ok {
-				if n, err := strconv.Atoi(attempt); err != nil || n < 1 || n > poisonAttempts {
-					t.Errorf("a handler ran at attempt %q, want at most %d", attempt, poisonAttempts)
-				}
+			if rand.N(2) == 0 {
+				m.Respond(nil) // and is killed, if at all, while it settles
+				strike()
+			} else {
+				strike()
+				m.Respond(nil)
 			}
-			if next--; next <= 0 && killed < kills {
-				children[rand.N(fleet)].kill()
-				killed++
-				next = 5 + rand.N(25)
-			}
+		case <-written:
+			strike()
 		case <-back:
 			createStream(t, nc, dlq)
 			gap = 0
@@ -136,7 +144,7 @@ func poisonUnderKills(t *testing.T, gap time.Duration) {
 			for i, c := range children {
 				select {
 				case <-c.done:
-					children[i] = startChild(t, "poison", s.ClientURL(), events)
+					children[i] = startChild(t, "poison", s.ClientURL(), nil)
 				default:
 				}
 			}
@@ -149,7 +157,7 @@ func poisonUnderKills(t *testing.T, gap time.Duration) {
 	for _, c := range children {
 		c.kill()
 	}
-	if killed < kills/2 {
+	if killed < kills {
 		t.Errorf("only %d kills of %d happened", killed, kills)
 	}
 

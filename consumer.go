@@ -379,7 +379,9 @@ func (r *route) api(ctx context.Context, subject string, fn func(context.Context
 // patience is how long a try waits for an answer of JetStream's API, counted from
 // 0. A request that meets an election is never answered, so the first tries are
 // short; a loaded server needs longer ones.
-func patience(try int) time.Duration { return min(time.Second<<min(try, 3), apiTimeout) }
+func patience(try int) time.Duration {
+	return min(time.Second+time.Duration(min(try, 10))*time.Second/2, apiTimeout)
+}
 
 func (r *route) retry(ctx context.Context, try func(context.Context) error) error {
 	begun := time.Now()

@@ -158,6 +158,25 @@ func (c *cluster) leader(t testing.TB, stream, consumer string) *phoenix {
 	return found
 }
 
+// whole waits until every replica of the streams has all that their leaders have:
+// a server more may then stop without a long search for a leader.
+func (c *cluster) whole(t testing.TB, nc *nats.Conn, streams ...string) {
+	t.Helper()
+	for _, name := range streams {
+		eventually(t, "the replicas of "+name+" are current", func() bool {
+			ctx, cancel := context.WithTimeout(testContext(t), time.Second)
+			defer cancel()
+			s, err := jetStream(t, nc).Stream(ctx, name)
+			if err != nil {
+				return false
+			}
+			in := s.CachedInfo().Cluster
+			return in != nil && in.Leader != "" && len(in.Replicas) == len(c.servers)-1 &&
+				!slices.ContainsFunc(in.Replicas, func(p *jetstream.PeerInfo) bool { return !p.Current || p.Offline })
+		})
+	}
+}
+
 // logBook is a slog handler that keeps what was logged.
 type logBook struct {
 	attrs []slog.Attr

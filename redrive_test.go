@@ -37,13 +37,15 @@ func (p *patient) handle(_ context.Context, m *Msg) error {
 }
 
 func (p *patient) route() Spec {
-	return Route("orders.>").Durable("billing").AckWait(5 * time.Second).DLQ("dlq.orders").Handle(p.handle)
+	return patientRoute.Handle(p.handle)
 }
 
-// die has a patient make letters of so many messages, and cures it.
+var patientRoute = Route("orders.>").Durable("billing").AckWait(5 * time.Second).DLQ("dlq.orders")
+
+// die has a patient make letters of so many messages, in their order, and cures it.
 func (p *patient) die(t testing.TB, nc *nats.Conn, count int, build func(int) *nats.Msg) {
 	t.Helper()
-	r := runBroker(t, NewBroker(nc), p.route())
+	r := runBroker(t, NewBroker(nc), patientRoute.Concurrency(1).Handle(p.handle))
 	publishMany(t, nc, count, build)
 	eventually(t, "all are dead", func() bool { return stored(t, nc, "DLQ") == count })
 	if err := r.stop(t); err != nil {
@@ -212,7 +214,7 @@ func TestRedriveAfterAKill(t *testing.T) {
 						t.Fatal(err)
 					}
 					if string(l.Data) == "2" {
-						continue // letters are in no order
+						break
 					}
 					src, err := killed.source(ctx, &l)
 					if err != nil {
@@ -602,6 +604,7 @@ func TestRedriveOverElections(t *testing.T) {
 					leader.stop()
 					c.leader(t, stream, "")
 					leader.start(t)
+					c.whole(t, nc, "ORDERS", "DLQ")
 				}
 			}()
 		}
