@@ -11,8 +11,8 @@ import (
 	"github.com/natsx/natsx"
 )
 
-// gobCodec is a codec over another encoding. One over MessagePack or Protocol
-// Buffers looks the same.
+// gobCodec is a codec over another encoding. One over MessagePack is in
+// examples/msgpack.
 type gobCodec struct{}
 
 func (gobCodec) Marshal(v any) ([]byte, error) {
