@@ -42,10 +42,21 @@ func (p *patient) route() Spec {
 
 var patientRoute = Route("orders.>").Durable("billing").AckWait(5 * time.Second).DLQ("dlq.orders")
 
-// die has a patient make letters of so many messages, in their order, and cures it.
+// die has a patient make letters of so many messages, and cures it.
 func (p *patient) die(t testing.TB, nc *nats.Conn, count int, build func(int) *nats.Msg) {
 	t.Helper()
-	r := runBroker(t, NewBroker(nc), patientRoute.Concurrency(1).Handle(p.handle))
+	p.dieOf(t, nc, patientRoute, count, build)
+}
+
+// dieInOrder is die for letters in the order of their messages.
+func (p *patient) dieInOrder(t testing.TB, nc *nats.Conn, count int, build func(int) *nats.Msg) {
+	t.Helper()
+	p.dieOf(t, nc, patientRoute.Concurrency(1), count, build)
+}
+
+func (p *patient) dieOf(t testing.TB, nc *nats.Conn, route RouteBuilder, count int, build func(int) *nats.Msg) {
+	t.Helper()
+	r := runBroker(t, NewBroker(nc), route.Handle(p.handle))
 	publishMany(t, nc, count, build)
 	eventually(t, "all are dead", func() bool { return stored(t, nc, "DLQ") == count })
 	if err := r.stop(t); err != nil {
@@ -202,7 +213,7 @@ func TestRedriveAfterAKill(t *testing.T) {
 				ctx := testContext(t)
 				orders(t, nc, shortWindow, func(cfg *jetstream.StreamConfig) { cfg.Retention = retention })
 				var billing patient
-				billing.die(t, nc, 3, numbered("orders.new"))
+				billing.dieInOrder(t, nc, 3, numbered("orders.new"))
 
 				d, err := DeadLetters("dlq.orders").open(ctx, nc)
 				if err != nil {
@@ -423,7 +434,7 @@ func TestRedriveOfPointers(t *testing.T) {
 					return &nats.Msg{Subject: "orders.new", Data: []byte(strings.Repeat(fmt.Sprint(i), size))}
 				}
 			}
-			billing.die(t, nc, 3, large(payload-360))
+			billing.dieInOrder(t, nc, 3, large(payload-360))
 			found, _ := listed(t, nc, DeadLetters("dlq.orders"))
 			if len(found) != 3 || !found[0].Pointer {
 				t.Fatalf("got %v, want 3 pointers", found)
@@ -455,7 +466,7 @@ func TestRedriveIsCancelled(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	orders(t, nc)
 	var billing patient
-	billing.die(t, nc, 20, numbered("orders.new"))
+	billing.dieInOrder(t, nc, 20, numbered("orders.new"))
 	ctx, cancel := context.WithCancel(testContext(t))
 	defer cancel()
 	var told []int
@@ -539,7 +550,7 @@ func TestRedriveWithoutPermission(t *testing.T) {
 	service := connect(t, s.ClientURL(), nats.UserInfo("service", "x"))
 	orders(t, operator)
 	var billing patient
-	billing.die(t, operator, 3, numbered("orders.new"))
+	billing.dieInOrder(t, operator, 3, numbered("orders.new"))
 	runBroker(t, NewBroker(service), billing.route())
 	redriveAll(t, operator, RedriveReport{Redriven: 3})
 	eventually(t, "all are handled", func() bool { return billing.handled.sum() == 3 })
@@ -632,7 +643,7 @@ func TestRedriveOfATakenID(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	orders(t, nc)
 	var billing patient
-	billing.die(t, nc, 2, numbered("orders.new"))
+	billing.dieInOrder(t, nc, 2, numbered("orders.new"))
 	found, _ := listed(t, nc, DeadLetters("dlq.orders"))
 	publish(t, nc, &nats.Msg{Subject: "orders.new", Data: []byte("squatter"), Header: nats.Header{
 		"Nats-Msg-Id": {redriveID(&found[0])}, HeaderRedriveTo: {"billing"}, HeaderRedriveCount: {"1"}, HeaderRedriveToken: {"x"},

@@ -167,28 +167,27 @@ func TestReplaySpeedOnAServer(t *testing.T) {
 	for _, speed := range []float64{1, 10} {
 		t.Run(fmt.Sprint(speed), func(t *testing.T) {
 			t.Parallel()
-			// The machine may be busy with something else, so one of several must be
-			// punctual.
-			var tries [][]time.Duration
-			for range 10 {
+			// The machine may be busy with something else, so each message must be
+			// punctual in one of several tries.
+			best := slices.Repeat([]time.Duration{time.Hour}, 6)
+			for tries := 0; tries < 20 && slices.Max(best) > 10*time.Millisecond; tries++ {
 				var began, first time.Time
-				var late []time.Duration
 				report, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Speed(speed).Handle(func(_ context.Context, m *Msg) error {
 					if began.IsZero() {
 						began, first = time.Now(), m.Time()
 					}
-					want := time.Duration(float64(m.Time().Sub(first)) / speed)
-					late = append(late, time.Since(began)-want)
+					off := time.Since(began) - time.Duration(float64(m.Time().Sub(first))/speed)
+					i := m.Sequence() - 1
+					best[i] = min(best[i], off.Abs())
 					return nil
 				}))
 				if err != nil || report.Handled != 6 {
 					t.Fatalf("got %+v, %v", report, err)
 				}
-				if tries = append(tries, late); slices.Min(late) >= -10*time.Millisecond && slices.Max(late) <= 10*time.Millisecond {
-					return
-				}
 			}
-			t.Errorf("speed %g: off by %v, want at most 10ms once", speed, tries)
+			if slices.Max(best) > 10*time.Millisecond {
+				t.Errorf("speed %g: off by %v at best, want at most 10ms", speed, best)
+			}
 		})
 	}
 }
