@@ -55,6 +55,7 @@ type pull struct {
 type durableRoute struct {
 	route
 	target consumerTarget // stream, consumer and their creation; fixed once started
+	from   *origin        // of its messages; fixed once started
 
 	heartbeat time.Duration          // of the server while a pull waits
 	inbox     atomic.Pointer[string] // pulls reply to inbox.<token>
@@ -90,6 +91,7 @@ func (r *durableRoute) start() error {
 	r.stats.Stream = r.target.stream
 	r.eng.pool.mu.Unlock()
 	r.lease = r.target.ackWait
+	r.from = &origin{r.target.stream, r.target.consumer, r.target.streamCreated}
 	r.heartbeat = min(max(r.target.ackWait/6, 500*time.Millisecond), 5*time.Second)
 	return r.begin(true)
 }
@@ -206,13 +208,11 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	}
 	d := &delivery{
 		Context: r.eng.handlers,
-		created: r.target.streamCreated,
 		route:   &r.route,
 		raw:     m,
 		msg: Msg{
 			Subject: m.Subject, Data: m.Data, Header: m.Header,
-			reply: m.Reply, stream: r.target.stream, durable: r.target.consumer,
-			seq: info.sequence, attempt: info.delivered, time: info.time,
+			reply: m.Reply, from: r.from, seq: info.sequence, attempt: info.delivered, time: info.time,
 		},
 	}
 	lease := int64(r.target.ackWait)

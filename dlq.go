@@ -310,13 +310,12 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 	if reason == ReasonCrashed {
 		attempts--
 	}
-	id := fmt.Sprintf("%s@%d/%s/%d", m.stream, d.created, m.durable, m.seq)
 	core := nats.Header{
-		nats.MsgIdHdr:      {id},
+		nats.MsgIdHdr:      {letterID(d)},
 		HeaderDLQSubject:   {d.raw.Subject},
-		HeaderDLQStream:    {m.stream},
+		HeaderDLQStream:    {m.Stream()},
 		HeaderDLQSequence:  {strconv.FormatUint(m.seq, 10)},
-		HeaderDLQDurable:   {m.durable},
+		HeaderDLQDurable:   {m.Durable()},
 		HeaderDLQAttempts:  {strconv.Itoa(attempts)},
 		HeaderDLQReason:    {string(reason)},
 		HeaderDLQTime:      {time.Now().UTC().Format(time.RFC3339Nano)},

@@ -39,8 +39,7 @@ type Msg struct {
 	Header  nats.Header // nil when the message has none
 
 	reply   string
-	stream  string
-	durable string
+	from    *origin // nil for a core message
 	seq     uint64
 	attempt uint64
 	time    int64 // Unix nanoseconds, 0 for a core message
@@ -52,10 +51,10 @@ type Msg struct {
 func (m *Msg) Attempt() int { return max(int(m.attempt), 1) }
 
 // Stream is the name of the stream the message is from, empty for core NATS.
-func (m *Msg) Stream() string { return m.stream }
+func (m *Msg) Stream() string { return m.origin().stream }
 
 // Durable is the name of the durable consumer, empty for core NATS and replays.
-func (m *Msg) Durable() string { return m.durable }
+func (m *Msg) Durable() string { return m.origin().durable }
 
 // Sequence is the message's sequence in its stream, 0 for core NATS.
 func (m *Msg) Sequence() uint64 { return m.seq }
@@ -81,6 +80,22 @@ func (m *Msg) ReplyHeader() nats.Header {
 	return m.answer
 }
 
+// origin is what the messages of one consumer have in common.
+type origin struct {
+	stream  string
+	durable string // empty for a replay
+	created int64  // the stream's creation in Unix nanoseconds, 0 when unknown
+}
+
+var noOrigin origin
+
+func (m *Msg) origin() *origin {
+	if m.from == nil {
+		return &noOrigin
+	}
+	return m.from
+}
+
 func subjectToken(subject string, i int) string {
 	if i < 0 {
 		return ""
@@ -100,12 +115,12 @@ func subjectToken(subject string, i int) string {
 // context, which saves an allocation for each message.
 type delivery struct {
 	context.Context
-	msg       Msg           // the handler's, who may change it
-	raw       *nats.Msg     // as it came, for its dead letter
-	created   int64         // the stream's creation in Unix nanoseconds, 0 when unknown
-	published atomic.Uint64 // envelopes published with this context so far
-
+	msg   Msg       // the handler's, who may change it
+	raw   *nats.Msg // as it came, for its dead letter
 	route *route
+
+	published atomic.Uint32 // envelopes published with this context so far
+	settling  atomic.Int32  // see delivery.renewing
 
 	// The lease on a message of a durable. The times are the engine's.
 	lease      atomic.Int64 // when it ends; only ever moved to later
@@ -118,15 +133,14 @@ type delivery struct {
 	began    int64 // when it was started or given up, engine time
 	ended    int64 // when the handler had returned, engine time
 	err      error
-	due      int64        // of its retry or of its replay, or when a requester waits no more; engine time
-	answer   []byte       // of a responder
-	answered atomic.Bool  // the request was replied to
-	settling atomic.Int32 // see delivery.renewing
+	due      int64       // of its retry or of its replay, or when a requester waits no more; engine time
+	answer   []byte      // of a responder
+	answered atomic.Bool // the request was replied to
 
-	// A dead letter on its way; see durable.bury.
-	letter *nats.Msg
+	// A dead letter on its way; see durableRoute.bury.
 	held   bool // the DLQ did not take it yet
 	stored bool // the letter is in the DLQ
+	letter *nats.Msg
 }
 
 // The states of delivery.settling.

@@ -226,7 +226,7 @@ func TestMsg(t *testing.T) {
 		}
 	}
 	at := time.Unix(1, 500)
-	m := &Msg{stream: "S", durable: "D", seq: 9, attempt: 3, time: at.UnixNano()}
+	m := &Msg{from: &origin{stream: "S", durable: "D"}, seq: 9, attempt: 3, time: at.UnixNano()}
 	if m.Attempt() != 3 || !m.Time().Equal(at) || m.Stream() != "S" || m.Durable() != "D" || m.Sequence() != 9 {
 		t.Errorf("message of a durable: attempt %d, time %v, stream %q, durable %q, sequence %d", m.Attempt(), m.Time(), m.Stream(), m.Durable(), m.Sequence())
 	}

@@ -268,13 +268,13 @@ func (c *call) prepare(ctx context.Context, e *Envelope, bare bool) (outgoing, e
 	if err := e.check(); err != nil {
 		return o, err
 	}
-	var n uint64
+	var n uint32
 	if c.d != nil {
 		n = c.d.published.Add(1)
 	}
 	if o.id == "" {
-		if c.d != nil && c.d.msg.durable != "" {
-			o.id = letterID(c.d) + "/" + strconv.FormatUint(n, 10)
+		if c.d != nil && c.d.msg.Durable() != "" {
+			o.id = letterID(c.d) + "/" + strconv.FormatUint(uint64(n), 10)
 		} else if !bare {
 			o.id = c.p.nextID()
 		}
@@ -291,7 +291,8 @@ func (c *call) prepare(ctx context.Context, e *Envelope, bare bool) (outgoing, e
 
 // letterID names the handled message: <stream>@<created>/<durable>/<sequence>.
 func letterID(d *delivery) string {
-	return fmt.Sprintf("%s@%d/%s/%d", d.msg.stream, d.created, d.msg.durable, d.msg.seq)
+	from := d.msg.origin()
+	return fmt.Sprintf("%s@%d/%s/%d", from.stream, from.created, from.durable, d.msg.seq)
 }
 
 // nextID returns an id that nobody else has. It is one subject token.

@@ -393,8 +393,7 @@ func TestPublishEndsWithItsContext(t *testing.T) {
 func handling(parent context.Context, h nats.Header) context.Context {
 	return &delivery{
 		Context: parent,
-		created: 42,
-		msg:     Msg{Subject: "in", Header: h, stream: "IN", durable: "worker", seq: 7},
+		msg:     Msg{Subject: "in", Header: h, from: &origin{stream: "IN", durable: "worker", created: 42}, seq: 7},
 	}
 }
 

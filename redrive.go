@@ -101,11 +101,11 @@ func redriveCount(h nats.Header) int {
 // It returns true when the message is done: for another durable, and proven to be.
 func (r *durableRoute) redriven(d *delivery) bool {
 	m := &d.msg
-	proof, ok := proveRedrive(m.stream, r.target.streamCreated, m.Subject, m.Header, m.Data)
+	proof, ok := proveRedrive(m.Stream(), r.target.streamCreated, m.Subject, m.Header, m.Data)
 	if !ok {
 		return false // anybody may write headers
 	}
-	if proof.durable != m.durable {
+	if proof.durable != m.Durable() {
 		r.ack(d)
 		return true
 	}

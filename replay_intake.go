@@ -50,7 +50,7 @@ func (r *replay) receive(msgs []*nats.Msg) {
 		arrivals = append(arrivals, arrival{info: info, size: m.Size(), d: &delivery{
 			Context: r.serving,
 			route:   &r.route,
-			msg:     Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, stream: r.stream, seq: info.sequence, time: info.time},
+			msg:     Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, seq: info.sequence, time: info.time},
 		}})
 	}
 	p := r.eng.pool

@@ -28,6 +28,7 @@ func rehearse(t *testing.T, workers int, replay ReplayBuilder, h Handler) *rehea
 	e.pool.start()
 	r := &rehearsal{replay: newReplay(t.Context(), e, replay.Handle(h)), stopped: make(chan struct{})}
 	r.stream, r.consumer, r.end = "S", "C", 1<<40
+	r.from = &origin{stream: "S"}
 	go func() {
 		defer close(r.stopped)
 		r.releaseDue()

@@ -60,6 +60,7 @@ type replay struct {
 	// Fixed once located.
 	stream   string
 	created  time.Time
+	from     *origin       // of its messages
 	inactive time.Duration // threshold of the consumers
 	end      uint64        // last sequence of the replay
 	endTime  int64         // Unix nanoseconds of the last message, 0 when unknown

@@ -35,6 +35,7 @@ func (r *replay) open() error {
 	inbox := r.eng.nc.NewInbox()
 	r.eng.pool.mu.Lock()
 	r.stream, r.created, r.inbox = info.Config.Name, info.Created, inbox
+	r.from = &origin{stream: r.stream, created: r.created.UnixNano()}
 	r.inactive = ReplayInactive
 	if most := info.Config.ConsumerLimits.InactiveThreshold; most > 0 {
 		r.inactive = min(r.inactive, most)

@@ -94,8 +94,8 @@ func (r *route) base() *route { return r }
 // about gives the log attributes of a delivery.
 func (r *route) about(d *delivery) []any {
 	args := []any{"route", r.spec.route.filter, "subject", d.msg.Subject}
-	if d.msg.durable != "" {
-		args = append(args, "durable", d.msg.durable, "stream", d.msg.stream, "sequence", d.msg.seq, "attempt", d.msg.Attempt())
+	if from := d.msg.origin(); from.durable != "" {
+		args = append(args, "durable", from.durable, "stream", from.stream, "sequence", d.msg.seq, "attempt", d.msg.Attempt())
 	}
 	if panicked, ok := errors.AsType[*PanicError](d.err); ok && len(panicked.Stack) > 0 {
 		args = append(args, "stack", string(panicked.Stack))
