@@ -113,6 +113,10 @@ func replyError(h nats.Header) *ReplyError {
 // requestTimeout is how long the requester of m waits, counted from its arrival;
 // ok is false when it does not say, or nothing that makes sense.
 func requestTimeout(h nats.Header) (d time.Duration, ok bool) {
-	d, err := time.ParseDuration(h.Get(timeoutHeader))
+	text := h.Get(timeoutHeader)
+	if text == "" { // which costs an error to parse
+		return 0, false
+	}
+	d, err := time.ParseDuration(text)
 	return d, err == nil && d > 0
 }
