@@ -31,8 +31,9 @@ type Responder func(ctx context.Context, m *Msg) ([]byte, error)
 // Middleware wraps every handler of a broker; see [WithMiddleware].
 type Middleware func(Handler) Handler
 
-// Msg is a received message. It belongs to its handler, which may keep and
-// change it; it is not safe for concurrent use while it is changed.
+// Msg is a received message. It belongs to its handler, which may keep it and set
+// its fields; it is not safe for concurrent use while it is changed. The bytes of
+// Data and the values in Header stay as they are: a dead letter is made of them.
 type Msg struct {
 	Subject string
 	Data    []byte
