@@ -177,6 +177,32 @@ func (c *cluster) whole(t testing.TB, nc *nats.Conn, streams ...string) {
 	}
 }
 
+// stalls begins to watch whether this process runs, and returns a function that
+// ends the watch and tells the longest time for which it did not.
+func stalls() (longest func() time.Duration) {
+	const beat = 5 * time.Millisecond
+	end, worst := make(chan struct{}), make(chan time.Duration)
+	go func() {
+		tick := time.NewTicker(beat)
+		defer tick.Stop()
+		last, gap := time.Now(), time.Duration(0)
+		for {
+			select {
+			case <-tick.C:
+				now := time.Now()
+				gap, last = max(gap, now.Sub(last)-beat), now
+			case <-end:
+				worst <- gap
+				return
+			}
+		}
+	}()
+	return func() time.Duration {
+		close(end)
+		return <-worst
+	}
+}
+
 // logBook is a slog handler that keeps what was logged.
 type logBook struct {
 	attrs []slog.Attr

@@ -10,10 +10,31 @@ import (
 )
 
 // Messages that wait in a client past their lease are delivered again. natsx
-// pulls what it can start, and keeps alive what runs.
+// pulls what it can start, and keeps alive what runs. Nothing keeps the leases of a
+// process that does not run for most of one, so that such a try does not count.
 func TestSlowHandlersShareWithoutDuplicates(t *testing.T) {
 	t.Parallel()
+	const ackWait = time.Second
+	for range 5 {
+		stalled := stalls()
+		faults := shareSlowly(t, ackWait)
+		if stood := stalled(); len(faults) > 0 && stood > ackWait/4 {
+			t.Logf("after the process stood still for %v: %q", stood, faults)
+			continue
+		}
+		for _, fault := range faults {
+			t.Error(fault)
+		}
+		return
+	}
+	t.Skip("the machine stands still for too long, again and again")
+}
+
+// shareSlowly has two brokers with handlers slower than the lease share a backlog,
+// and returns what went wrong.
+func shareSlowly(t *testing.T, ackWait time.Duration) (faults []string) {
 	const messages, workers = 32, 4
+	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	s := startServer(t)
 	nc := connect(t, s.ClientURL())
 	// In memory, since a disk that stalls for half a lease is no fault of natsx.
@@ -25,30 +46,33 @@ func TestSlowHandlersShareWithoutDuplicates(t *testing.T) {
 	for i := range 2 {
 		name := fmt.Sprint(i)
 		b := NewBroker(connect(t, s.ClientURL()), WithWorkers(workers))
-		brokers = append(brokers, runBroker(t, b, Route("slow.*").Durable("d").AckWait(time.Second).
+		brokers = append(brokers, runBroker(t, b, Route("slow.*").Durable("d").AckWait(ackWait).
 			Handle(func(ctx context.Context, m *Msg) error {
 				seen.add(string(m.Data))
 				shares.add(name)
-				return work(ctx, 2500*time.Millisecond)
+				return work(ctx, ackWait*5/2)
 			})))
 	}
 	eventually(t, "all are started", func() bool { return seen.sum() >= messages })
 	eventually(t, "all are settled", func() bool { return settled(t, nc, "SLOW", "d") })
 	for i, r := range brokers {
 		if err := r.stop(t); err != nil {
-			t.Errorf("Run: %v", err)
+			fault("Run: %v", err)
 		}
 		if got := r.Stats().Routes[0]; got.Lapsed != 0 {
-			t.Errorf("broker %d: got %+v, want no lapsed lease", i, got)
+			fault("broker %d: got %+v, want no lapsed lease", i, got)
 		}
 		if got := shares.get(fmt.Sprint(i)); got < messages*40/100 || got > messages*60/100 {
-			t.Errorf("broker %d handled %d of %d, want 40 to 60 %%", i, got, messages)
+			fault("broker %d handled %d of %d, want 40 to 60 %%", i, got, messages)
 		}
 	}
-	seen.wantOnce(t, messages)
-	if got := consumerInfo(t, nc, "SLOW", "d").NumRedelivered; got != 0 {
-		t.Errorf("%d redelivered, want none", got)
+	if seen.sum() != messages || seen.keys() != messages {
+		fault("%d messages handled %d times, want each of %d once", seen.keys(), seen.sum(), messages)
 	}
+	if got := consumerInfo(t, nc, "SLOW", "d").NumRedelivered; got != 0 {
+		fault("%d redelivered, want none", got)
+	}
+	return faults
 }
 
 // A handler that is fast at first teaches natsx to pull deep. Turning slow it

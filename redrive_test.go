@@ -275,7 +275,7 @@ func TestRedriveAfterAKill(t *testing.T) {
 
 func TestRedriveByTwoOperators(t *testing.T) {
 	t.Parallel()
-	const count = 200
+	const count = 80
 	url := startServer(t).ClientURL()
 	nc := connect(t, url)
 	orders(t, nc)
@@ -597,7 +597,7 @@ func TestRedriveOverAServerRestart(t *testing.T) {
 // while letters are redriven and handled.
 func TestRedriveOverElections(t *testing.T) {
 	t.Parallel()
-	const count = 150
+	const count = 60
 	c := startCluster(t)
 	nc := connect(t, c.url())
 	createStream(t, nc, jetstream.StreamConfig{Name: "ORDERS", Subjects: []string{"orders.>"}, Replicas: 3, Retention: jetstream.WorkQueuePolicy})
