@@ -242,7 +242,7 @@ func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.Strea
 			if age := info.TimeStamp.Sub(state.FirstTime); next.MaxAge > 0 && state.Msgs > 0 && age > next.MaxAge {
 				return fmt.Sprintf("would delete messages: the oldest is %s old", age.Round(time.Millisecond))
 			}
-		case "allowRollup", "allowSchedules":
+		case "allowRollup", "allowMsgSchedules":
 			if have.DenyPurge {
 				return "the stream denies purges, which cannot be taken back"
 			}
@@ -334,7 +334,7 @@ var streamFields = []streamField{
 	{optDedupWindow, "dedupWindow", func(s StreamSpec, c *jetstream.StreamConfig) { c.Duplicates = s.dedupWindow },
 		func(c jetstream.StreamConfig) string { return c.Duplicates.String() }},
 	streamFlag(optAllowMsgTTL, "allowMsgTTL", func(c *jetstream.StreamConfig) *bool { return &c.AllowMsgTTL }),
-	streamFlag(optAllowSchedules, "allowSchedules", func(c *jetstream.StreamConfig) *bool { return &c.AllowMsgSchedules }),
+	streamFlag(optAllowMsgSchedules, "allowMsgSchedules", func(c *jetstream.StreamConfig) *bool { return &c.AllowMsgSchedules }),
 	streamFlag(optAllowAtomicPublish, "allowAtomicPublish", func(c *jetstream.StreamConfig) *bool { return &c.AllowAtomicPublish }),
 	streamFlag(optAllowBatchPublish, "allowBatchPublish", func(c *jetstream.StreamConfig) *bool { return &c.AllowBatchPublish }),
 	streamFlag(optAllowDirect, "allowDirect", func(c *jetstream.StreamConfig) *bool { return &c.AllowDirect }),

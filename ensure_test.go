@@ -61,7 +61,7 @@ func TestEnsureCreates(t *testing.T) {
 	}{
 		{Stream("PLAIN"), plain},
 		{Stream("SHORT").Subjects("short.>").MaxAge(time.Second), short},
-		{Stream("TIMED").Subjects("timed.>").AllowSchedules(), timed},
+		{Stream("TIMED").Subjects("timed.>").AllowMsgSchedules(), timed},
 		{Stream("KEPT").Subjects("kept.>").DenyDelete().DenyPurge(), kept},
 		{everyStreamOption(), jetstream.StreamConfig{
 			Name: "EVERY", Subjects: []string{"every.>", "other"}, Description: "all of them",
@@ -189,9 +189,9 @@ func TestEnsureLimits(t *testing.T) {
 				{"maxMsgs", "unlimited", "2", "would delete 8 of 10 messages"},
 			}},
 		{"rollup of what may not be purged", jetstream.StreamConfig{DenyPurge: true},
-			func(s StreamSpec) StreamSpec { return s.AllowRollup().AllowSchedules() },
+			func(s StreamSpec) StreamSpec { return s.AllowRollup().AllowMsgSchedules() },
 			[]StreamDiff{
-				{"allowSchedules", "false", "true", "the stream denies purges, which cannot be taken back"},
+				{"allowMsgSchedules", "false", "true", "the stream denies purges, which cannot be taken back"},
 				{"allowRollup", "false", "true", "the stream denies purges, which cannot be taken back"},
 			}},
 	} {

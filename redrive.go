@@ -160,10 +160,10 @@ type SkipReason string
 
 // The reasons of a skipped letter.
 const (
-	SkipForeign  SkipReason = "foreign"  // no dead letter; it stays
-	SkipTooOften SkipReason = "tooOften" // redriven MaxRedrives times before; it stays
-	SkipRedriven SkipReason = "redriven" // an earlier or concurrent redrive stored the copy; the letter is removed
-	SkipGone     SkipReason = "gone"     // removed meanwhile, by another redrive or a purge
+	SkipForeign     SkipReason = "foreign"      // no dead letter; it stays
+	SkipMaxRedrives SkipReason = "max_redrives" // redriven MaxRedrives times before; it stays
+	SkipRedriven    SkipReason = "redriven"     // an earlier or concurrent redrive stored the copy; the letter is removed
+	SkipGone        SkipReason = "gone"         // removed meanwhile, by another redrive or a purge
 )
 
 // RedriveReport is what a redrive did. Every selected letter is in one of the
@@ -341,7 +341,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		most = r.maxRedrives
 	}
 	if count > most {
-		return SkipTooOften, nil
+		return SkipMaxRedrives, nil
 	}
 	begun := time.Now()
 	for pause, lost := 50*time.Millisecond, false; ; pause = min(2*pause, time.Second) {

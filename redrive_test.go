@@ -408,12 +408,12 @@ func TestRedriveEndsALoop(t *testing.T) {
 		eventually(t, "it is dead", func() bool { return died() == i+1 && stored(t, nc, "DLQ") == 1 })
 		q := DeadLetters("dlq.orders")
 		if i == 2 {
-			redriveQuery(t, nc, q.MaxRedrives(2), RedriveReport{Skipped: 1, Skips: map[SkipReason]int{SkipTooOften: 1}})
+			redriveQuery(t, nc, q.MaxRedrives(2), RedriveReport{Skipped: 1, Skips: map[SkipReason]int{SkipMaxRedrives: 1}})
 		}
 		redriveQuery(t, nc, q, RedriveReport{Redriven: 1})
 	}
 	eventually(t, "it is dead again", func() bool { return died() == 4 && stored(t, nc, "DLQ") == 1 })
-	redriveAll(t, nc, RedriveReport{Skipped: 1, Skips: map[SkipReason]int{SkipTooOften: 1}})
+	redriveAll(t, nc, RedriveReport{Skipped: 1, Skips: map[SkipReason]int{SkipMaxRedrives: 1}})
 	found, _ := listed(t, nc, DeadLetters("dlq.orders"))
 	if len(found) != 1 || found[0].Redrives != 3 {
 		t.Errorf("got %v, want one letter that was redriven 3 times", found)

@@ -117,7 +117,7 @@ func (r *route) trouble(kind string, err error) {
 	r.troubles[kind] = err
 	r.troublesMu.Unlock()
 	if !known {
-		r.log.Warn("natsx: route is in trouble", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind, "error", err)
+		r.log.Warn("natsx: route is unhealthy", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind, "error", err)
 	}
 }
 
@@ -128,7 +128,7 @@ func (r *route) clear(kind string) {
 	delete(r.troubles, kind)
 	r.troublesMu.Unlock()
 	if known {
-		r.log.Info("natsx: route is well again", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind)
+		r.log.Info("natsx: route is healthy again", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind)
 	}
 }
 

@@ -44,7 +44,7 @@ const (
 	optReplicas
 	optDedupWindow
 	optAllowMsgTTL
-	optAllowSchedules
+	optAllowMsgSchedules
 	optAllowAtomicPublish
 	optAllowBatchPublish
 	optAllowDirect
@@ -210,11 +210,11 @@ func (s StreamSpec) AllowMsgTTL() StreamSpec {
 	return s
 }
 
-// AllowSchedules lets messages be published for later, and with that allows
+// AllowMsgSchedules lets messages be published for later, and with that allows
 // rollups. It cannot be taken back, and fits neither DenyPurge nor
 // [jetstream.DiscardNew]. It needs nats-server 2.12.
-func (s StreamSpec) AllowSchedules() StreamSpec {
-	s.set |= optAllowSchedules
+func (s StreamSpec) AllowMsgSchedules() StreamSpec {
+	s.set |= optAllowMsgSchedules
 	return s
 }
 
@@ -260,7 +260,7 @@ func (s StreamSpec) DenyPurge() StreamSpec {
 
 // WithStreams has [Broker.Run] ensure these streams before any route starts, as
 // [StreamSpec.Ensure] does. One that captures a route's DLQ subject is created
-// with DiscardNew unless Discard or AllowSchedules says otherwise: a full DLQ
+// with DiscardNew unless Discard or AllowMsgSchedules says otherwise: a full DLQ
 // refuses letters, which stay with their route, and loses none.
 func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
@@ -350,11 +350,11 @@ func (s StreamSpec) Validate() error {
 	if has(optDenyPurge) && has(optAllowRollup) {
 		add("denyPurge", "", "does not fit with allowRollup: a rollup purges", ErrOptionConflict)
 	}
-	if has(optDenyPurge) && has(optAllowSchedules) {
-		add("denyPurge", "", "does not fit with allowSchedules: a fired schedule is rolled up", ErrOptionConflict)
+	if has(optDenyPurge) && has(optAllowMsgSchedules) {
+		add("denyPurge", "", "does not fit with allowMsgSchedules: a fired schedule is rolled up", ErrOptionConflict)
 	}
-	if has(optAllowSchedules) && has(optDiscard) && s.discard == jetstream.DiscardNew {
-		add("allowSchedules", "", "does not fit with DiscardNew", ErrOptionConflict)
+	if has(optAllowMsgSchedules) && has(optDiscard) && s.discard == jetstream.DiscardNew {
+		add("allowMsgSchedules", "", "does not fit with DiscardNew", ErrOptionConflict)
 	}
 	return errors.Join(faults...)
 }
@@ -403,7 +403,7 @@ func (s StreamSpec) forLetters(specs []Spec) StreamSpec {
 	for _, spec := range specs {
 		dlq := spec.route.dlq
 		if dlq != "" && slices.ContainsFunc(s.subjectList(), func(subject string) bool { return subjectMatches(subject, dlq) }) {
-			s.letters = s.set&(optDiscard|optAllowSchedules) == 0
+			s.letters = s.set&(optDiscard|optAllowMsgSchedules) == 0
 		}
 	}
 	return s

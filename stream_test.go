@@ -59,8 +59,8 @@ func TestStreamValidate(t *testing.T) {
 		{"no dedup window", s.DedupWindow(0), []string{`natsx: stream "S": dedupWindow 0s: must be at least 100ms`}, ErrOutOfRange},
 		{"dedup window beyond the age", s.MaxAge(time.Minute).DedupWindow(time.Hour), []string{`natsx: stream "S": dedupWindow 1h0m0s: is longer than the maxAge of 1m0s`}, ErrOptionConflict},
 		{"rollup that may not purge", s.AllowRollup().DenyPurge(), []string{`natsx: stream "S": denyPurge: does not fit with allowRollup: a rollup purges`}, ErrOptionConflict},
-		{"schedules that may not purge", s.AllowSchedules().DenyPurge(), []string{`natsx: stream "S": denyPurge: does not fit with allowSchedules: a fired schedule is rolled up`}, ErrOptionConflict},
-		{"schedules that discard new", s.AllowSchedules().Discard(jetstream.DiscardNew), []string{`natsx: stream "S": allowSchedules: does not fit with DiscardNew`}, ErrOptionConflict},
+		{"schedules that may not purge", s.AllowMsgSchedules().DenyPurge(), []string{`natsx: stream "S": denyPurge: does not fit with allowMsgSchedules: a fired schedule is rolled up`}, ErrOptionConflict},
+		{"schedules that discard new", s.AllowMsgSchedules().Discard(jetstream.DiscardNew), []string{`natsx: stream "S": allowMsgSchedules: does not fit with DiscardNew`}, ErrOptionConflict},
 		{"all at once", Stream("").Subjects().MaxMsgs(0).Replicas(9), []string{
 			`natsx: stream "": name "": must not be empty`,
 			`natsx: stream "": subjects: needs at least one subject`,
