@@ -47,6 +47,24 @@ func serverChild() int {
 	select {}
 }
 
+// serverProcess gives a server the process and the port of its own that clients
+// reach at the URL. start starts it, and again after it was killed.
+func serverProcess(t testing.TB) (at string, start func() *child) {
+	t.Helper()
+	u := url.URL{
+		Scheme: "nats", Host: "127.0.0.1:" + strconv.Itoa(fixedPort(t)),
+		RawQuery: url.Values{"store": {t.TempDir()}}.Encode(),
+	}
+	return "nats://" + u.Host, func() *child {
+		t.Helper()
+		c := startChild(t, "server", u.String(), nil)
+		if !c.serves(t) {
+			t.Fatalf("the server ended: %v", c.err)
+		}
+		return c
+	}
+}
+
 // A server that is killed forgets acknowledgements that it had not written yet,
 // so that messages may come again; none is lost, and no letter is doubled.
 func TestRouteSurvivesAKilledServer(t *testing.T) {
@@ -55,19 +73,9 @@ func TestRouteSurvivesAKilledServer(t *testing.T) {
 	if *soak {
 		messages, kills = 20000, 40
 	}
-	u := url.URL{
-		Scheme: "nats", Host: "127.0.0.1:" + strconv.Itoa(fixedPort(t)),
-		RawQuery: url.Values{"store": {t.TempDir()}}.Encode(),
-	}
-	start := func() *child {
-		c := startChild(t, "server", u.String(), nil)
-		if !c.serves(t) {
-			t.Fatalf("the server ended: %v", c.err)
-		}
-		return c
-	}
+	at, start := serverProcess(t)
 	srv := start()
-	admin := connect(t, "nats://"+u.Host)
+	admin := connect(t, at)
 	createStream(t, admin, jetstream.StreamConfig{
 		Name: "HARD", Subjects: []string{"hard.*"}, Retention: jetstream.WorkQueuePolicy,
 	})
@@ -76,7 +84,7 @@ func TestRouteSurvivesAKilledServer(t *testing.T) {
 
 	var seen tally
 	_, log := newLogBook()
-	r := runBroker(t, NewBroker(connect(t, "nats://"+u.Host), WithWorkers(4), WithLogger(log)),
+	r := runBroker(t, NewBroker(connect(t, at), WithWorkers(4), WithLogger(log)),
 		Route("hard.*").Durable("d").AckWait(2*time.Second).Retry(5).DLQ("dlq.hard").
 			Handle(func(ctx context.Context, m *Msg) error {
 				seen.add(string(m.Data))

@@ -76,6 +76,8 @@ func (r *durableRoute) locate(ctx context.Context) error {
 	switch {
 	case errors.Is(err, ErrPermission):
 		r.log.Warn("natsx: stream cannot be checked", "stream", r.target.stream, "error", err)
+	case hasCode(err, codeStreamNotFound):
+		return r.spec.fault("stream", strconv.Quote(r.target.stream), "does not exist", fmt.Errorf("%w: %w", ErrNoStream, err))
 	case err != nil:
 		return r.spec.fault("stream", strconv.Quote(r.target.stream), cause(err), err)
 	default:

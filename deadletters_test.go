@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -355,43 +354,6 @@ func TestDeadLettersSurviveTheirReader(t *testing.T) {
 	}
 	if next != 1501 {
 		t.Errorf("read up to %d, want 1500", next-1)
-	}
-}
-
-func TestDeadLettersInConstantMemory(t *testing.T) {
-	t.Parallel()
-	count := 20_000
-	if *soak {
-		count = 100_000
-	}
-	nc := connect(t, startServer(t).ClientURL())
-	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
-	body := make([]byte, 2048)
-	publishMany(t, nc, count, func(i int) *nats.Msg {
-		m := testLetter("billing", ReasonPanic, i)
-		m.Data = body
-		return m
-	})
-	// The server runs in this process and other tests beside this one: only that
-	// letters are not kept can be told, by the finalizers of their payloads.
-	var read int
-	freed := make(chan struct{}, count)
-	for l, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if read++; read%(count/10) == 1 {
-			runtime.AddCleanup(&l.Data[0], func(struct{}) { freed <- struct{}{} }, struct{}{})
-		}
-		if read == count-600 {
-			runtime.GC()
-			for range 8 {
-				receive(t, freed, "the letters that were read before to be freed")
-			}
-		}
-	}
-	if read != count {
-		t.Errorf("read %d letters, want %d", read, count)
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"runtime"
 	"slices"
 	"strconv"
@@ -452,63 +451,6 @@ func TestReplayTellsItsProgress(t *testing.T) {
 	}
 	if limit := int(time.Since(began)/(100*time.Millisecond)) + 2; last.Done != count || calls > limit {
 		t.Errorf("told %d times up to %+v, want at most %d times up to the end", calls, last, limit)
-	}
-}
-
-func init() { childModes["replay"] = replayChild }
-
-// replayChild replays everything and prints how far its heap grew, in MiB. It is a
-// process of its own since the heap is the process's.
-func replayChild() int {
-	nc, err := nats.Connect(childURL())
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer nc.Close()
-	heap := func() uint64 {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
-	before := heap()
-	most := before
-	report, err := NewBroker(nc).Replay(context.Background(), Replay("history.>").Handle(func(_ context.Context, m *Msg) error {
-		if m.Sequence()%10_000 == 0 {
-			most = max(most, heap())
-		}
-		return nil
-	}))
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	fmt.Printf("%d %d\n", report.Handled, (most-before)>>20)
-	return 0
-}
-
-// Many messages, held back for a while, take no more memory than few.
-func TestReplayInConstantMemory(t *testing.T) {
-	t.Parallel()
-	count := 100_000
-	if *soak {
-		count = 1_000_000
-	}
-	s := startServer(t)
-	chronicle(t, connect(t, s.ClientURL()), count, 10)
-	lines := make(chan string, 1)
-	c := startChild(t, "replay", s.ClientURL(), lines)
-	receive(t, c.done, "the replay")
-	if c.err != nil {
-		t.Fatal(c.err)
-	}
-	var handled, grown int
-	if _, err := fmt.Sscan(receive(t, lines, "the result"), &handled, &grown); err != nil {
-		t.Fatal(err)
-	}
-	if handled != count || grown > 24 {
-		t.Errorf("handled %d of %d, the heap grew by %d MiB, want at most 24", handled, count, grown)
 	}
 }
 

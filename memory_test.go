@@ -1,0 +1,135 @@
+package natsx
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"runtime"
+	"strconv"
+	"testing"
+
+	"github.com/nats-io/nats.go"
+)
+
+func init() {
+	childModes["replay"] = func() int { return readerChild(replayAll) }
+	childModes["letters"] = func() int { return readerChild(listAll) }
+}
+
+// Many messages take no more memory than few. The heap is that of a process, so
+// that reader and server have one each.
+func TestReplayInConstantMemory(t *testing.T) {
+	t.Parallel()
+	readInConstantMemory(t, "replay", 1_000_000)
+}
+
+func TestDeadLettersInConstantMemory(t *testing.T) {
+	t.Parallel()
+	readInConstantMemory(t, "letters", 100_000)
+}
+
+func readInConstantMemory(t *testing.T, mode string, count int) {
+	t.Helper()
+	url, start := serverProcess(t)
+	start()
+	lines := make(chan string, 1)
+	c := startChild(t, mode, url, lines)
+	receive(t, c.done, "the reader's end")
+	if c.err != nil {
+		t.Fatal(c.err)
+	}
+	var read, grown int
+	if _, err := fmt.Sscan(receive(t, lines, "the result"), &read, &grown); err != nil {
+		t.Fatal(err)
+	}
+	if read != count || grown > 24 {
+		t.Errorf("read %d of %d, the heap grew by %d MiB, want at most 24", read, count, grown)
+	}
+}
+
+// readerChild prints how much read has read, and by how many MiB the heap grew
+// meanwhile.
+func readerChild(read func(nc *nats.Conn, look func()) (int, error)) int {
+	nc, err := nats.Connect(childURL())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer nc.Close()
+	var before, most uint64
+	n, err := read(nc, func() {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		if before == 0 {
+			before = m.HeapAlloc
+		}
+		most = max(most, m.HeapAlloc)
+	})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	fmt.Println(n, (most-before)>>20)
+	return 0
+}
+
+func replayAll(nc *nats.Conn, look func()) (int, error) {
+	if err := fill(nc, "HISTORY", "history.>", 1_000_000, func(i int) Envelope {
+		return To("history." + strconv.Itoa(i%10)).Data(strconv.AppendInt(nil, int64(i), 10))
+	}); err != nil {
+		return 0, err
+	}
+	look()
+	report, err := NewBroker(nc).Replay(context.Background(), Replay("history.>").Handle(func(_ context.Context, m *Msg) error {
+		if m.Sequence()%50_000 == 0 {
+			look()
+		}
+		return nil
+	}))
+	return int(report.Handled), err
+}
+
+func listAll(nc *nats.Conn, look func()) (read int, _ error) {
+	body := make([]byte, 1024)
+	if err := fill(nc, "DLQ", "dlq.>", 100_000, func(i int) Envelope {
+		m := testLetter("billing", ReasonPanic, i)
+		e := To(m.Subject).Data(body)
+		for name, values := range m.Header {
+			e = e.Header(name, values[0])
+		}
+		return e
+	}); err != nil {
+		return 0, err
+	}
+	look()
+	for _, err := range DeadLetters("dlq.orders").List(context.Background(), nc) {
+		if err != nil {
+			return read, err
+		}
+		if read++; read%10_000 == 0 {
+			look()
+		}
+	}
+	return read, nil
+}
+
+// fill makes a stream with so many messages.
+func fill(nc *nats.Conn, name, subject string, count int, build func(i int) Envelope) error {
+	ctx := context.Background()
+	if err := Stream(name).Subjects(subject).AllowBatchPublish().Ensure(ctx, nc); err != nil {
+		return err
+	}
+	pub := NewPublisher(nc, WithoutMessageIDs(), WithFastIngest())
+	const atOnce = 10_000
+	for i := 0; i < count; i += atOnce {
+		es := make([]Envelope, atOnce)
+		for j := range es {
+			es[j] = build(i + j)
+		}
+		if _, err := pub.PublishAll(ctx, es...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
