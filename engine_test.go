@@ -279,7 +279,7 @@ func TestStartUpRefusals(t *testing.T) {
 		want  []error
 	}{
 		{"no stream", []Spec{Route("x.*").Durable("d").Handle(succeed)}, []error{ErrNoStream}},
-		{"named stream is missing", []Spec{Route("x.*").Durable("d").Stream("X").Handle(succeed)}, []error{jetstream.ErrStreamNotFound}},
+		{"named stream is missing", []Spec{Route("x.*").Durable("d").Stream("X").Handle(succeed)}, []error{ErrNoStream}},
 		{"several streams", []Spec{Route(">").Durable("d").Handle(succeed)}, []error{ErrAmbiguousStream}},
 		{"work queue would lose", []Spec{Route("b.*").Durable("d").Retry(1).Handle(succeed)}, []error{ErrWouldLose}},
 		{"interest would lose", []Spec{Route("i.*").Durable("d").Retry(0).Handle(succeed)}, []error{ErrWouldLose}},
