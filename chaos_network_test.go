@@ -59,8 +59,7 @@ func TestDeletionsEndRun(t *testing.T) {
 			p.allow()
 			began := time.Now()
 			err := r.wait(t)
-			// Promised are 10 s.
-			if took := time.Since(began); took > 20*time.Second {
+			if took := time.Since(began); took > 10*time.Second {
 				t.Errorf("Run returned after %v", took)
 			}
 			if !errors.Is(err, c.want) || errors.Is(err, c.wantNot) || !strings.Contains(err.Error(), `"d"`) {
@@ -173,7 +172,6 @@ func TestRouteSurvivesALostLeader(t *testing.T) {
 // client's own pings, which take minutes.
 func TestDeliveryGoesOnAfterABlackHole(t *testing.T) {
 	t.Parallel()
-	const ackWait = 2 * time.Second
 	for _, c := range []struct {
 		name   string
 		freeze func(*proxy)
@@ -187,36 +185,38 @@ func TestDeliveryGoesOnAfterABlackHole(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			const messages = 100
-			s := startServer(t)
-			admin := connect(t, s.ClientURL())
-			createStream(t, admin, jetstream.StreamConfig{Name: "HOLE", Subjects: []string{"hole.*"}})
-			p := startProxy(t, s.ClientURL())
-			var seen tally
-			_, log := newLogBook()
-			r := runBroker(t, NewBroker(connect(t, p.url()), WithWorkers(4), WithLogger(log)),
-				Route("hole.*").Durable("d").AckWait(ackWait).Handle(func(ctx context.Context, m *Msg) error {
-					seen.add(m.Subject + " " + string(m.Data))
-					return work(ctx, 10*time.Millisecond)
-				}))
-			publishMany(t, admin, messages, numbered("hole.before"))
-			eventually(t, "a part is done", func() bool { return seen.sum() >= messages/2 })
-			c.freeze(p)
-			publishMany(t, admin, messages, numbered("hole.after"))
-			c.thaw(p)
-			began := time.Now()
-			eventually(t, "all are handled", func() bool { return seen.keys() >= 2*messages })
-			if took, limit := time.Since(began), ackWait+blackHoleLimit; took > limit {
-				t.Errorf("delivery went on after %v, want at most %v", took, limit)
-			}
-			eventually(t, "all are settled", func() bool { return settled(t, admin, "HOLE", "d") })
-			eventually(t, "Health is good again", func() bool { return r.Health() == nil })
-			if err := r.stop(t); err != nil {
-				t.Errorf("Run: %v", err)
-			}
+			const ackWait, heartbeat = 2 * time.Second, 500 * time.Millisecond
+			onceWithin(t, ackWait+2*heartbeat, func() time.Duration { return crossBlackHole(t, ackWait, c.freeze, c.thaw) })
 		})
 	}
 }
 
-// blackHoleLimit is two heartbeats and what a reconnect takes on a busy machine.
-const blackHoleLimit = 20 * time.Second
+// crossBlackHole returns how long after the thaw everything was handled.
+func crossBlackHole(t *testing.T, ackWait time.Duration, freeze, thaw func(*proxy)) (took time.Duration) {
+	const messages = 100
+	s := startServer(t)
+	admin := connect(t, s.ClientURL())
+	createStream(t, admin, jetstream.StreamConfig{Name: "HOLE", Subjects: []string{"hole.*"}})
+	p := startProxy(t, s.ClientURL())
+	var seen tally
+	_, log := newLogBook()
+	r := runBroker(t, NewBroker(connect(t, p.url()), WithWorkers(4), WithLogger(log)),
+		Route("hole.*").Durable("d").AckWait(ackWait).Handle(func(ctx context.Context, m *Msg) error {
+			seen.add(m.Subject + " " + string(m.Data))
+			return work(ctx, 10*time.Millisecond)
+		}))
+	publishMany(t, admin, messages, numbered("hole.before"))
+	eventually(t, "a part is done", func() bool { return seen.sum() >= messages/2 })
+	freeze(p)
+	publishMany(t, admin, messages, numbered("hole.after"))
+	thaw(p)
+	began := time.Now()
+	eventually(t, "all are handled", func() bool { return seen.keys() >= 2*messages })
+	took = time.Since(began)
+	eventually(t, "all are settled", func() bool { return settled(t, admin, "HOLE", "d") })
+	eventually(t, "Health is good again", func() bool { return r.Health() == nil })
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	return took
+}

@@ -174,6 +174,10 @@ func poisonUnderKills(t *testing.T, gap time.Duration) {
 		wantLetter(t, m, original, map[string]string{
 			"Stream": "JOBS", "Sequence": seq, "Durable": "worker",
 		}, "exhausted", "crashed")
+		attempts, err := strconv.Atoi(m.Header.Get("Natsx-Dlq-Attempts"))
+		if exhausted := m.Header.Get("Natsx-Dlq-Reason") == "exhausted"; err != nil || attempts < poisonAttempts || exhausted && attempts != poisonAttempts {
+			t.Errorf("letter %s: %q attempts, want %d", seq, m.Header.Get("Natsx-Dlq-Attempts"), poisonAttempts)
+		}
 		if m.Header.Get("Natsx-Dlq-Reason") == "exhausted" && !strings.Contains(m.Header.Get("Natsx-Dlq-Error"), "always fails") {
 			t.Errorf("letter %s: error %q, want the handler's", seq, m.Header.Get("Natsx-Dlq-Error"))
 		}

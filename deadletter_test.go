@@ -219,7 +219,22 @@ func TestLettersOfTheLargestMessagesArrive(t *testing.T) {
 		if i < 0 || m.Header.Get("Natsx-Dlq-Sequence") != fmt.Sprint(i+1) || m.Header.Get("Natsx-Dlq-Stream") != "BIG" {
 			t.Fatalf("a letter of nothing that was published: %v", m.Header)
 		}
-		if string(m.Data) == string(originals[i].Data) {
+		// What does not fit goes in the order of text, headers, payload.
+		pointer, noHeaders := false, false
+		switch originals[i].Subject {
+		case "big.body", "big.headers":
+			pointer = true
+		case "big.allheader", "big.almost":
+			noHeaders = true
+		}
+		if got := m.Header.Get(HeaderDLQPointer) != ""; got != pointer || got != (string(m.Data) != string(originals[i].Data)) {
+			t.Errorf("%q: the letter has %d bytes of %d, a pointer %t, want %t",
+				originals[i].Subject, len(m.Data), len(originals[i].Data), got, pointer)
+		}
+		if got := m.Header.Get("X-Big") == "" && originals[i].Header != nil; got != noHeaders {
+			t.Errorf("%q: without the original's headers %t, want %t", originals[i].Subject, got, noHeaders)
+		}
+		if !pointer {
 			continue
 		}
 		src, err := jetStream(t, nc).Stream(testContext(t), "BIG")
@@ -268,12 +283,28 @@ func TestMissingDLQHoldsMessagesBack(t *testing.T) {
 		return err != nil && strings.Contains(err.Error(), "dlq.held")
 	})
 	// The route pauses, so that more failing messages pile up where they are safe.
-	const more = 20
-	publishMany(t, nc, more, numbered("held.y"))
+	// A pull that was sent before may yet be served.
+	received := func() uint64 { return r.Stats().Routes[0].Received }
+	const most = 10
+	for n, before := 0, uint64(0); before != received() && n < most; n++ {
+		before = received()
+		publish(t, nc, &nats.Msg{Subject: "held.y"})
+		select {
+		case <-r.done:
+			t.Fatalf("Run returned: %v", r.err)
+		case <-time.After(briefPull + 500*time.Millisecond):
+		}
+	}
+	const more = 2 * most
+	publishMany(t, nc, more-stored(t, nc, "HELD")+1, numbered("held.y"))
+	paused := received()
 	select {
 	case <-r.done:
 		t.Fatalf("Run returned: %v", r.err)
-	case <-time.After(3 * time.Second):
+	case <-time.After(2 * time.Second):
+	}
+	if got := received(); got != paused {
+		t.Errorf("%d messages were pulled while the DLQ is missing", got-paused)
 	}
 	if got := stored(t, nc, "HELD"); got != 1+more {
 		t.Fatalf("%d messages left while the DLQ is missing, want all %d", got, 1+more)

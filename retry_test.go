@@ -36,18 +36,17 @@ func TestWaitingRetriesStallNobody(t *testing.T) {
 		t.Errorf("got %+v, want all delayed and no worker occupied", got)
 	}
 
-	var delays []time.Duration
-	for range healthy {
-		sent := time.Now()
-		publish(t, nc, &nats.Msg{Subject: "wait.good"})
-		delays = append(delays, receive(t, handled, "a healthy message").Sub(sent))
-	}
-	slices.Sort(delays)
-	// The best tells what the engine needs, the worst also what else this
-	// machine does.
-	if best, worst := delays[0], delays[healthy-1]; best > 200*time.Millisecond || worst > 10*time.Second {
-		t.Errorf("healthy messages took %v to %v, want 200 ms", best, worst)
-	}
+	// One after another; the median does not tell what else this machine does.
+	onceWithin(t, 200*time.Millisecond, func() time.Duration {
+		var delays []time.Duration
+		for range healthy {
+			sent := time.Now()
+			publish(t, nc, &nats.Msg{Subject: "wait.good"})
+			delays = append(delays, receive(t, handled, "a healthy message").Sub(sent))
+		}
+		slices.Sort(delays)
+		return delays[healthy/2]
+	})
 	began := time.Now()
 	if err := r.stop(t); err != nil {
 		t.Errorf("Run: %v", err)
