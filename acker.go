@@ -12,7 +12,7 @@ import (
 // ready together finish first and publishes all their acks in one go; an ack
 // waits microseconds for it.
 type acker struct {
-	send func(reply string)
+	send func(replies []string)
 	done chan struct{} // closed when run has returned
 	wake chan struct{} // told that replies has its first entry; capacity 1, closed by stop
 
@@ -21,7 +21,7 @@ type acker struct {
 	stopped bool
 }
 
-func newAcker(send func(reply string)) *acker {
+func newAcker(send func(replies []string)) *acker {
 	return &acker{send: send, done: make(chan struct{}), wake: make(chan struct{}, 1)}
 }
 
@@ -30,7 +30,7 @@ func (a *acker) push(reply string) {
 	a.mu.Lock()
 	if a.stopped {
 		a.mu.Unlock()
-		a.send(reply)
+		a.send([]string{reply})
 		return
 	}
 	a.replies = append(a.replies, reply)
@@ -59,8 +59,8 @@ func (a *acker) flush(spare []string) []string {
 	replies := a.replies
 	a.replies = spare[:0]
 	a.mu.Unlock()
-	for _, reply := range replies {
-		a.send(reply)
+	if len(replies) > 0 {
+		a.send(replies)
 	}
 	clear(replies)
 	return replies

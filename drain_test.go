@@ -235,3 +235,125 @@ func TestDrainDoesNotWaitForRetries(t *testing.T) {
 		t.Errorf("Run: %v", err)
 	}
 }
+
+// A worker that only waits for the server's confirmation is no handler that runs.
+func TestDrainDoesNotCountWhoWaitsForTheServer(t *testing.T) {
+	t.Parallel()
+	p := startPhoenix(t)
+	nc := connect(t, p.url())
+	orders(t, nc)
+	started, end := make(chan struct{}), make(chan struct{})
+	_, log := newLogBook()
+	r := runBroker(t, NewBroker(nc, WithDrainTimeout(500*time.Millisecond), WithLogger(log)),
+		Route("orders.*").Durable("d").ConfirmAcks().Handle(func(context.Context, *Msg) error {
+			close(started)
+			<-end
+			return nil
+		}))
+	publishAcked(t, nc, "orders.x", "payload")
+	receive(t, started, "the handler")
+	p.stop()
+	eventually(t, "the stop is noticed", func() bool { return !nc.IsConnected() })
+	close(end)
+	var cut *DrainError
+	if err := r.stop(t); !errors.As(err, &cut) || cut.Abandoned != 1 || cut.Running != 0 {
+		t.Errorf("got %v, want one abandoned and none running", err)
+	}
+}
+
+// What the application sends without a connection is not the broker's to wait for.
+func TestIdleDrainWithoutAConnection(t *testing.T) {
+	t.Parallel()
+	p := startPhoenix(t)
+	nc := connect(t, p.url())
+	orders(t, nc)
+	r := runBroker(t, NewBroker(nc, WithDrainTimeout(3*time.Second)), Route("orders.*").Durable("d").Handle(succeed))
+	p.stop()
+	eventually(t, "the stop is noticed", func() bool { return !nc.IsConnected() })
+	if err := nc.Publish("other", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+// An acknowledgement that the server did not take in time is told.
+func TestDrainWaitsForTheLastAcks(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	admin := connect(t, s.ClientURL())
+	orders(t, admin)
+	for _, comesBack := range []bool{true, false} {
+		t.Run(fmt.Sprint("comes back ", comesBack), func(t *testing.T) {
+			t.Parallel()
+			subject := fmt.Sprint("orders.", comesBack)
+			timeout := testLimit
+			if !comesBack {
+				timeout = time.Second
+			}
+			p := startProxy(t, s.ClientURL())
+			nc := connect(t, p.url())
+			started, end := make(chan struct{}), make(chan struct{})
+			_, log := newLogBook()
+			r := runBroker(t, NewBroker(nc, WithDrainTimeout(timeout), WithLogger(log)),
+				Route(subject).Durable(fmt.Sprint(comesBack)).Handle(func(context.Context, *Msg) error {
+					close(started)
+					<-end
+					return nil
+				}))
+			publishAcked(t, admin, subject, "payload")
+			receive(t, started, "the handler")
+			p.refuse()
+			eventually(t, "the client is away", func() bool { return !nc.IsConnected() })
+			close(end)
+			r.cancel()
+			if !comesBack {
+				if err := r.wait(t); !errors.Is(err, ErrDrainTimeout) {
+					t.Errorf("got %v, want ErrDrainTimeout", err)
+				}
+				return
+			}
+			select {
+			case <-r.done:
+				t.Fatalf("Run returned (%v) with an ack to be sent", r.err)
+			case <-time.After(200 * time.Millisecond):
+			}
+			p.allow()
+			if err := r.wait(t); err != nil {
+				t.Errorf("Run: %v", err)
+			}
+			eventually(t, "the ack is booked", func() bool { return consumerInfo(t, admin, "ORDERS", "true").NumAckPending == 0 })
+		})
+	}
+}
+
+// A pause that waits for a server which does not answer holds no drain up.
+func TestDrainDoesNotWaitForAPause(t *testing.T) {
+	t.Parallel()
+	onceWithin(t, 3*time.Second, func() time.Duration {
+		s := startServer(t)
+		nc := connect(t, s.ClientURL())
+		orders(t, nc)
+		p := startProxy(t, s.ClientURL())
+		_, log := newLogBook()
+		b := NewBroker(connect(t, p.url()), WithDrainTimeout(500*time.Millisecond), WithLogger(log))
+		r := runBroker(t, b, Route("orders.*").Durable("d").Handle(succeed))
+		publishAcked(t, nc, "orders.x", "payload")
+		routeStats(t, b, "it is handled", func(s RouteStats) bool { return s.Succeeded == 1 })
+		d := r.ran.Load().routes[0].(*durableRoute)
+		p.freeze()
+		paused := make(chan struct{})
+		go func() {
+			defer close(paused)
+			b.Pause("d")
+		}()
+		eventually(t, "the pause is at work", func() bool { return len(d.gate) == 1 })
+		began := time.Now()
+		r.stop(t) // which may tell of a flush that failed
+		took := time.Since(began)
+		p.thaw()
+		receive(t, paused, "the pause")
+		return took
+	})
+}

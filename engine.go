@@ -42,7 +42,8 @@ type engine struct {
 	closing       context.Context
 	endClosing    context.CancelFunc
 
-	awake atomic.Int64 // engine time at which the process was last known to run; see pulse
+	unsent atomic.Bool  // an acknowledgement waits for a reconnect
+	awake  atomic.Int64 // engine time at which the process was last known to run; see pulse
 
 	background sync.WaitGroup // goroutines that routes start when something is wrong
 	replaying  sync.WaitGroup // replays that use the pool
@@ -63,10 +64,13 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		asking: make(chan struct{}, startAtOnce), state: "is starting", claimed: map[string]Spec{},
 		replays: map[*replay]struct{}{},
 	}
-	e.acks = newAcker(func(reply string) {
-		if err := b.nc.Publish(reply, ackAck); err != nil {
-			b.log.Warn("natsx: acknowledgement not sent", "reply", reply, "error", err)
+	e.acks = newAcker(func(replies []string) {
+		for _, reply := range replies {
+			if err := b.nc.Publish(reply, ackAck); err != nil {
+				b.log.Warn("natsx: acknowledgement not sent", "reply", reply, "error", err)
+			}
 		}
+		e.said()
 	})
 	e.intake, e.endIntake = context.WithCancel(ctx)
 	live := context.WithoutCancel(ctx)
@@ -304,7 +308,7 @@ func (e *engine) watchStatus(status <-chan nats.Status) {
 			}
 			lost = false
 			for _, r := range e.routes {
-				r.verify()
+				r.verify(true)
 			}
 		case nats.CLOSED:
 			e.fail(ErrConnectionClosed)
@@ -315,15 +319,18 @@ func (e *engine) watchStatus(status <-chan nats.Status) {
 // reconnect replaces a connection that is up in name only, but not one after
 // another. It tells whether the connection will come back as a new one.
 func (e *engine) reconnect() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	if !e.nc.IsConnected() {
 		return true
 	}
-	if time.Since(e.lastForced) < 2*time.Second {
+	e.mu.Lock()
+	early := time.Since(e.lastForced) < 2*time.Second
+	if !early {
+		e.lastForced = time.Now()
+	}
+	e.mu.Unlock()
+	if early {
 		return false
 	}
-	e.lastForced = time.Now()
 	e.log.Warn("natsx: connection does not answer, reconnecting", "server", e.nc.ConnectedUrlRedacted())
 	if err := e.nc.ForceReconnect(); err != nil {
 		e.log.Error("natsx: reconnect failed", "error", err)
@@ -378,7 +385,7 @@ func (e *engine) pulse(ctx context.Context) {
 		now := e.now()
 		if now-e.awake.Load() > 5*int64(period) && e.nc.IsConnected() {
 			for _, r := range e.routes {
-				r.verify()
+				r.verify(false)
 			}
 			// What was read before the answer is with the routes a moment later.
 			if e.nc.FlushTimeout(time.Second) != nil || !wait(ctx, period) {
@@ -488,6 +495,11 @@ func (e *engine) drain() error {
 	select {
 	case <-e.pool.gone:
 	case <-grace.C:
+		e.endClosing() // for workers that only wait for the server's word
+		select {
+		case <-e.pool.gone:
+		case <-time.After(100 * time.Millisecond):
+		}
 		e.pool.mu.Lock()
 		cut.Running = e.pool.busy
 		e.pool.mu.Unlock()
@@ -502,12 +514,19 @@ func (e *engine) drain() error {
 	return cut
 }
 
+// said is told that acknowledgements were handed to the connection.
+func (e *engine) said() {
+	if !e.nc.IsConnected() {
+		e.unsent.Store(true)
+	}
+}
+
 // flush has the server take what was said last. Without a connection it waits for
-// one, unless there is nothing to say.
+// one, unless no acknowledgement does.
 func (e *engine) flush(ctx context.Context) error {
 	for {
-		if n, err := e.nc.Buffered(); err != nil || n == 0 && !e.nc.IsConnected() {
-			return nil // closed, which is told elsewhere
+		if e.nc.IsClosed() || !e.nc.IsConnected() && !e.unsent.Load() {
+			return nil // what a closed one means is told elsewhere
 		}
 		try, cancel := context.WithTimeout(ctx, apiTimeout)
 		err := e.nc.FlushWithContext(try)
