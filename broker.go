@@ -121,6 +121,11 @@ func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
 		return err
 	}
 	e := newEngine(ctx, b, js, specs)
+	for _, r := range e.routes {
+		if r.base().handler == nil {
+			return r.base().spec.fault("middleware", "", "returned no handler", ErrNoHandler)
+		}
+	}
 	if !b.ran.CompareAndSwap(nil, e) {
 		return ErrAlreadyRun
 	}
@@ -146,6 +151,9 @@ func (b *Broker) validate() error {
 	}
 	if b.nc == nil {
 		add("broker without a connection")
+	}
+	if b.js != nil && b.nc != nil && b.js.Conn() != b.nc {
+		faults = append(faults, fmt.Errorf("natsx: JetStream context of another connection: %w", ErrOptionConflict))
 	}
 	if b.workers < 1 {
 		add("workers %d: must be at least 1", b.workers)
