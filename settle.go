@@ -82,14 +82,18 @@ func backoffDelay(low, high time.Duration, k int, spread float64) time.Duration 
 	return min(time.Duration(min(d, math.MaxInt64/2)), high)
 }
 
-// invoke runs a handler and turns a panic into an error.
+// invoke runs a handler and turns a panic into an error, also that of an error
+// which cannot be asked for its chain, as a nil pointer in it.
 func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			err = &PanicError{Value: v, Stack: debug.Stack()}
 		}
 	}()
-	return h(ctx, m)
+	if err = h(ctx, m); err != nil {
+		_ = errors.Is(err, errCrashed)
+	}
+	return err
 }
 
 // attempt runs the route's handler on d within timeout, unless that is 0, and has
