@@ -694,11 +694,18 @@ func headerNameFault(name string) string {
 		return "must not be empty"
 	}
 	for i := range len(name) {
-		if c := name[i]; c <= ' ' || c >= 0x7f || c == ':' {
-			return "must be printable ASCII without a colon or space"
+		if !headerNameByte(name[i]) {
+			return "must be an HTTP token: letters, digits, dashes and the like"
 		}
 	}
 	return ""
+}
+
+// headerNameByte tells whether nats.go sends c in the name of a header: it must be
+// a token of HTTP.
+func headerNameByte(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' ||
+		strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
 }
 
 // subjectMatches tells whether filter selects every subject that other selects.

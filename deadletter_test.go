@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -412,6 +413,72 @@ func TestRecreatedStreamKeepsItsLetters(t *testing.T) {
 			t.Errorf("round %d: %d letters, want %d", round, got, round*messages)
 		}
 		if err := jetStream(t, nc).DeleteStream(testContext(t), "AGAIN"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// No stream stores headers of 64 KiB, whatever a message may have.
+func TestLetterOfLargeHeadersArrives(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").Retry(0).DLQ("dlq.x").Handle(func(context.Context, *Msg) error {
+		return errors.New(strings.Repeat("e", 4000))
+	}))
+	publish(t, nc, &nats.Msg{Subject: "orders.x", Data: []byte("payload"), Header: nats.Header{"Big": {strings.Repeat("h", 63_000)}}})
+	eventually(t, "the letter is stored", func() bool { return stored(t, nc, "DLQ") == 1 })
+	if got := letters(t, nc, "DLQ")[0]; string(got.Data) != "payload" {
+		t.Errorf("the letter has the body %q", got.Data)
+	}
+}
+
+// A user who may not ask for the DLQ's limits finds them out.
+func TestLetterFitsAnUnknownLimit(t *testing.T) {
+	t.Parallel()
+	admin, user := startGuarded(t, &server.Permissions{Publish: &server.SubjectPermission{Allow: []string{
+		"$JS.API.CONSUMER.CREATE.ORDERS.d.>", "$JS.API.CONSUMER.INFO.ORDERS.d", "$JS.API.CONSUMER.MSG.NEXT.ORDERS.d", "$JS.ACK.ORDERS.d.>", "dlq.x",
+	}}})
+	orders(t, admin)
+	small, err := jetStream(t, admin).Stream(testContext(t), "DLQ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := small.CachedInfo().Config
+	cfg.MaxMsgSize = 10_000
+	if _, err := jetStream(t, admin).UpdateStream(testContext(t), cfg); err != nil {
+		t.Fatal(err)
+	}
+	_, log := newLogBook()
+	runBroker(t, NewBroker(user, WithLogger(log)), Route("orders.*").Stream("ORDERS").Durable("d").Retry(0).DLQ("dlq.x").
+		Handle(func(context.Context, *Msg) error { return errors.New("broken") }))
+	publishAcked(t, admin, "orders.x", strings.Repeat("p", 20_000))
+	eventually(t, "the letter is stored", func() bool { return stored(t, admin, "DLQ") == 1 })
+	if got := letters(t, admin, "DLQ")[0]; got.Header.Get(HeaderDLQPointer) == "" {
+		t.Errorf("the letter of %d bytes is no pointer", len(got.Data))
+	}
+}
+
+// The letter of a durable that was deleted, with the letter gone since, does not
+// stand for that of a new durable of the same name.
+func TestLetterOfARecreatedDurable(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	spec := Route("orders.*").Durable("d").Retry(0).DLQ("dlq.x").Handle(func(context.Context, *Msg) error {
+		return errors.New("broken")
+	})
+	publishAcked(t, nc, "orders.x", "payload")
+	for _, again := range []bool{false, true} {
+		r := runBroker(t, NewBroker(nc), spec)
+		eventually(t, fmt.Sprintf("the letter is stored, again %t", again), func() bool { return stored(t, nc, "DLQ") == 1 })
+		if err := r.stop(t); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := DeadLetters("dlq.x").Purge(testContext(t), nc); n != 1 || err != nil {
+			t.Fatalf("purged %d, %v", n, err)
+		}
+		if err := jetStream(t, nc).DeleteConsumer(testContext(t), "ORDERS", "d"); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -1,9 +1,11 @@
 package natsx
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -64,9 +66,9 @@ const (
 	letterTry     = 2 * time.Second        // for one try to publish a letter
 	letterPause   = 250 * time.Millisecond // before the first retry, then doubled
 	letterPauseUp = 5 * time.Second        // at most
-	// pointerRest is how long a message stays unsettled whose letter is a
-	// pointer, on a stream that would delete it when it is settled.
-	pointerRest = 10 * 365 * 24 * time.Hour
+	// unsettledRest is how long a dead message stays unsettled that has no letter
+	// with its payload, on a stream that would delete it when it is settled.
+	unsettledRest = 10 * 365 * 24 * time.Hour
 )
 
 // letterBox holds the dead messages of one route that the DLQ did not take yet.
@@ -80,9 +82,10 @@ type letterBox struct {
 // letterTarget is the stream that captures a route's DLQ subject, as far as the
 // user may know it. Guarded by the pool's mutex once the route runs.
 type letterTarget struct {
-	stream     string // empty when it may not be asked for
-	maxMsgSize int64  // 0 unlimited
-	fault      error  // why the stream that was made anew would not keep letters
+	stream     string        // empty when it may not be asked for
+	maxMsgSize int64         // 0 unlimited
+	window     time.Duration // in which it knows an id again, 0 when that is unknown
+	fault      error         // why the stream that was made anew would not keep letters
 }
 
 // checkDLQ makes sure that letters can be kept, and remembers where.
@@ -123,7 +126,10 @@ func (r *durableRoute) checkDLQ(ctx context.Context) error {
 		r.log.Warn("natsx: the DLQ's duplicate window is shorter than two ack waits: a process that dies while it writes a letter may leave it twice",
 			"stream", names[0], "window", c.Duplicates)
 	}
-	r.letterTarget = letterTarget{stream: names[0], maxMsgSize: max(int64(c.MaxMsgSize), 0)}
+	if source := r.target.config; c.Storage == jetstream.MemoryStorage && source != nil && source.Storage == jetstream.FileStorage {
+		r.log.Warn("natsx: the DLQ's stream keeps letters in memory, which ends with its server", "stream", names[0])
+	}
+	r.letterTarget = letterTarget{stream: names[0], maxMsgSize: max(int64(c.MaxMsgSize), 0), window: c.Duplicates}
 	return nil
 }
 
@@ -140,8 +146,8 @@ func letterFault(info *jetstream.StreamInfo, source *jetstream.StreamConfig) str
 		return "is a mirror"
 	case c.PersistMode == jetstream.AsyncPersistMode:
 		return "acknowledges before it stores (async persist mode)"
-	case c.Retention == jetstream.InterestPolicy && info.State.Consumers == 0:
-		return "has interest retention and no consumer: it would store nothing"
+	case c.Retention == jetstream.InterestPolicy:
+		return "has interest retention: without a consumer of the subject it stores nothing, and acknowledges that"
 	case c.MaxMsgSize > 0 && c.MaxMsgSize < smallestLetter:
 		return fmt.Sprintf("has a MaxMsgSize of %d, too small for the headers of a letter, which need %d", c.MaxMsgSize, smallestLetter)
 	case source == nil:
@@ -231,22 +237,13 @@ func (r *durableRoute) moveLetter(ctx context.Context, d *delivery) error {
 		r.lapse(d)
 		return nil
 	}
-	if !d.stored {
-		p := r.eng.pool
-		p.mu.Lock()
-		stream, fault := r.letterTarget.stream, r.letterTarget.fault
-		p.mu.Unlock()
-		if fault != nil {
-			return fault
+	for !d.stored {
+		err := r.storeLetter(ctx, d)
+		if tooLarge(err) && d.form < letterForms-1 {
+			d.form++
+			d.letter = r.letter(d, Reason(d.letter.Header.Get(HeaderDLQReason)))
+			continue
 		}
-		if stream != "" {
-			d.letter.Header.Set(nats.ExpectedStreamHdr, stream)
-		} else {
-			d.letter.Header.Del(nats.ExpectedStreamHdr)
-		}
-		try, cancel := context.WithTimeout(ctx, letterTry)
-		_, err := publishOnce(try, r.eng.nc, d.letter)
-		cancel()
 		if err != nil {
 			return fmt.Errorf("natsx: dead letter not stored in %q: %w", r.spec.route.dlq, err)
 		}
@@ -256,7 +253,8 @@ func (r *durableRoute) moveLetter(ctx context.Context, d *delivery) error {
 	if d.letter.Header.Get(HeaderDLQPointer) != "" {
 		settle = ackTerm("its dead letter points to it")
 		if !r.target.keepsTerminated() {
-			settle = ackNak(pointerRest)
+			settle = ackNak(unsettledRest)
+			d.due = d.ended + int64(unsettledRest)
 		}
 	}
 	d.claim()
@@ -267,6 +265,42 @@ func (r *durableRoute) moveLetter(ctx context.Context, d *delivery) error {
 		r.lapse(d)
 	}
 	return nil
+}
+
+// storeLetter publishes the letter of d once.
+func (r *durableRoute) storeLetter(ctx context.Context, d *delivery) error {
+	p := r.eng.pool
+	p.mu.Lock()
+	target := r.letterTarget
+	p.mu.Unlock()
+	if target.fault != nil {
+		return target.fault
+	}
+	if target.stream != "" {
+		d.letter.Header.Set(nats.ExpectedStreamHdr, target.stream)
+	} else {
+		d.letter.Header.Del(nats.ExpectedStreamHdr)
+	}
+	ctx, cancel := context.WithTimeout(ctx, letterTry)
+	defer cancel()
+	ack, err := publishOnce(ctx, r.eng.nc, d.letter)
+	if err != nil || !ack.Duplicate || time.Since(r.target.consumerCreated) > target.window {
+		return err
+	}
+	// A durable of the same name may have written the letter, and been deleted with
+	// the letter gone since. That of this durable is in the DLQ, as far as anybody
+	// can tell who may not look there.
+	dlq := store{nc: r.eng.nc, js: r.eng.js, prefix: r.eng.apiPrefix}
+	earlier, err := dlq.get(ctx, ack.Stream, getRequest{Seq: ack.Sequence})
+	if earlier != nil || errors.Is(err, ErrPermission) {
+		return nil
+	}
+	if err == nil {
+		id := fmt.Sprintf("%s/%d", letterID(d), r.target.consumerCreated.UnixNano())
+		d.letter.Header.Set(nats.MsgIdHdr, id)
+		_, err = publishOnce(ctx, r.eng.nc, d.letter)
+	}
+	return err
 }
 
 // refreshDLQ looks the DLQ's stream up again, which may have been made anew, with
@@ -302,8 +336,12 @@ func (r *durableRoute) refreshDLQ() {
 	p.mu.Unlock()
 }
 
+// maxHeader is the size of a message's headers from which on no stream stores it.
+const maxHeader = math.MaxUint16
+
 // letter makes the dead letter of d. One that would be too large loses its error
-// and stack, then the original's headers, then the payload.
+// and stack, then the original's headers, then the payload. It is at least as
+// small as the form d.form, and sets that.
 func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 	m := &d.msg
 	attempts := m.Attempt()
@@ -336,8 +374,7 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 	if most := r.letterTarget.maxMsgSize; most > 0 {
 		limit = min(limit, most)
 	}
-	var letter *nats.Msg
-	for _, form := range []struct {
+	forms := [letterForms]struct {
 		headers []nats.Header
 		data    []byte
 	}{
@@ -346,19 +383,30 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 		{[]nats.Header{brief, core}, d.raw.Data},
 		{[]nats.Header{original, why, core, pointer}, nil},
 		{[]nats.Header{brief, core, pointer}, nil},
-	} {
-		letter = &nats.Msg{Subject: r.spec.route.dlq, Header: nats.Header{}, Data: form.data}
-		for _, h := range form.headers {
+	}
+	for ; ; d.form++ {
+		letter := &nats.Msg{Subject: r.spec.route.dlq, Header: nats.Header{}, Data: forms[d.form].data}
+		for _, h := range forms[d.form].headers {
 			for k, v := range h {
 				letter.Header[k] = v
 			}
 		}
 		// The expected stream is added when it is published.
-		if messageSize(letter)+len(nats.ExpectedStreamHdr)+MaxNameLength+4 <= int(limit) {
-			break
+		size := messageSize(letter) + len(nats.ExpectedStreamHdr) + MaxNameLength + 4
+		if d.form == letterForms-1 || size <= int(limit) && size-len(letter.Data) <= maxHeader {
+			return letter
 		}
 	}
-	return letter
+}
+
+// letterForms is how many forms a letter has, from the whole to the smallest.
+const letterForms = 5
+
+// tooLarge tells that a smaller form of the letter may be stored where this one was
+// not, as under a limit of the stream that the user may not ask for.
+func tooLarge(err error) bool {
+	return errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrBadHeaderMsg) ||
+		hasCode(err, codeMessageTooLarge) || hasCode(err, codeHeaderTooLarge)
 }
 
 // textOf is the text of err for a letter. An error may panic when it is asked for
@@ -388,9 +436,25 @@ func originalHeaders(h nats.Header, empty bool) nats.Header {
 		case empty && strings.EqualFold(k, "Status"):
 			k = origPrefix + k
 		}
+		k = sendableName(k)
 		kept[k] = append(kept[k], v...)
 	}
 	return kept
+}
+
+// sendableName replaces what nats.go would not send in the name of a header. It
+// reads such names, which other clients let through.
+func sendableName(name string) string {
+	if headerNameFault(name) == "" {
+		return name
+	}
+	b := []byte(cmp.Or(name, "_"))
+	for i := range b {
+		if !headerNameByte(b[i]) {
+			b[i] = '_'
+		}
+	}
+	return string(b)
 }
 
 func hasPrefixFold(s, prefix string) bool {

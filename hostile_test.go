@@ -178,3 +178,31 @@ func TestForgedLetterHeadersAreReplaced(t *testing.T) {
 		t.Errorf("Run: %v", err)
 	}
 }
+
+// A publisher's header names may be such that nats.go reads them and does not send
+// them: the letter has them nearly so.
+func TestHeaderNamesThatAreNotSentMakeLetters(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	orders(t, nc)
+	runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").Retry(0).DLQ("dlq.x").Handle(func(context.Context, *Msg) error {
+		return errors.New("broken")
+	}))
+	var blocks []string
+	names := map[string]string{"Bad Name": "Bad_Name", "Bad(Name)": "Bad_Name_", "Schl\u00fcssel": "Schl__ssel", "a\x01": "a_", "a/b": "a_b"}
+	for name := range names {
+		blocks = append(blocks, "NATS/1.0\r\n"+name+": "+name+"\r\n")
+	}
+	rawPublish(t, s.ClientURL(), "orders.x", blocks)
+	eventually(t, "every letter is stored", func() bool { return stored(t, nc, "DLQ") == len(names) })
+	for _, m := range letters(t, nc, "DLQ") {
+		found := false
+		for name, kept := range names {
+			found = found || m.Header.Get(kept) == name
+		}
+		if !found {
+			t.Errorf("a letter without the original's header: %v", m.Header)
+		}
+	}
+}

@@ -139,8 +139,9 @@ type delivery struct {
 	answered atomic.Bool // the request was replied to
 
 	// A dead letter on its way; see durableRoute.bury.
-	held   bool // the DLQ did not take it yet
-	stored bool // the letter is in the DLQ
+	held   bool  // the DLQ did not take it yet
+	stored bool  // the letter is in the DLQ
+	form   uint8 // of the letter; see durableRoute.letter
 	letter *nats.Msg
 }
 
