@@ -192,7 +192,7 @@ func TestDLQMadeAnewMustKeepLetters(t *testing.T) {
 	publishAcked(t, nc, "orders.x", "1", "2")
 	eventually(t, "Health tells that the DLQ takes no letter", health("not stored"))
 	createStream(t, nc, jetstream.StreamConfig{Name: "LETTERS", Subjects: []string{"dlq.>"}, Retention: jetstream.InterestPolicy})
-	eventually(t, "Health tells what is wrong with the DLQ", health("interest retention and no consumer"))
+	eventually(t, "Health tells what is wrong with the DLQ", health("interest retention"))
 	if got := stored(t, nc, "ORDERS"); got != 2 {
 		t.Errorf("%d originals are left, want both", got)
 	}
@@ -357,4 +357,49 @@ func TestPullsOfAnIdleRoute(t *testing.T) {
 	}
 	publishAcked(t, nc, "orders.x", "1")
 	brief()
+}
+
+// The server takes a nak for any delivery of its message: one that is not confirmed
+// is not said again after its delay.
+func TestConfirmedNakIsNotRepeatedAfterItsDelay(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	admin := connect(t, s.ClientURL())
+	orders(t, admin)
+	p := startProxy(t, s.ClientURL())
+	spec := Route("orders.*").Durable("d").ConfirmAcks()
+	started, end := make(chan struct{}, 10), make(chan struct{})
+	_, log := newLogBook()
+	runBroker(t, NewBroker(connect(t, p.url(), nats.ReconnectWait(10*time.Millisecond)), WithWorkers(1), WithLogger(log)),
+		spec.Handle(func(context.Context, *Msg) error {
+			started <- struct{}{}
+			<-end
+			return RetryAfter(100*time.Millisecond, errors.New("not now"))
+		}))
+	publishAcked(t, admin, "orders.x", "payload")
+	receive(t, started, "the first run")
+	again, done := make(chan int, 10), make(chan struct{})
+	runBroker(t, NewBroker(connect(t, s.ClientURL())), spec.Handle(func(_ context.Context, m *Msg) error {
+		again <- m.Attempt()
+		<-done
+		return nil
+	}))
+	p.deafen()
+	close(end)
+	if got := receive(t, again, "the second run"); got != 2 {
+		t.Errorf("attempt %d, want 2", got)
+	}
+	// The nak would be said again two seconds after it was said first.
+	select {
+	case got := <-again:
+		t.Errorf("attempt %d runs beside the second", got)
+	case <-started:
+		t.Error("the first broker runs it beside the second")
+	case <-time.After(4 * time.Second):
+	}
+	close(done)
+	eventually(t, "it is settled", func() bool { return settled(t, admin, "ORDERS", "d") })
+	if got := consumerInfo(t, admin, "ORDERS", "d").Delivered.Consumer; got != 2 {
+		t.Errorf("%d deliveries, want 2", got)
+	}
 }

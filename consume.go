@@ -3,11 +3,11 @@ package natsx
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -29,6 +29,8 @@ const (
 	briefPull = 200 * time.Millisecond
 	// pullBytes bounds the bytes that one pull may bring.
 	pullBytes = 64 << 20
+	// lookEvery is how often the consumer is asked for while nothing comes.
+	lookEvery = 30 * time.Second
 	// pullPause is the pause after the server refused a pull.
 	pullPause = time.Second
 	// renewals is how often a lease is renewed within its length: this side, the
@@ -61,7 +63,7 @@ type durableRoute struct {
 	inbox     atomic.Pointer[string] // pulls reply to inbox.<token>
 	located   atomic.Bool            // target is complete
 	heard     atomic.Int64           // engine time of the last word from the server
-	gate      sync.Mutex             // one of resume, pause and stop at a time
+	gate      chan struct{}          // full while one of resume, pause and stop is at work; capacity 1
 
 	// Guarded by the pool's mutex.
 	open         bool   // the subscription receives
@@ -79,6 +81,11 @@ type durableRoute struct {
 	delayed      timeHeap // when the retries given back by this process come due
 	verifying    bool
 	verifyAgain  bool
+	pullsLost    bool  // with the next verification the pulls sent so far are gone
+	doubts       int   // words of the server in a row that cast doubt on the consumer
+	gone         error // what the last of them said of the consumer's end
+	crowded      bool  // by all processes together, when last asked; see look
+	asked        int64 // engine time of the last look at the consumer
 	letters      letterBox
 	letterTarget letterTarget
 
@@ -102,8 +109,8 @@ func (r *durableRoute) resume() error { return r.begin(false) }
 // begin subscribes and begins to pull, after a look at the consumer unless that
 // is known; it does nothing when that was done.
 func (r *durableRoute) begin(known bool) error {
-	r.gate.Lock()
-	defer r.gate.Unlock()
+	r.gate <- struct{}{}
+	defer func() { <-r.gate }()
 	p := r.eng.pool
 	p.mu.Lock()
 	done := r.open || r.stopped
@@ -124,6 +131,10 @@ func (r *durableRoute) begin(known bool) error {
 		return err
 	}
 	p.mu.Lock()
+	if r.stopped { // meanwhile, by a drain that did not wait for the end of this
+		p.mu.Unlock()
+		return sub.Unsubscribe()
+	}
 	now := r.eng.now()
 	r.open, r.pulling, r.arrived = true, known, now
 	r.pulls, r.outstanding = r.pulls[:0], 0
@@ -131,15 +142,20 @@ func (r *durableRoute) begin(known bool) error {
 	p.mu.Unlock()
 	r.pull(next)
 	if !known {
-		r.verify()
+		r.verify(true)
 	}
 	return nil
 }
 
-// pause ends the intake. Nothing that the server sent is lost or given back.
+// pause ends the intake. Nothing that the server sent is lost or given back, unless
+// ctx ends first.
 func (r *durableRoute) pause(ctx context.Context) {
-	r.gate.Lock()
-	defer r.gate.Unlock()
+	select {
+	case r.gate <- struct{}{}:
+		defer func() { <-r.gate }()
+	case <-ctx.Done(): // whoever is at work ends the intake too
+		return
+	}
 	p := r.eng.pool
 	p.mu.Lock()
 	if !r.open {
@@ -219,7 +235,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	arrived := now
 	if r.slept(now) {
 		arrived = r.eng.awake.Load()
-		r.verify()
+		r.verify(false)
 	}
 	// The server counts from a moment before the arrival; the tenth is for that.
 	d.lease.Store(arrived + lease - lease/10)
@@ -227,6 +243,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 
 	p.mu.Lock()
 	r.stats.Received++
+	r.doubts, r.gone, r.crowded = 0, nil, false
 	if r.outstanding--; r.outstanding <= 0 {
 		r.outstanding = 0
 		r.pulls = r.pulls[:0]
@@ -266,6 +283,7 @@ func (r *durableRoute) status(m *nats.Msg, now int64) {
 	switch {
 	case code == "404" || code == "408",
 		strings.HasPrefix(text, "Batch Completed"):
+		r.doubts = 0
 	case strings.HasPrefix(text, "Message Size Exceeds MaxBytes"):
 		// When it brought nothing, the next one like it would not either.
 		r.single = r.single || left == asked
@@ -278,8 +296,19 @@ func (r *durableRoute) status(m *nats.Msg, now int64) {
 		refused = &pullError{code, text}
 	default:
 		// The consumer's or the stream's end, a new leader, a server that shuts
-		// down, nobody there: only the consumer's info tells which.
+		// down, nobody there: only the consumer's info tells which, where it may be
+		// asked for. Where that is well again and again, pulls are not.
 		doubt = true
+		switch text {
+		case "Consumer Deleted":
+			r.gone = ErrConsumerDeleted
+		case "Stream Deleted":
+			r.gone = ErrStreamDeleted
+		}
+		if r.doubts++; r.doubts > 2 {
+			r.notBefore = now + int64(pullPause)
+			refused = &pullError{code, text}
+		}
 	}
 	var next pull
 	if !doubt {
@@ -290,7 +319,7 @@ func (r *durableRoute) status(m *nats.Msg, now int64) {
 		r.trouble("pull", refused)
 	}
 	if doubt {
-		r.verify()
+		r.verify(true)
 		return
 	}
 	r.pull(next)
@@ -494,19 +523,19 @@ func (r *durableRoute) conclude(d *delivery, err error) {
 		r.ack(d)
 	case actNak:
 		r.log.Warn("natsx: attempt failed", append(r.about(d), "error", err, "retry_in", s.delay)...)
-		d.due = d.ended + int64(s.delay)
-		// A nak that is sent after a reconnect may hit a delivery that somebody
-		// else has by then; the end of the lease does the same without it.
-		if r.eng.nc.IsConnected() {
-			r.settle(d, ackNak(s.delay))
-		}
+		r.giveBack(d, s.delay)
 	case actTerm:
-		if s.outcome == Discarded {
+		switch {
+		case s.outcome == Discarded:
 			r.log.Info("natsx: message discarded", append(r.about(d), "error", err)...)
 			r.settle(d, ackTerm("discarded"))
-		} else {
+		case r.target.keepsTerminated():
 			r.log.Error("natsx: message is dead and the route has no DLQ", append(r.about(d), "reason", s.reason, "error", err)...)
 			r.settle(d, ackTerm(string(s.reason)))
+		default:
+			r.log.Error("natsx: message is dead, the route has no DLQ, and its stream would delete it: it stays unsettled",
+				append(r.about(d), "reason", s.reason, "error", err)...)
+			r.giveBack(d, unsettledRest)
 		}
 	case actBury:
 		if !r.bury(d, s.reason) {
@@ -514,6 +543,20 @@ func (r *durableRoute) conclude(d *delivery, err error) {
 		}
 	}
 	r.observe(d)
+}
+
+// giveBack has the server deliver d again after a delay.
+func (r *durableRoute) giveBack(d *delivery, delay time.Duration) {
+	d.due = d.ended + int64(delay)
+	// A nak that is sent after a reconnect, or again after the delay, may hit a
+	// delivery that somebody else has by then; the end of the lease does the same
+	// without it.
+	if !r.eng.nc.IsConnected() {
+		return
+	}
+	d.claim()
+	d.lease.Store(min(d.lease.Load(), d.due))
+	r.settle(d, ackNak(delay))
 }
 
 func (r *durableRoute) ack(d *delivery) {
@@ -539,12 +582,13 @@ func (r *durableRoute) settle(d *delivery, ack []byte) {
 	if err := r.eng.nc.Publish(d.msg.reply, ack); err != nil {
 		r.log.Warn("natsx: acknowledgement not sent", append(r.about(d), "error", err)...)
 	}
+	r.eng.said()
 }
 
-// confirm sends an acknowledgement until the server confirms it, and gives up
-// when the lease is lost, the route is over, or ctx ends.
+// confirm sends an acknowledgement until the server confirms it, at least once, and
+// gives up when the lease is lost, the route is over, or ctx ends.
 func (r *durableRoute) confirm(ctx context.Context, d *delivery, ack []byte) bool {
-	for pause := 50 * time.Millisecond; r.eng.now() < d.lease.Load() && !r.over.Load(); pause = min(2*pause, time.Second) {
+	for pause, tried := 50*time.Millisecond, false; (!tried || r.eng.now() < d.lease.Load()) && !r.over.Load(); pause, tried = min(2*pause, time.Second), true {
 		try, cancel := context.WithTimeout(ctx, 2*time.Second)
 		_, err := r.eng.nc.RequestWithContext(try, d.msg.reply, ack)
 		cancel()
@@ -565,7 +609,7 @@ func (r *durableRoute) finish(d *delivery) pull {
 		r.learn(d.took())
 	}
 	if !d.held {
-		if d.outcome == Retried {
+		if d.due > 0 {
 			r.delayed.push(d.due)
 		}
 		r.leases.remove(d)
@@ -593,7 +637,7 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	p := r.eng.pool
 	p.mu.Lock()
 	due = r.leases.due(now, int64(r.target.ackWait)/renewals, due)
-	crowded := 10*r.delayed.after(now) >= 9*r.target.maxAckPending
+	crowded := r.crowded || 10*r.delayed.after(now) >= 9*r.target.maxAckPending
 	for i := 0; i < len(r.pulls); {
 		if r.pulls[i].expires+int64(2*r.heartbeat) < now {
 			r.ended(r.pulls[i].token, 0)
@@ -609,6 +653,11 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 		silent = now-max(r.heard.Load(), r.pulls[0].sent) > 2*int64(r.heartbeat)
 	}
 	unrefused := now > r.notBefore+int64(10*pullPause)
+	stuck := r.open && !r.pulling && !r.verifying // nobody heard that the connection is back
+	if quiet := int64(lookEvery); r.pulling && now-max(r.arrived, r.asked) > quiet {
+		r.asked = now
+		r.eng.background.Go(r.look)
+	}
 	next := r.plan(now)
 	p.mu.Unlock()
 	r.pull(next)
@@ -620,10 +669,32 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	if unrefused {
 		r.clear("pull")
 	}
-	if silent {
-		r.verify()
+	if silent || stuck && r.eng.nc.IsConnected() {
+		r.verify(true)
 	}
 	return due
+}
+
+// look asks for the consumer of a route to which nothing comes.
+func (r *durableRoute) look() {
+	ctx, cancel := context.WithTimeout(r.eng.intake, apiTimeout)
+	defer cancel()
+	if info, err := r.consumerInfoOnce(ctx); err == nil {
+		r.inform(info)
+	}
+}
+
+// inform takes what the server tells of the consumer as it is now.
+func (r *durableRoute) inform(info *jetstream.ConsumerInfo) {
+	p := r.eng.pool
+	p.mu.Lock()
+	r.crowded = info.NumPending > 0 && info.NumAckPending >= r.target.maxAckPending
+	p.mu.Unlock()
+	if n := info.Config.MaxDeliver; n > 0 {
+		r.trouble("maxDeliver", fmt.Errorf("natsx: somebody set the consumer's MaxDeliver to %d: the server then gives up on messages", n))
+	} else {
+		r.clear("maxDeliver")
+	}
 }
 
 // leaseList holds the deliveries in hand by the time of their next renewal.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -18,6 +19,8 @@ const (
 	codeStreamNotFound     jetstream.ErrorCode = 10059
 	codeConsumerExists     jetstream.ErrorCode = 10148
 	codeMaxAckPendingLimit jetstream.ErrorCode = 10121
+	codeMessageTooLarge    jetstream.ErrorCode = 10054
+	codeHeaderTooLarge     jetstream.ErrorCode = 10097
 )
 
 const (
@@ -83,6 +86,10 @@ func (r *durableRoute) locate(ctx context.Context) error {
 	default:
 		r.target.config = &info.Config
 		r.target.streamCreated = info.Created.UnixNano()
+	}
+	if c := r.target.config; c != nil && c.Mirror == nil && len(c.Sources) == 0 && c.SubjectTransform == nil &&
+		!slices.ContainsFunc(c.Subjects, func(s string) bool { return subjectsOverlap(s, spec.filter) }) {
+		return r.spec.fault("stream", strconv.Quote(r.target.stream), fmt.Sprintf("has none of the filter's subjects, but %q", c.Subjects), ErrNoStream)
 	}
 	if c := r.target.config; c != nil && c.Retention != jetstream.LimitsPolicy && spec.set&optRetry != 0 && spec.dlq == "" {
 		return r.spec.fault("dlq", "", fmt.Sprintf("is missing: on the %s stream %q a message whose retries are used up would be deleted",
@@ -158,6 +165,11 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 		t.maxAckPending = DefaultMaxAckPending
 	}
 	t.nextSubject = r.eng.apiPrefix + "CONSUMER.MSG.NEXT." + t.stream + "." + t.consumer
+	if c.InactiveThreshold > 0 {
+		r.log.Warn("natsx: the server deletes the durable when nobody pulls for a while, and it then begins anew",
+			"stream", t.stream, "durable", t.consumer, "inactive_threshold", c.InactiveThreshold)
+	}
+	r.inform(info)
 	return nil
 }
 
@@ -214,6 +226,11 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 	if len(diffs) > 0 {
 		return nil, r.unfit(diffs...)
 	}
+	if want.AckWait < have.AckWait && (info.NumWaiting > 0 || info.NumAckPending > 0) {
+		r.log.Warn("natsx: the durable keeps its longer ack wait, by which others may still renew their leases",
+			"stream", r.target.stream, "durable", r.target.consumer, "ack_wait", have.AckWait, "wanted", want.AckWait)
+		want.AckWait = have.AckWait
+	}
 	if bindOnly || have.AckWait == want.AckWait && have.MaxDeliver == want.MaxDeliver && have.MaxAckPending == want.MaxAckPending {
 		return info, nil
 	}
@@ -234,8 +251,9 @@ func (r *durableRoute) unfit(reasons ...string) error {
 }
 
 // verify makes sure that the consumer is still the one the route began with, and
-// lets pulling go on. It runs beside everything else, one at a time.
-func (r *durableRoute) verify() {
+// lets pulling go on. With lost set the pulls sent so far are gone with what caused
+// the doubt. It runs beside everything else, one at a time.
+func (r *durableRoute) verify(lost bool) {
 	p := r.eng.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -243,6 +261,7 @@ func (r *durableRoute) verify() {
 		return
 	}
 	r.pulling = false
+	r.pullsLost = r.pullsLost || lost
 	if r.verifying {
 		r.verifyAgain = true
 		return
@@ -267,8 +286,9 @@ func (r *durableRoute) verifyOnce() (again bool) {
 	r.verifying = false
 	var next pull
 	if ok && r.open {
-		// The pulls sent so far are gone with what caused the doubt.
-		r.pulls, r.outstanding = r.pulls[:0], 0
+		if r.pullsLost {
+			r.pulls, r.outstanding, r.pullsLost = r.pulls[:0], 0, false
+		}
 		r.pulling = true
 		r.heard.Store(r.eng.now())
 		next = r.plan(r.eng.now())
@@ -306,7 +326,18 @@ func (r *durableRoute) verified() bool {
 		<-r.eng.asking
 		gone := error(nil)
 		switch {
-		case err == nil && info.Created.Equal(r.target.consumerCreated), errors.Is(err, ErrPermission):
+		case err == nil && info.Created.Equal(r.target.consumerCreated):
+			r.inform(info)
+			r.clear("consumer")
+			return true
+		case errors.Is(err, ErrPermission):
+			r.eng.pool.mu.Lock()
+			gone = r.gone
+			r.eng.pool.mu.Unlock()
+			if gone != nil {
+				r.fail(r.spec.fault("durable", strconv.Quote(r.target.consumer), cause(gone), gone))
+				return false
+			}
 			r.clear("consumer")
 			return true
 		case err == nil:

@@ -319,4 +319,4 @@ func (r *coreRoute) tick(now int64, due []*delivery) []*delivery {
 }
 
 // verify does nothing: a core subscription comes back by itself.
-func (r *coreRoute) verify() {}
+func (r *coreRoute) verify(bool) {}

@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"runtime"
@@ -9,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -280,6 +282,7 @@ func TestStartUpRefusals(t *testing.T) {
 	}{
 		{"no stream", []Spec{Route("x.*").Durable("d").Handle(succeed)}, []error{ErrNoStream}},
 		{"named stream is missing", []Spec{Route("x.*").Durable("d").Stream("X").Handle(succeed)}, []error{ErrNoStream}},
+		{"filter outside the stream", []Spec{Route("x.*").Durable("d").Stream("B").Handle(succeed)}, []error{ErrNoStream}},
 		{"several streams", []Spec{Route(">").Durable("d").Handle(succeed)}, []error{ErrAmbiguousStream}},
 		{"work queue would lose", []Spec{Route("b.*").Durable("d").Retry(1).Handle(succeed)}, []error{ErrWouldLose}},
 		{"interest would lose", []Spec{Route("i.*").Durable("d").Retry(0).Handle(succeed)}, []error{ErrWouldLose}},
@@ -574,4 +577,212 @@ func TestStreamOfLettersIsCreatedToKeepThem(t *testing.T) {
 	}
 	routeStats(t, b, "both are moved", func(s RouteStats) bool { return s.Dead == 2 })
 	eventually(t, "the route is well again", func() bool { return b.Health() == nil })
+}
+
+func TestMiddlewareWithoutAHandler(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	err := NewBroker(nc, WithMiddleware(func(Handler) Handler { return nil })).Run(testContext(t), Route("core").Handle(succeed))
+	if !errors.Is(err, ErrNoHandler) || !strings.Contains(err.Error(), `"core"`) {
+		t.Errorf("got %v, want ErrNoHandler that names the route", err)
+	}
+}
+
+func TestJetStreamOfAnotherConnection(t *testing.T) {
+	t.Parallel()
+	url := startServer(t).ClientURL()
+	nc, other := connect(t, url), connect(t, url)
+	err := NewBroker(nc, WithJetStream(jetStream(t, other))).Run(testContext(t), Route("core").Handle(succeed))
+	if !errors.Is(err, ErrOptionConflict) {
+		t.Errorf("got %v, want ErrOptionConflict", err)
+	}
+}
+
+// A work queue deletes what is terminated: a dead message without a DLQ stays.
+func TestDeadWithoutADLQStaysInAWorkQueue(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc, workQueue)
+	book, log := newLogBook()
+	b := NewBroker(nc, WithLogger(log))
+	r := runBroker(t, b, Route("orders.*").Durable("d").Handle(JSON(func(_ context.Context, v struct{ Discard bool }) error {
+		if v.Discard {
+			return Discard(errors.New("not wanted"))
+		}
+		return nil
+	})))
+	publishAcked(t, nc, "orders.x", "{not json", `{"discard":true}`, "{}")
+	routeStats(t, b, "all are done with", func(s RouteStats) bool { return s.Dead == 1 && s.Discarded == 1 && s.Succeeded == 1 })
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "what is settled is deleted", func() bool { return stored(t, nc, "ORDERS") <= 1 })
+	if got := letters(t, nc, "ORDERS"); len(got) != 1 || string(got[0].Data) != "{not json" {
+		t.Errorf("%d messages are left, want the dead one", len(got))
+	}
+	if len(book.alarms("it stays unsettled")) != 1 {
+		t.Errorf("it was not said: %q", book.alarms(""))
+	}
+}
+
+// wrapError cannot be asked for its chain when it is a nil pointer in an error.
+type wrapError struct{ cause error }
+
+func (e *wrapError) Error() string { return "wrapped: " + e.cause.Error() }
+func (e *wrapError) Unwrap() error { return e.cause }
+
+func TestErrorWithoutAChainIsAPanic(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").Retry(0).DLQ("dlq.x").Handle(func(context.Context, *Msg) error {
+		var err *wrapError
+		return err
+	}))
+	publishAcked(t, nc, "orders.x", "payload")
+	eventually(t, "the letter is stored", func() bool { return stored(t, nc, "DLQ") == 1 })
+	if got := letters(t, nc, "DLQ")[0].Header.Get(HeaderDLQReason); got != string(ReasonPanic) {
+		t.Errorf("reason %q, want panic", got)
+	}
+}
+
+// The delays of retries are spread, so that what failed together does not come
+// again together.
+func TestBackoffIsSpread(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	book, log := newLogBook()
+	b := NewBroker(nc, WithLogger(log))
+	runBroker(t, b, Route("orders.*").Durable("d").Backoff(time.Hour, time.Hour).Handle(func(context.Context, *Msg) error {
+		return errors.New("not now")
+	}))
+	publishMany(t, nc, 10, numbered("orders.x"))
+	routeStats(t, b, "all have failed", func(s RouteStats) bool { return s.Retried == 10 })
+	var delays tally
+	for _, line := range book.alarms("retry_in=") {
+		_, delay, _ := strings.Cut(line, "retry_in=")
+		d, err := time.ParseDuration(delay)
+		if err != nil || d < 48*time.Minute || d > time.Hour {
+			t.Errorf("delay %q, want 48m to 1h", delay)
+		}
+		delays.add(delay)
+	}
+	if delays.sum() != 10 || delays.keys() < 3 {
+		t.Errorf("%d different of %d delays", delays.keys(), delays.sum())
+	}
+}
+
+// What somebody changes of the consumer while a route runs is seen when it is
+// looked at, which is when nothing comes.
+func TestLookAtTheConsumer(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	b := NewBroker(nc)
+	r := runBroker(t, b, Route("orders.*").Durable("d").Handle(succeed))
+	look := r.ran.Load().routes[0].(*durableRoute).look
+	set := func(n int) {
+		t.Helper()
+		cfg := consumerInfo(t, nc, "ORDERS", "d").Config
+		cfg.MaxDeliver = n
+		if _, err := jetStream(t, nc).UpdateConsumer(testContext(t), "ORDERS", cfg); err != nil {
+			t.Fatal(err)
+		}
+		look()
+	}
+	set(2)
+	if err := b.Health(); err == nil || !strings.Contains(err.Error(), "MaxDeliver to 2") {
+		t.Errorf("Health: %v, want it to tell of MaxDeliver", err)
+	}
+	set(-1)
+	if err := b.Health(); err != nil {
+		t.Errorf("Health: %v", err)
+	}
+}
+
+// Retries of a process that is gone fill MaxAckPending as those of this one do.
+func TestCrowdedRouteShowsInHealth(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	spec := Route("orders.*").Durable("d").MaxAckPending(5).Handle(func(context.Context, *Msg) error {
+		return RetryAfter(time.Hour, errors.New("not now"))
+	})
+	publishMany(t, nc, 6, numbered("orders.x"))
+	for _, process := range []string{"the one that fails them", "the next"} {
+		b := NewBroker(nc)
+		r := runBroker(t, b, spec)
+		eventually(t, "Health of "+process+" tells", func() bool {
+			err := b.Health()
+			return err != nil && strings.Contains(err.Error(), "fill MaxAckPending")
+		})
+		if err := r.stop(t); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A consumer that is verified for another reason than lost pulls still has them.
+func TestVerifyKeepsPullsThatAreNotLost(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	end := make(chan struct{})
+	defer close(end)
+	b := NewBroker(nc, WithWorkers(8))
+	r := runBroker(t, b, Route("orders.*").Durable("d").Handle(func(context.Context, *Msg) error {
+		<-end
+		return nil
+	}))
+	d := r.ran.Load().routes[0].(*durableRoute)
+	publishAcked(t, nc, "orders.x", "1")
+	routeStats(t, b, "one runs", func(s RouteStats) bool { return s.Running == 1 })
+	p := r.ran.Load().pool
+	for _, lost := range []bool{false, true} {
+		p.mu.Lock()
+		asked, token := pull{batch: 1000, token: 1 << 40, expires: 1 << 62}, uint64(0)
+		d.pulls, d.outstanding = append(d.pulls, asked), d.outstanding+asked.batch
+		p.mu.Unlock()
+		d.verify(lost)
+		eventually(t, "it is verified", func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			token = 0
+			for _, known := range d.pulls {
+				token = max(token, known.token)
+			}
+			return !d.verifying
+		})
+		if kept := token == asked.token; kept == lost {
+			t.Errorf("lost %t: the pull was kept %t", lost, kept)
+		}
+	}
+}
+
+// A fast handler has messages pulled by the hundred, not by the worker.
+func TestFastHandlerPullsDeep(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	publishMany(t, nc, 5000, numbered("orders.x"))
+	var deepest atomic.Int64
+	if _, err := nc.Subscribe("$JS.API.CONSUMER.MSG.NEXT.ORDERS.d", func(m *nats.Msg) {
+		var r struct{ Batch int64 }
+		if err := json.Unmarshal(m.Data, &r); err != nil {
+			t.Errorf("pull %q: %v", m.Data, err)
+		}
+		deepest.Store(max(deepest.Load(), r.Batch))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var handled tally
+	runBroker(t, NewBroker(nc, WithWorkers(4)), Route("orders.*").Durable("d").Handle(func(_ context.Context, m *Msg) error {
+		handled.add(string(m.Data))
+		return nil
+	}))
+	eventually(t, "all are handled", func() bool { return handled.sum() == 5000 })
+	if got := deepest.Load(); got < 64 {
+		t.Errorf("the deepest pull was for %d messages, want more than for 4 workers", got)
+	}
 }

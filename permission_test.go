@@ -3,10 +3,12 @@ package natsx
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
@@ -25,6 +27,47 @@ func startGuarded(t testing.TB, p *server.Permissions, opts ...nats.Option) (adm
 	})
 	return connect(t, s.ClientURL(), nats.UserInfo("admin", "a")),
 		connect(t, s.ClientURL(), append(opts, nats.UserInfo("user", "u"))...)
+}
+
+// A user who may not ask for the consumer hears of its end from its pulls, or sees
+// that nobody answers them.
+func TestDeletedConsumerThatMayNotBeAskedFor(t *testing.T) {
+	t.Parallel()
+	for _, idle := range []bool{false, true} {
+		t.Run(fmt.Sprint("idle ", idle), func(t *testing.T) {
+			t.Parallel()
+			admin, user := startGuarded(t, &server.Permissions{Publish: &server.SubjectPermission{Allow: []string{
+				"$JS.API.CONSUMER.CREATE.ORDERS.d.>", "$JS.API.CONSUMER.MSG.NEXT.ORDERS.d", "$JS.ACK.ORDERS.d.>",
+			}}})
+			orders(t, admin)
+			_, log := newLogBook()
+			b := NewBroker(user, WithLogger(log))
+			r := runBroker(t, b, Route("orders.*").Stream("ORDERS").Durable("d").Handle(succeed))
+			if idle {
+				if err := b.Pause("d"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := jetStream(t, admin).DeleteConsumer(testContext(t), "ORDERS", "d"); err != nil {
+				t.Fatal(err)
+			}
+			if !idle {
+				if err := r.wait(t); !errors.Is(err, ErrConsumerDeleted) {
+					t.Errorf("got %v, want ErrConsumerDeleted", err)
+				}
+				return
+			}
+			if err := b.Resume("d"); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "Health tells", func() bool { return b.Health() != nil })
+			before := user.Stats().OutMsgs
+			<-time.After(time.Second)
+			if sent := user.Stats().OutMsgs - before; sent > 100 {
+				t.Errorf("%d messages were sent in a second, want a pull now and then", sent)
+			}
+		})
+	}
 }
 
 func TestMissingPermissionEndsRun(t *testing.T) {

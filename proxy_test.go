@@ -4,6 +4,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,6 +28,7 @@ type proxy struct {
 // link is one proxied connection.
 type link struct {
 	client, server net.Conn
+	deaf           atomic.Bool // what the server says is dropped
 
 	mu   sync.Mutex
 	thaw chan struct{} // closed when bytes pass; made anew when they stop
@@ -91,6 +93,9 @@ func (p *proxy) copy(l *link, to, from net.Conn) {
 		thaw := l.thaw
 		l.mu.Unlock()
 		<-thaw
+		if to == l.client && l.deaf.Load() {
+			continue
+		}
 		if _, err := to.Write(buf[:n]); err != nil {
 			return
 		}
@@ -133,6 +138,15 @@ func (p *proxy) freezeExisting() {
 	defer p.mu.Unlock()
 	for l := range p.links {
 		l.freeze()
+	}
+}
+
+// deafen has the present connections drop what the server says; new ones work.
+func (p *proxy) deafen() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for l := range p.links {
+		l.deaf.Store(true)
 	}
 }
 

@@ -45,8 +45,8 @@ type runner interface {
 	stop(ctx context.Context)
 	// tick is called by the keeper all the time; it adds what needs a renewal.
 	tick(now int64, due []*delivery) []*delivery
-	// verify is called after a reconnect.
-	verify()
+	// verify is called when messages may not come any more, and pulls may be lost.
+	verify(lost bool)
 	// denied tells whether the route needs what the server refused.
 	denied(*PermissionError) bool
 }
@@ -57,7 +57,7 @@ func newRunner(e *engine, spec Spec) runner {
 		r.init(e, spec, r)
 		return r
 	}
-	r := &durableRoute{}
+	r := &durableRoute{gate: make(chan struct{}, 1)}
 	r.init(e, spec, r)
 	return r
 }

@@ -7,7 +7,9 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -128,7 +130,11 @@ func TestBadDLQIsRefused(t *testing.T) {
 	createStream(t, nc, jetstream.StreamConfig{Name: "TINYSRC", Subjects: []string{"tinysrc.*"}, MaxMsgSize: 512})
 	createStream(t, nc, jetstream.StreamConfig{Name: "TINY", Subjects: []string{"dlq.tiny"}, MaxMsgSize: 512})
 	createStream(t, nc, jetstream.StreamConfig{Name: "IDLE", Subjects: []string{"dlq.idle"}, Retention: jetstream.InterestPolicy})
-	createStream(t, nc, jetstream.StreamConfig{Name: "MIRROR", Mirror: &jetstream.StreamSource{Name: "SRC"}})
+	// What wants letters now may be gone when one comes.
+	createStream(t, nc, jetstream.StreamConfig{Name: "WANTED", Subjects: []string{"dlq.wanted"}, Retention: jetstream.InterestPolicy})
+	if _, err := js.CreateConsumer(testContext(t), "WANTED", jetstream.ConsumerConfig{Durable: "triage"}); err != nil {
+		t.Fatal(err)
+	}
 	createStream(t, nc, jetstream.StreamConfig{Name: "GOOD", Subjects: []string{"dlq.good"}})
 	createStream(t, nc, jetstream.StreamConfig{Name: "ROOMY", Subjects: []string{"dlq.roomy"}, MaxMsgSize: 64 << 10})
 	createStream(t, nc, jetstream.StreamConfig{
@@ -151,6 +157,7 @@ func TestBadDLQIsRefused(t *testing.T) {
 		{"smallsrc.*", "dlq.small", ErrBadDLQ},
 		{"tinysrc.*", "dlq.tiny", ErrBadDLQ},
 		{"src.*", "dlq.idle", ErrBadDLQ},
+		{"src.*", "dlq.wanted", ErrBadDLQ},
 		{"src.*", "dlq.hasty", ErrBadDLQ},
 		{"src.*", "dlq.good", nil},
 		{"smallsrc.*", "dlq.good", nil},
@@ -255,4 +262,68 @@ func TestPushConsumerIsNotAdopted(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantRefused(t, nc, []Spec{Route("push.*").Durable("d").Handle(succeed)}, ErrConsumerConflict)
+}
+
+// What may lose letters or the durable and is the owner's to decide is said once.
+func TestStartUpWarnings(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{
+		Name: "ORDERS", Subjects: []string{"orders.*"}, ConsumerLimits: jetstream.StreamConsumerLimits{InactiveThreshold: time.Hour},
+	})
+	createStream(t, nc, jetstream.StreamConfig{
+		Name: "DLQ", Subjects: []string{"dlq.*"}, MaxMsgs: 10, Duplicates: time.Second, Storage: jetstream.MemoryStorage,
+	})
+	book, log := newLogBook()
+	if err := runBroker(t, NewBroker(nc, WithLogger(log)), Route("orders.*").Durable("d").DLQ("dlq.x").Handle(succeed)).stop(t); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"discards old letters", "duplicate window is shorter", "letters in memory", "inactive_threshold=1h0m0s"} {
+		if got := book.alarms(want); len(got) != 1 {
+			t.Errorf("%q was said %d times, want once: %q", want, len(got), book.alarms(""))
+		}
+	}
+}
+
+// A server without JetStream looks like one that starts, but not for ever.
+func TestServerWithoutJetStream(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, func(o *server.Options) { o.JetStream = false }).ClientURL())
+	_, log := newLogBook()
+	r := startBroker(t, NewBroker(nc, WithLogger(log)), Route("orders.*").Durable("d").Handle(succeed))
+	if err := r.wait(t); !errors.Is(err, nats.ErrNoResponders) || !strings.Contains(err.Error(), "JetStream does not answer") {
+		t.Errorf("got %v, want a JetStream that does not answer", err)
+	}
+}
+
+// A rolling start that lowers the ack wait leaves the leases of those that still
+// run alone.
+func TestAckWaitIsNotLoweredUnderOthers(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	orders(t, nc)
+	started, end := make(chan struct{}, 10), make(chan struct{})
+	spec := func(ackWait time.Duration) Spec {
+		return Route("orders.*").Durable("d").AckWait(ackWait).Handle(func(context.Context, *Msg) error {
+			started <- struct{}{}
+			<-end
+			return nil
+		})
+	}
+	old := runBroker(t, NewBroker(connect(t, s.ClientURL()), WithWorkers(1)), spec(20*time.Second))
+	publishAcked(t, nc, "orders.x", "1")
+	receive(t, started, "the handler")
+	book, log := newLogBook()
+	runBroker(t, NewBroker(connect(t, s.ClientURL()), WithWorkers(1), WithLogger(log)), spec(time.Second))
+	if got := consumerInfo(t, nc, "ORDERS", "d").Config.AckWait; got != 20*time.Second {
+		t.Errorf("the ack wait is %v, want 20s as long as somebody holds a message", got)
+	}
+	if len(book.alarms("keeps its longer ack wait")) != 1 {
+		t.Errorf("it was not said: %q", book.alarms(""))
+	}
+	close(end)
+	if err := old.stop(t); err != nil {
+		t.Error(err)
+	}
 }
