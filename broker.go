@@ -25,7 +25,7 @@ const (
 type Option func(*Broker)
 
 // WithWorkers sets how many handlers run at once over all routes. Default is
-// [DefaultWorkers]; below 1 is refused by [Broker.Run].
+// [DefaultWorkers]; below 1 is [ErrOutOfRange].
 func WithWorkers(n int) Option { return func(b *Broker) { b.workers = n } }
 
 // WithLogger sets where the broker logs. Default, also for nil, is
@@ -34,31 +34,34 @@ func WithLogger(l *slog.Logger) Option { return func(b *Broker) { b.log = l } }
 
 // WithMiddleware wraps the handlers of all routes, responders and replays
 // included; the first is the outermost. A middleware that does not call the next
-// handler decides itself: of a request it then sends no payload. Nil is refused by
-// [Broker.Run].
+// handler decides itself: of a request it then sends no payload. Nil is
+// [ErrOutOfRange], and one that returns nil for a route [ErrNoHandler].
 func WithMiddleware(mw ...Middleware) Option {
 	return func(b *Broker) { b.middleware = append(b.middleware, mw...) }
 }
 
-// WithObserver has o told of every finished attempt. Of several the last one
-// holds.
+// WithObserver has o told of every finished attempt, those of replays included. Of
+// several the last one holds; default, also for nil, is none.
 func WithObserver(o Observer) Option { return func(b *Broker) { b.observer = o } }
 
 // WithDrainTimeout sets how long a shutdown waits for running handlers before it
-// cancels their contexts. Default is [DefaultDrainTimeout]; it must be above zero.
+// cancels their contexts. Default is [DefaultDrainTimeout]; it must be above zero,
+// else it is [ErrOutOfRange]. A replay that is stopped keeps to it as well.
 func WithDrainTimeout(d time.Duration) Option { return func(b *Broker) { b.drainTimeout = d } }
 
 // WithErrorText sets what of an error goes into a dead letter, for errors that
 // hold what must not be stored. Default is the error's text. fn is called by many
-// at once; nil is refused by [Broker.Run].
+// at once; nil is [ErrOutOfRange]. The stack of a panic, and the log, are not changed.
 func WithErrorText(fn func(error) string) Option { return func(b *Broker) { b.errorText = fn } }
 
-// WithJetStream sets the JetStream context that durables and dead letters use,
-// for a domain or an API prefix. It must be of the broker's connection.
+// WithJetStream sets the JetStream context that durables, dead letters, replays and
+// [WithStreams] use, for a domain or an API prefix. It must be of the broker's
+// connection, else it is [ErrOptionConflict]. Default, also for nil, is a plain one.
 func WithJetStream(js jetstream.JetStream) Option { return func(b *Broker) { b.js = js } }
 
 // Broker runs routes on one shared pool of workers. It is safe for concurrent
-// use, and runs once. It does not own its connection, and leaves it open.
+// use, and runs once. It does not own its connection, and leaves it open; any number
+// of brokers, publishers and others may share that.
 type Broker struct {
 	nc           *nats.Conn
 	js           jetstream.JetStream
@@ -75,8 +78,8 @@ type Broker struct {
 	ran   atomic.Pointer[engine]
 }
 
-// NewBroker returns a broker over nc, which must outlive it. Faulty options are
-// reported by [Broker.Run].
+// NewBroker returns a broker over nc, which must outlive its Run. Faulty options,
+// and a nc that is nil, are reported by [Broker.Run] and [Broker.Replay].
 func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 	b := &Broker{
 		nc:           nc,
@@ -97,21 +100,28 @@ func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 // Run consumes specs until ctx ends or a route cannot go on, and then drains:
 // pulling stops, what runs goes on with a live context, what was pulled is
 // finished, acknowledgements are flushed. At the drain timeout the contexts of
-// the handlers are cancelled, and after a grace of [DrainGrace] Run returns in any
-// case. It returns nil after a clean drain that ctx asked for, and else the joined
-// causes:
+// the handlers are cancelled, and after a grace of [DrainGrace], and a last second at
+// most for what is to be sent, Run returns in any case. It returns nil after a clean
+// drain that ctx asked for, and else the joined causes:
 //
 //   - the faults of [Validate] and of the options, before any network call;
+//   - of [WithStreams], a [*StreamConflictError], [ErrPermission] or an error of the
+//     server; no route starts then;
 //   - [*RouteError]s of all routes that could not start or go on, with what they
 //     wrap: [ErrNoStream], [ErrAmbiguousStream], [ErrDuplicateDurable],
 //     [ErrWouldLose], [ErrBadDLQ], [ErrConsumerConflict], [ErrConsumerDeleted],
 //     [ErrStreamDeleted], [ErrPermission], or an error of the server;
+//   - of [WithService], [ErrPermission];
 //   - [ErrConnectionClosed] when the connection was closed for good;
-//   - a [*DrainError] when the drain was cut off.
+//   - a [*DrainError] when the drain was cut off, or [ErrDrainTimeout] alone when
+//     everything was handled and the last acknowledgements could not be flushed.
 //
 // What passes by itself (a reconnect, an election, a server that starts) is
-// retried for as long as ctx lives; [Broker.Health] shows it. A broker runs once:
-// another Run returns [ErrAlreadyRun].
+// retried for as long as ctx lives; [Broker.Health] shows it. A server without
+// JetStream looks like one that starts: a route that starts gives up after 10 s
+// without an answer, with [nats.ErrNoResponders]; with WithStreams it is waited for.
+// A broker runs once: another Run returns [ErrAlreadyRun], unless the first was
+// refused for faults.
 func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
 	if err := errors.Join(b.validate(), Validate(specs...)); err != nil {
 		return err
@@ -179,9 +189,11 @@ func (b *Broker) validate() error {
 func (b *Broker) Ready() <-chan struct{} { return b.ready }
 
 // Health returns nil while every route does its work, and else the joined reasons
-// why not: not running yet or any more, not connected, a route whose DLQ takes no
-// letters, whose consumer does not answer, or whose retries fill MaxAckPending.
-// A paused route is healthy.
+// why not: not running yet or any more, what ends Run, not connected, and a
+// [*RouteError] for each route that waits for JetStream, whose consumer does not
+// answer or refuses pulls, whose DLQ takes no letters, whose retries fill
+// MaxAckPending, or whose consumer got a MaxDeliver from somebody; see
+// [RouteError.Field]. A paused route is healthy. Health asks no server.
 func (b *Broker) Health() error {
 	e := b.ran.Load()
 	if e == nil {
@@ -190,8 +202,8 @@ func (b *Broker) Health() error {
 	return e.health()
 }
 
-// Stats returns the counters of every route. There are none before Run, and they
-// are kept after it has returned.
+// Stats returns the counters of every route of Run; replays have none. There are
+// none before Run, and they are kept after it has returned.
 func (b *Broker) Stats() Stats {
 	e := b.ran.Load()
 	if e == nil {
@@ -200,11 +212,13 @@ func (b *Broker) Stats() Stats {
 	return e.stats()
 }
 
-// Pause stops the intake of all routes of this process with the durable: what was
-// pulled is finished, nothing more is pulled until [Broker.Resume]. Other
-// processes go on. It returns when nothing more arrives: after half a second at
-// most while the server answers, and after 5 s in any case. Pausing twice is
-// harmless. ErrUnknownDurable tells that no running route has the durable.
+// Pause stops the intake of this broker's routes with the durable: what was pulled
+// is finished, nothing more is pulled until [Broker.Resume]. Other brokers, in this
+// process or another, go on. It returns when nothing more arrives: for each route
+// after half a second at most while the server answers, and after 5 s in any case;
+// what was still on its way then is delivered again. Pausing twice is harmless.
+// [ErrUnknownDurable] tells that no running route has the durable, as before
+// [Broker.Ready] and once a shutdown has begun.
 func (b *Broker) Pause(durable string) error {
 	return b.forDurable(durable, func(r *durableRoute) error {
 		ctx, cancel := context.WithTimeout(context.Background(), apiTimeout)
@@ -214,7 +228,9 @@ func (b *Broker) Pause(durable string) error {
 	})
 }
 
-// Resume ends a Pause. Resuming what is not paused is harmless.
+// Resume ends a [Broker.Pause], and does not wait for the first message. Resuming
+// what is not paused is harmless. [ErrUnknownDurable] tells that no running route has
+// the durable; a [*RouteError], that it could not subscribe again.
 func (b *Broker) Resume(durable string) error {
 	return b.forDurable(durable, (*durableRoute).resume)
 }
@@ -237,12 +253,16 @@ func (b *Broker) forDurable(name string, fn func(*durableRoute) error) error {
 	return errors.Join(errs...)
 }
 
-// DrainError is a shutdown that did not end within the drain timeout. It is an
-// [ErrDrainTimeout].
+// DrainError is a shutdown of [Broker.Run], or of a [Broker.Replay] that was stopped,
+// which took longer than the drain timeout. It is an [ErrDrainTimeout].
 type DrainError struct {
-	Timeout   time.Duration
-	Abandoned int // messages that were not finished at the timeout: the server delivers them again
-	Running   int // of those, handlers that still ran when Run returned
+	Timeout time.Duration // the drain timeout
+	// Abandoned counts the messages that waited, ran or were on their way to the DLQ
+	// at the timeout. What a handler returned within [DrainGrace] holds. Of the others
+	// those of durables are delivered again, those of core routes are gone, requests
+	// were answered with code 503, and those of a replay are not in its report.
+	Abandoned int
+	Running   int // of those, handlers that still ran when Run or Replay returned
 }
 
 // Error gives the counts.

@@ -17,15 +17,20 @@ import (
 // JetStream message; see the package documentation. A handler is called by many
 // goroutines at once, up to the route's concurrency.
 //
-// The context carries the message ([MsgFrom]), ends at the route's Timeout and
-// when a shutdown passes its drain timeout.
+// The context carries the message ([MsgFrom]) and the values of the context that
+// [Broker.Run] or [Broker.Replay] was given. It does not end with that one: it ends
+// at the route's Timeout, if there is one, and when a shutdown passes its drain
+// timeout, then with [ErrDrainTimeout] as its cause. AckWait does not end it.
 type Handler func(ctx context.Context, m *Msg) error
 
-// BatchHandler handles several messages at once. Its result counts for each.
+// BatchHandler handles several messages at once. Its result counts for each. This
+// version refuses a route with one; see [RouteBuilder.Batch].
 type BatchHandler func(ctx context.Context, ms []*Msg) error
 
 // Responder answers one request. The bytes are the reply's payload, and
-// [Msg.ReplyHeader] its headers. An error is answered too: see [Fail].
+// [Msg.ReplyHeader] its headers. An error is answered too: see [Fail]. The context is
+// that of a [Handler], and ends with the requester's deadline as well, where the
+// request tells it: see [RouteBuilder.Reply].
 type Responder func(ctx context.Context, m *Msg) ([]byte, error)
 
 // Middleware wraps every handler of a broker; see [WithMiddleware].
@@ -203,6 +208,8 @@ func MsgFrom(ctx context.Context) *Msg {
 // 500 ms and a jitter of up to 500 ms (TLS: 2 s), a retry when the first connect
 // fails, a drain timeout of 30 s, and asynchronous errors, disconnects and
 // reconnects logged to [slog.Default]. Every default can be overridden by opts.
+// The url may be several with commas between them, which are tried in random order;
+// an empty one is [nats.DefaultURL], nats://127.0.0.1:4222.
 //
 // Since a failed first connect is retried in the background, Connect returns
 // before the connection is up when no server answers; [Broker.Run] waits for it.
