@@ -32,8 +32,8 @@ const (
 	DefaultBackoffMin = time.Second
 	DefaultBackoffMax = time.Minute
 	// DefaultMaxAckPending leaves room for deep pulls and for tens of thousands
-	// of messages that wait for their retry. A stream's own consumer limit
-	// lowers it.
+	// of messages that wait for their retry. A lower limit of the stream's
+	// consumers, of the account or of the server lowers it.
 	DefaultMaxAckPending = 65536
 )
 
@@ -115,11 +115,18 @@ func (r RouteBuilder) Queue(group string) RouteBuilder {
 }
 
 // Durable consumes through a durable JetStream pull consumer of this name: at
-// least once, shared by all processes that use the same name. It is created when
-// it is missing. An existing one is adopted when its filter, acknowledgement and
-// delivery are those of the route; settings that the server can change are
-// brought to those of the route. A name is printable, without white space and any
-// of . * > / \, and at most [MaxNameLength] bytes, else [ErrInvalidName].
+// least once, shared by all processes that use the same name. A name is printable,
+// without white space and any of . * > / \, and at most [MaxNameLength] bytes, else
+// [ErrInvalidName].
+//
+// It is created when it is missing, with an unlimited MaxDeliver. One that exists is
+// adopted when it is a pull consumer with the route's filter and explicit
+// acknowledgement, without BackOff, HeadersOnly and a priority policy, else it is
+// [ErrConsumerConflict]. Its MaxDeliver, AckWait and MaxAckPending are then set to
+// those of the route, defaults included. But AckWait is not lowered while somebody
+// pulls or has unsettled messages: the route then uses the longer one, and logs that.
+// A user who may bind but not create takes these three as they are, and is refused a
+// limited MaxDeliver.
 func (r RouteBuilder) Durable(name string) RouteBuilder {
 	r.set |= optDurable
 	r.durable = name
@@ -127,7 +134,10 @@ func (r RouteBuilder) Durable(name string) RouteBuilder {
 }
 
 // Stream names the stream of the durable. Without it the stream is looked up by
-// the filter, and exactly one must match. The rules of durables' names hold.
+// the filter, and exactly one must match: else it is [ErrNoStream] or
+// [ErrAmbiguousStream]. ErrNoStream is also a named one that does not exist or has
+// none of the filter's subjects, unless it is a mirror, has sources or transforms
+// subjects. The rules of durables' names hold.
 func (r RouteBuilder) Stream(name string) RouteBuilder {
 	r.set |= optStream
 	r.stream = name
@@ -175,16 +185,18 @@ func (r RouteBuilder) DeliverFromTime(t time.Time) RouteBuilder {
 }
 
 // Retry allows n retries after the first attempt, so n+1 attempts; 0 is none, and
-// a negative number [ErrOutOfRange]. Without it a failing message is retried until it succeeds.
+// a negative number [ErrOutOfRange]. Without it a failing message is retried until it
+// succeeds. On a work-queue or interest stream a route with it needs a DLQ, else it
+// is [ErrWouldLose].
 func (r RouteBuilder) Retry(n int) RouteBuilder {
 	r.set |= optRetry
 	r.retry = n
 	return r
 }
 
-// Backoff sets the delay before retry k to low*2^(k-1), at most high, spread by a
-// random ±20 %. Default is 1 s to 1 min. Both are above zero, and low
-// is not above high.
+// Backoff sets the delay before retry k to low*2^(k-1) spread by a random ±20 %,
+// and at most high. Default is [DefaultBackoffMin] to [DefaultBackoffMax], 1 s to
+// 1 min. Both are above zero, and low is not above high, else it is [ErrOutOfRange].
 func (r RouteBuilder) Backoff(low, high time.Duration) RouteBuilder {
 	r.set |= optBackoff
 	r.backoffMin, r.backoffMax = low, high
@@ -192,8 +204,10 @@ func (r RouteBuilder) Backoff(low, high time.Duration) RouteBuilder {
 }
 
 // Timeout ends the handler's context d after it was started; the attempt then
-// failed with an error that wraps [context.DeadlineExceeded]. It is above zero;
-// default is none: a running handler keeps its message for as long as it takes.
+// failed with an error that wraps [context.DeadlineExceeded], whatever the handler
+// returns. A handler that does not return keeps its worker and its message. It is
+// above zero, else [ErrOutOfRange]; default is none: a running handler keeps its
+// message for as long as it takes.
 func (r RouteBuilder) Timeout(d time.Duration) RouteBuilder {
 	r.set |= optTimeout
 	r.timeout = d
@@ -203,15 +217,17 @@ func (r RouteBuilder) Timeout(d time.Duration) RouteBuilder {
 // AckWait is the server's lease on an unsettled message, after which another
 // process gets it. natsx renews it while a message waits or runs, so it need not
 // be longer than a handler takes: it is how soon a crashed process is noticed.
-// Default is 30 s, at least [MinAckWait].
+// Default is [DefaultAckWait], 30 s; at least [MinAckWait], 100 ms, else it is
+// [ErrOutOfRange]. An existing durable may keep a longer one: see Durable.
 func (r RouteBuilder) AckWait(d time.Duration) RouteBuilder {
 	r.set |= optAckWait
 	r.ackWait = d
 	return r
 }
 
-// Concurrency limits the handlers of this route that run at once. Default is
-// the pool's size, which also is its upper bound; at least 1. See [WithWorkers].
+// Concurrency limits the handlers of this route that run at once in this broker.
+// Default is the pool's size, to which a larger number comes down; at least 1, else
+// it is [ErrOutOfRange]. See [WithWorkers].
 func (r RouteBuilder) Concurrency(n int) RouteBuilder {
 	r.set |= optConcurrency
 	r.concurrency = n
@@ -253,7 +269,11 @@ func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder
 
 // MaxAckPending is the server's cap on messages that are delivered to the
 // durable and not settled, over all its processes and with those that wait for a
-// retry. Default is [DefaultMaxAckPending].
+// retry. When they are that many, retries still come and new messages do not, until
+// some are settled; [Broker.Health] tells it. Default is [DefaultMaxAckPending],
+// 65,536. It is at least 1, else [ErrOutOfRange], and not below Concurrency, else
+// [ErrOptionConflict]; above a limit of the server, [Broker.Run] returns the server's
+// error.
 func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 	r.set |= optMaxAckPending
 	r.maxAckPending = n
@@ -262,7 +282,8 @@ func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 
 // ConfirmAcks has each acknowledgement acknowledged by the server before the
 // worker goes on: a message that was handled is then not delivered again after a
-// leader change. It costs a round trip a message.
+// leader change. It costs a round trip a message. One that is not confirmed within
+// the lease has lapsed: the message may be delivered again.
 func (r RouteBuilder) ConfirmAcks() RouteBuilder {
 	r.set |= optConfirmAcks
 	return r
@@ -270,8 +291,15 @@ func (r RouteBuilder) ConfirmAcks() RouteBuilder {
 
 // DLQ sends dead messages to this subject, which a stream must capture and the
 // route's own filter must not match ([ErrDLQLoop]). It has no wildcard and does
-// not begin with $. [Broker.Run] refuses one that no stream captures
-// ([ErrNoStream]) or whose stream could not keep letters ([ErrBadDLQ]).
+// not begin with $, else it is [ErrInvalidSubject].
+//
+// [Broker.Run] refuses with [ErrBadDLQ] one that no stream captures, or several, or
+// one that could not keep letters: a stream with interest retention, whatever
+// consumers it has, one that is a mirror or sealed, has NoAck or the async persist
+// mode, has fewer replicas or a lower MaxMsgSize than the route's stream, or one below
+// 2,048 bytes. It only logs a stream that discards old letters when it is full, that
+// is kept in memory beside a route's stream on disk, whose duplicate window is shorter
+// than two AckWaits, or that the user may not ask for.
 func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 	r.set |= optDLQ
 	r.dlq = subject
@@ -290,9 +318,9 @@ func (r RouteBuilder) HandleBatch(fn BatchHandler) Spec {
 
 // Reply ends the chain of a core route whose messages are requests. Each is
 // answered: with the responder's result, at the end of Timeout with code 504
-// whether the responder has returned or not, and with code 503 at once while more
-// than [WaitingRequestsPerHandler] wait for each handler of the route (and more
-// than [MinWaitingRequests]), or when a shutdown passes its drain timeout.
+// whether the responder has returned or not, and with code 503 at once while
+// [WaitingRequestsPerHandler] wait for each handler of the route, and at least
+// [MinWaitingRequests], or when a shutdown passes its drain timeout.
 //
 // The deadline of a requester that tells it, as [Publisher.Request] does, ends the
 // responder's context as well; a request that has waited beyond it is answered
@@ -301,7 +329,7 @@ func (r RouteBuilder) Reply(fn Responder) Spec {
 	return Spec{route: r, kind: kindReply, responder: fn}
 }
 
-// OrderKey tells which part of a message [RouteBuilder.OrderedBy] compares.
+// OrderKey tells which part of a message [ReplayBuilder.OrderedBy] compares.
 type OrderKey struct {
 	kind  orderKind
 	index int
@@ -323,7 +351,8 @@ func SubjectKey() OrderKey { return OrderKey{kind: orderSubject} }
 // SubjectToken orders by the i-th token of the subject, counted from 0.
 func SubjectToken(i int) OrderKey { return OrderKey{kind: orderToken, index: i} }
 
-// HeaderKey orders by the first value of a header. Messages without it share a key.
+// HeaderKey orders by the first value of a header, whose name is compared as it is
+// written. Messages without it share a key.
 func HeaderKey(name string) OrderKey { return OrderKey{kind: orderHeader, name: name} }
 
 // String gives the key as it was made, such as SubjectToken(1).

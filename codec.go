@@ -69,7 +69,7 @@ func (e *tooLargeError) Unwrap() error { return ErrTooLarge }
 
 // JSON adapts a typed function to a [Handler]. A payload that is not JSON of T
 // is a permanent failure ([*DecodeError]): retrying cannot mend it. The message
-// itself is found with [MsgFrom].
+// itself is found with [MsgFrom]. Of a nil fn it returns nil; see [Decode].
 func JSON[T any](fn func(context.Context, T) error) Handler {
 	return Decode(JSONCodec{}, fn)
 }
@@ -90,12 +90,16 @@ func Decode[T any](codec Codec, fn func(context.Context, T) error) Handler {
 }
 
 // JSONReply adapts a typed function to a [Responder]. A request that is not JSON
-// of Req is answered with code 400, one beyond the limit of a [LimitCodec] with 413.
+// of Req is answered with code 400, and an answer that json cannot encode with 500.
+// Of a nil fn it returns nil; see [DecodeReply].
 func JSONReply[Req, Resp any](fn func(context.Context, Req) (Resp, error)) Responder {
 	return DecodeReply(JSONCodec{}, fn)
 }
 
-// DecodeReply is [JSONReply] with another codec, used for both directions.
+// DecodeReply is [JSONReply] with another codec, used for both directions; the
+// answer's Content-Type header is the codec's. A request beyond the limit of a
+// [LimitCodec] is answered with code 413. It returns nil, which a route's validation
+// refuses as [ErrNoHandler], when codec or fn is nil.
 func DecodeReply[Req, Resp any](codec Codec, fn func(context.Context, Req) (Resp, error)) Responder {
 	if codec == nil || fn == nil {
 		return nil
