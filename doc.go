@@ -52,10 +52,12 @@
 // [context.DeadlineExceeded]. An error in which several outcomes are wrapped is
 // judged in the order Discard, Permanent, retry.
 //
-// A dead message goes to the DLQ of its route. Without one it is terminated, logged
-// and counted, and stays in its stream. A work-queue or interest stream would delete
-// it: there a route with Retry and without DLQ is refused with [ErrWouldLose].
-// Without Retry a message is tried until it succeeds.
+// Without Retry a message is tried until it succeeds. A dead message goes to the DLQ
+// of its route. Without one it is logged, counted, not tried again, and stays in its
+// stream: one with limits retention has it terminated. A work-queue or interest stream
+// would delete it then, so that there, and where the retention may not be asked for,
+// it is left unsettled and counts against MaxAckPending. On these streams a route with
+// Retry and without DLQ is refused with [ErrWouldLose].
 //
 // A message of a core route is gone whatever its handler returns; a failure is
 // logged and counted.
@@ -68,13 +70,14 @@
 // what runs, so that a slow handler is no cause of duplicates, and settles nothing
 // when a lease was lost. A route without Durable is at most once.
 //
-// Attempts are counted by the server, so that they survive a crash. A message that
-// took its process down each time is dead-lettered without running again.
+// Attempts are counted by the server, so that they survive a crash. With Retry, a
+// message that took its process down each time is dead without running again.
 //
 // A dead letter is stored, under an id of its own, before its original is settled.
 // While the DLQ takes none, the original stays and the route stops pulling. A
 // letter written twice because a process died in between is stored once within the
-// duplicate window of the DLQ's stream.
+// duplicate window of the DLQ's stream. A DLQ whose stream could not keep letters, such
+// as one with interest retention, is refused with [ErrBadDLQ].
 //
 // Handlers run at once and in no order, unless Concurrency is 1; a retry comes
 // later than what follows it.
@@ -87,8 +90,8 @@
 //
 // A [Publisher] sends envelopes, which [To] starts. What [Publisher.Publish] stores
 // bears a message id, so that no retry of its own is a second copy; inside a
-// handler the id is made of the handled message, so that a redelivery does not
-// publish twice.
+// durable's handler the id is made of the handled message, so that a redelivery does
+// not publish twice.
 //
 // A route with [RouteBuilder.Reply] answers every request, also when its responder
 // fails or panics. [Publisher.Request] and [RequestJSON] tell an error that was
@@ -101,8 +104,9 @@
 // When the context of [Broker.Run] ends, the routes stop receiving, while the
 // handlers go on with a live context. Run returns when every message in hand is
 // settled. At the drain timeout ([WithDrainTimeout]) the contexts of the handlers
-// end; those that have not returned after [DrainGrace] are abandoned, and a
-// [*DrainError] counts them. The connection stays open: it belongs to the caller.
+// end; those that have not returned after [DrainGrace] are abandoned. A
+// [*DrainError] then counts what was not finished. The connection stays open: it
+// belongs to the caller.
 //
 // # Errors
 //
