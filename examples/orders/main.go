@@ -37,14 +37,13 @@ func main() {
 		<-ctx.Done()
 		stop() // a second signal ends the process at once
 	}()
-	if err := run(ctx, *serve, *verbose); err != nil {
+	if err := run(ctx, newScreen(os.Stdout), *serve, *verbose); err != nil {
 		fmt.Fprintln(os.Stderr, "orders:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, serve, verbose bool) (err error) {
-	say := newScreen(os.Stdout)
+func run(ctx context.Context, say *screen, serve, verbose bool) (err error) {
 	url, where := os.Getenv("NATS_URL"), "the nats-server at"
 	if url == "" {
 		var stop func()

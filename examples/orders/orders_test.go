@@ -51,11 +51,68 @@ func TestSummaryIsChecked(t *testing.T) {
 	}
 }
 
-func TestServeDrainsWhenInterrupted(t *testing.T) {
-	t.Setenv("NATS_URL", "")
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-	defer cancel()
-	if err := run(ctx, true, false); err != nil {
-		t.Errorf("run: %v", err)
+// show keeps what a shop prints, and ends its context at a certain line.
+type show struct {
+	strings.Builder
+	until string // part of that line, empty for none
+	end   context.CancelFunc
+}
+
+func (s *show) Write(line []byte) (int, error) {
+	if s.until != "" && strings.Contains(string(line), s.until) {
+		s.end()
+	}
+	return s.Builder.Write(line)
+}
+
+func TestRunShowsWhatBecameOfEachOrder(t *testing.T) {
+	for name, c := range map[string]struct {
+		serve bool
+		until string
+		want  []string
+	}{
+		"each customer twice": {false, "", []string{
+			"A shop on a nats-server of its own",
+			"billing  o-01  ✓ charged 2.90 for 1 coffee\n",
+			"billing  o-03  ↻ attempt 1: the bank is busy\n",
+			"billing  o-03  ✓ charged 7.20 for 3 tea at attempt 2\n",
+			"billing  o-05  ✗ dead at attempt 3: the card is declined\n",
+			"billing  o-07  ✗ dead at attempt 1: does not decode",
+			"billing  o-10  ↻ attempt 1: panic: the till is on fire\n",
+			"pricing  o-11  ? unicorn: 404 no such item\n",
+			"billing  o-12  · discarded: the customer cancelled\n",
+			"published  26 orders, 3 of them sent twice and stored once\n",
+			"handled    16, 4 of them after a retry\n",
+			"retried    12 attempts\n",
+			"discarded  2\n",
+			"dead       8 letters in the DLQ\n",
+			"o-05  exhausted    after 3 attempts: the card is declined\n",
+			"o-07  undecodable  after 1 attempt: ",
+			"o-10  panic        after 3 attempts: handler panicked: the till is on fire\n",
+			"o-11  permanent    after 1 attempt: unicorn has no price\n",
+			"replies    24: 22 prices, 2 refused\n",
+			"Every order is accounted for.\n",
+		}},
+		"until interrupted": {true, "o-02  ✓ charged", []string{
+			"Interrupted: draining.\n", "Summary\n", "Every order is accounted for.\n",
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv("NATS_URL", "")
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			out := &show{until: c.until, end: cancel}
+			if err := run(ctx, &screen{begun: time.Now(), out: out}, c.serve, false); err != nil {
+				t.Errorf("run: %v", err)
+			}
+			for _, want := range c.want {
+				if !strings.Contains(out.String(), want) {
+					t.Errorf("not printed: %q", want)
+				}
+			}
+			if t.Failed() {
+				t.Logf("printed:\n%s", out)
+			}
+		})
 	}
 }
