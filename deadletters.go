@@ -488,7 +488,10 @@ func (q DeadLetterQuery) Count(ctx context.Context, nc *nats.Conn) (LetterCounts
 
 // Purge deletes the selected letters and returns how many. Messages that are no
 // letters stay. With a letter that is a pointer goes its original, when that only
-// waits in its stream for the letter's sake.
+// waits in its stream for the letter's sake: on a work queue it is deleted, on a
+// stream with interest retention settled for the durable that failed, so that it
+// stays for as long as another durable needs it. The latter asks for the permission
+// to publish to $JS.ACK.<stream>.<durable>.>.
 //
 // When it ends early, by ctx or an error, what it deleted is gone, and the rest
 // untouched. A DLQ stream that refuses deletion is [ErrBadDLQ].
@@ -534,21 +537,48 @@ func (d *deadLetters) removable() error {
 // discard deletes a letter, after the original that only waits for its sake.
 func (s *store) discard(ctx context.Context, l *DeadLetter) error {
 	if l.Pointer {
-		source, err := s.streamInfo(ctx, l.Stream)
-		if err != nil && !hasCode(err, codeStreamNotFound) {
+		if err := s.release(ctx, l); err != nil {
 			return err
-		}
-		if err == nil && source.Config.Retention != jetstream.LimitsPolicy {
-			m, err := s.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
-			if err == nil && m != nil && l.pointsTo(m) {
-				err = s.remove(ctx, l.Stream, l.Sequence)
-			}
-			if err != nil {
-				return err
-			}
 		}
 	}
 	return s.remove(ctx, l.DLQStream, l.DLQSequence)
+}
+
+// release lets go of the original of a pointer, which its durable left unsettled
+// on a stream that would have deleted it. On a work queue nobody else waits for
+// it. On a stream with interest retention others may: there it is settled for its
+// durable alone, and the server deletes it when that was the last.
+func (s *store) release(ctx context.Context, l *DeadLetter) error {
+	source, err := s.streamInfo(ctx, l.Stream)
+	if hasCode(err, codeStreamNotFound) {
+		return nil
+	}
+	if err != nil || source.Config.Retention == jetstream.LimitsPolicy {
+		return err
+	}
+	m, err := s.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
+	if err != nil || m == nil || !l.pointsTo(m) {
+		return err
+	}
+	if source.Config.Retention == jetstream.WorkQueuePolicy {
+		return s.remove(ctx, l.Stream, l.Sequence)
+	}
+	var durable jetstream.ConsumerInfo
+	err = s.ask(ctx, "CONSUMER.INFO."+l.Stream+"."+l.Durable, struct{}{}, &durable)
+	if hasCode(err, codeConsumerNotFound) || err == nil && (l.Sequence > durable.Delivered.Stream || l.Sequence <= durable.AckFloor.Stream) {
+		return nil // it does not hold the original, and the server knows who else does
+	}
+	if err != nil {
+		return err
+	}
+	// The server goes by the stream's sequence alone.
+	subject := fmt.Sprintf("$JS.ACK.%s.%s.1.%d.1.%d.0", l.Stream, l.Durable, l.Sequence, m.time.UnixNano())
+	return again(ctx, func(ctx context.Context) error {
+		return requestWith(ctx, s.nc, subject, func(ctx context.Context) error {
+			_, err := s.nc.RequestWithContext(ctx, subject, ackAck)
+			return err
+		})
+	})
 }
 
 // pointsTo tells whether m is the original of l and not a message of a stream

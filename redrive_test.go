@@ -461,6 +461,42 @@ func TestRedriveOfPointers(t *testing.T) {
 	}
 }
 
+// Another durable of an interest stream still gets the original of a pointer that
+// is redriven or purged. The server deletes it when that durable is done as well.
+func TestPointersLeaveOriginalsToOthers(t *testing.T) {
+	t.Parallel()
+	const payload = 4096
+	nc := connect(t, startServer(t, func(o *server.Options) { o.MaxPayload = payload }).ClientURL())
+	orders(t, nc, func(cfg *jetstream.StreamConfig) { cfg.Retention = jetstream.InterestPolicy })
+	if _, err := jetStream(t, nc).CreateConsumer(testContext(t), "ORDERS", jetstream.ConsumerConfig{
+		Durable: "audit", AckWait: DefaultAckWait, FilterSubject: "orders.>", MaxAckPending: DefaultMaxAckPending, MaxDeliver: -1,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var billing patient
+	billing.dieInOrder(t, nc, 2, func(i int) *nats.Msg {
+		return &nats.Msg{Subject: "orders.new", Data: []byte(strings.Repeat(fmt.Sprint(i), payload-360))}
+	})
+	redriveQuery(t, nc, DeadLetters("dlq.orders").Limit(1), RedriveReport{Redriven: 1})
+	if n, err := DeadLetters("dlq.orders").Purge(testContext(t), nc); n != 1 || err != nil {
+		t.Fatalf("purged %d, %v", n, err)
+	}
+	if n := stored(t, nc, "ORDERS"); n != 3 {
+		t.Errorf("the stream has %d messages, want a copy and both originals, which the other durable needs", n)
+	}
+	if info := consumerInfo(t, nc, "ORDERS", "billing"); info.NumAckPending != 0 {
+		t.Errorf("the durable that failed still holds %d", info.NumAckPending)
+	}
+	var audit tally
+	runBroker(t, NewBroker(nc), billing.route(), Route("orders.>").Durable("audit").Handle(func(_ context.Context, m *Msg) error {
+		audit.add(string(m.Data[:1]))
+		return nil
+	}))
+	eventually(t, "nothing is left", func() bool { return stored(t, nc, "ORDERS") == 0 })
+	audit.wantOnce(t, 2)
+	billing.handled.wantOnce(t, 1)
+}
+
 func TestRedriveIsCancelled(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
