@@ -1,6 +1,7 @@
 package natsx
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -354,6 +355,58 @@ func TestDeadLettersSurviveTheirReader(t *testing.T) {
 	}
 	if next != 1501 {
 		t.Errorf("read up to %d, want 1500", next-1)
+	}
+}
+
+// laggingPrefix begins the API of startLagging.
+const laggingPrefix = "LAG.API"
+
+// startLagging passes JetStream's API on under laggingPrefix, as if its streams had
+// three replicas and some consumers were on one that lags behind: every other pull
+// finds nothing, the first included. pulls counts them.
+func startLagging(t testing.TB, nc *nats.Conn) (pulls *tally) {
+	t.Helper()
+	pulls = new(tally)
+	sub, err := nc.Subscribe(laggingPrefix+".>", func(m *nats.Msg) {
+		operation := strings.TrimPrefix(m.Subject, laggingPrefix+".")
+		switch {
+		case strings.HasPrefix(operation, "STREAM.INFO."):
+			answer, err := nc.Request("$JS.API."+operation, m.Data, testLimit)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			m.Respond(bytes.Replace(answer.Data, []byte(`"num_replicas":1`), []byte(`"num_replicas":3`), 1))
+		case strings.HasPrefix(operation, "CONSUMER.MSG.NEXT.") && pulls.add("all")%2 == 1:
+			m.RespondMsg(&nats.Msg{Header: nats.Header{"Status": {"404"}, "Description": {"No Messages"}}})
+		default:
+			nc.PublishRequest("$JS.API."+operation, m.Reply, m.Data)
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { sub.Unsubscribe() })
+	return pulls
+}
+
+// What a replica does not have yet is not the end of the stream.
+func TestDeadLettersOnALaggingReplica(t *testing.T) {
+	t.Parallel()
+	url := startServer(t).ClientURL()
+	nc := connect(t, url)
+	pulls := startLagging(t, connect(t, url))
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
+	publishMany(t, nc, 600, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	found, _ := listed(t, nc, DeadLetters("dlq.orders").APIPrefix(laggingPrefix))
+	if len(found) != 600 || found[599].DLQSequence != 600 {
+		t.Errorf("got %d letters, want all 600", len(found))
+	}
+	if pulls.sum() < 2 {
+		t.Errorf("got %d pulls, want the first to find nothing", pulls.sum())
+	}
+	if n := consumers(t, nc, "DLQ"); n != 0 {
+		t.Errorf("%d consumers are left", n)
 	}
 }
 

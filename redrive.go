@@ -541,7 +541,11 @@ func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSourc
 		if err != nil {
 			return false, err
 		}
-		if last == nil || known == nil && !last.time.After(l.Published) {
+		behind := uint64(0) // in a stream that was made anew the original's sequence means nothing
+		if !src.info.Created.After(l.Published) {
+			behind = l.Sequence
+		}
+		if last == nil || known == nil && last.seq <= behind {
 			return false, nil
 		}
 		if known == nil {
@@ -551,10 +555,7 @@ func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSourc
 			known = &copies{seqs: map[string]uint64{}}
 			r.copies[key] = known
 		}
-		part := span{stream: src.info, filter: l.Subject, from: l.Published, last: last.seq, headersOnly: true}
-		if known.searched > 0 {
-			part.first = known.searched + 1
-		}
+		part := span{stream: src.info, filter: l.Subject, first: max(behind, known.searched) + 1, last: last.seq, headersOnly: true}
 		for stored, err := range r.read(ctx, part) {
 			if err != nil {
 				return false, err

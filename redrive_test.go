@@ -200,6 +200,45 @@ func TestRedriveForgedByAPublisher(t *testing.T) {
 	audit.wantOnce(t, 1+len(forged))
 }
 
+// storeCopies is a redrive that is killed after the copies of the first count
+// letters were stored, before one of these was removed.
+func storeCopies(t testing.TB, nc *nats.Conn, count int) {
+	t.Helper()
+	ctx := testContext(t)
+	d, err := DeadLetters("dlq.orders").Limit(count).open(ctx, nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	killed := &redrive{deadLetters: d, sources: map[string]*redriveSource{}}
+	for l, err := range d.all(ctx, false) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		src, err := killed.source(ctx, &l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, _, err := killed.copyOf(ctx, &l, src)
+		if err != nil {
+			t.Fatal(err)
+		}
+		publish(t, nc, m)
+	}
+}
+
+// windowOver waits until the stream of orders has forgotten the ids it knows.
+func windowOver(t testing.TB, nc *nats.Conn) {
+	t.Helper()
+	// That is so when it takes one id twice.
+	probe := func() bool {
+		m := &nats.Msg{Subject: "orders.probe", Data: []byte("probe"), Header: nats.Header{"Nats-Msg-Id": {"probe"}}}
+		ack, err := jetStream(t, nc).PublishMsg(testContext(t), m)
+		return err == nil && !ack.Duplicate
+	}
+	probe()
+	eventually(t, "the duplicate window is over", probe)
+}
+
 // TestRedriveAfterAKill has the state that a redrive leaves which was killed when
 // the copy was stored and the letter not removed yet, and is repeated when the
 // server has forgotten the copy's id.
@@ -210,33 +249,11 @@ func TestRedriveAfterAKill(t *testing.T) {
 			t.Run(fmt.Sprintf("%s handled between %t", retention, handledBetween), func(t *testing.T) {
 				t.Parallel()
 				nc := connect(t, startServer(t).ClientURL())
-				ctx := testContext(t)
 				orders(t, nc, shortWindow, func(cfg *jetstream.StreamConfig) { cfg.Retention = retention })
 				var billing patient
 				billing.dieInOrder(t, nc, 3, numbered("orders.new"))
 
-				d, err := DeadLetters("dlq.orders").open(ctx, nc)
-				if err != nil {
-					t.Fatal(err)
-				}
-				killed := &redrive{deadLetters: d, sources: map[string]*redriveSource{}}
-				for l, err := range d.all(ctx, false) {
-					if err != nil {
-						t.Fatal(err)
-					}
-					if string(l.Data) == "2" {
-						break
-					}
-					src, err := killed.source(ctx, &l)
-					if err != nil {
-						t.Fatal(err)
-					}
-					m, _, err := killed.copyOf(ctx, &l, src)
-					if err != nil {
-						t.Fatal(err)
-					}
-					publish(t, nc, m)
-				}
+				storeCopies(t, nc, 2)
 				if handledBetween {
 					r := runBroker(t, NewBroker(nc), billing.route())
 					eventually(t, "the copies are settled", func() bool { return settled(t, nc, "ORDERS", "billing") })
@@ -244,14 +261,7 @@ func TestRedriveAfterAKill(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				// The window is over when the server takes one id twice.
-				probe := func() bool {
-					m := &nats.Msg{Subject: "orders.new", Data: []byte("probe"), Header: nats.Header{"Nats-Msg-Id": {"probe"}}}
-					ack, err := jetStream(t, nc).PublishMsg(ctx, m)
-					return err == nil && !ack.Duplicate
-				}
-				probe()
-				eventually(t, "the duplicate window is over", probe)
+				windowOver(t, nc)
 
 				want := RedriveReport{Redriven: 1, Skipped: 2, Skips: map[SkipReason]int{SkipRedriven: 2}}
 				if handledBetween {
@@ -269,6 +279,28 @@ func TestRedriveAfterAKill(t *testing.T) {
 					t.Errorf("%d letters are left", n)
 				}
 			})
+		}
+	}
+}
+
+// A copy is found also when the replica that is searched lags behind.
+func TestRedriveOnALaggingReplica(t *testing.T) {
+	t.Parallel()
+	url := startServer(t).ClientURL()
+	nc := connect(t, url)
+	startLagging(t, connect(t, url))
+	orders(t, nc, shortWindow)
+	var billing patient
+	billing.dieInOrder(t, nc, 3, numbered("orders.new"))
+	storeCopies(t, nc, 2)
+	windowOver(t, nc)
+	redriveQuery(t, nc, DeadLetters("dlq.orders").APIPrefix(laggingPrefix),
+		RedriveReport{Redriven: 1, Skipped: 2, Skips: map[SkipReason]int{SkipRedriven: 2}})
+	runBroker(t, NewBroker(nc), billing.route())
+	eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "billing") })
+	for _, payload := range []string{"0", "1", "2"} {
+		if n := billing.handled.get(payload); n != 1 {
+			t.Errorf("message %s was handled %d times", payload, n)
 		}
 	}
 }

@@ -165,8 +165,7 @@ func (s *store) askOnce(ctx context.Context, operation string, body []byte, resp
 type span struct {
 	stream      *jetstream.StreamInfo
 	filter      string
-	first       uint64    // 0 for the first there is
-	from        time.Time // stored at or after it, unless first is given
+	first       uint64 // 0 for the first there is
 	last        uint64
 	headersOnly bool
 }
@@ -183,7 +182,7 @@ func (s *store) read(ctx context.Context, p span) iter.Seq2[*storedMsg, error] {
 			s.step(ctx, p, yield)
 			return
 		}
-		r := &reader{store: s, span: p, next: p.first}
+		r := &reader{store: s, span: p, next: max(p.first, 1)}
 		defer r.close(ctx)
 		if err := r.run(ctx, yield); hasCode(err, codeMaximumConsumers) {
 			s.step(ctx, p, yield)
@@ -205,7 +204,7 @@ func (s *store) step(ctx context.Context, p span, yield func(*storedMsg, error) 
 			return
 		}
 		next = m.seq + 1
-		if (p.first > 0 || !m.time.Before(p.from)) && !yield(m, nil) {
+		if !yield(m, nil) {
 			return
 		}
 	}
@@ -220,7 +219,7 @@ func (s *store) step(ctx context.Context, p span, yield func(*storedMsg, error) 
 type reader struct {
 	*store
 	span
-	next     uint64 // to be read, 0 when that is up to from
+	next     uint64 // to be read
 	consumer string
 	expected uint64 // consumer sequence of the next message
 	sub      *nats.Subscription
@@ -269,12 +268,8 @@ func (r *reader) open(ctx context.Context) error {
 		Replicas:          1,
 		InactiveThreshold: readerThreshold,
 		HeadersOnly:       r.headersOnly,
-	}
-	switch {
-	case r.next > 0:
-		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, r.next
-	case !r.from.IsZero():
-		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &r.from
+		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
+		OptStartSeq:       r.next,
 	}
 	stream := r.stream.Config.Name
 	err := requestWith(ctx, r.nc, r.prefix+"CONSUMER.CREATE."+stream+"."+name+"."+r.filter, func(ctx context.Context) error {
@@ -306,7 +301,10 @@ func (r *reader) close(ctx context.Context) {
 	}
 }
 
-var errReaderSilent = errors.New("natsx: nothing came")
+var (
+	errReaderSilent = errors.New("natsx: nothing came")
+	errReaderLags   = errors.New("natsx: the server that was read from lags behind the stream's leader")
+)
 
 // batch makes one pull. It returns true when the reading is over, and an error
 // when the consumer is not to be trusted any more, as when it says nothing
@@ -339,7 +337,7 @@ func (r *reader) batch(ctx context.Context, limit time.Duration, yield func(*sto
 			case code == "100":
 				continue
 			case code == "404":
-				return true, nil
+				return r.atEnd(ctx)
 			case got > 0 && (code == "408" || code == "409" && !strings.Contains(m.Header.Get("Description"), "Consumer")):
 				return false, nil
 			default:
@@ -366,6 +364,25 @@ func (r *reader) batch(ctx context.Context, limit time.Duration, yield func(*sto
 		silence.Reset(limit)
 	}
 	return false, nil
+}
+
+// atEnd tells whether nothing is left to read. The consumer of a replicated stream
+// may be on a server that lags behind: its word is not the end, but that of the
+// stream's leader is. A user who may not ask the leader takes it for the end.
+func (r *reader) atEnd(ctx context.Context) (bool, error) {
+	if r.stream.Config.Replicas <= 1 {
+		return true, nil
+	}
+	m, err := r.get(ctx, r.stream.Config.Name, getRequest{Seq: r.next, NextFor: r.filter})
+	switch {
+	case errors.Is(err, ErrPermission):
+		return true, nil
+	case err != nil:
+		return false, err
+	case m != nil && m.seq <= r.last:
+		return false, errReaderLags
+	}
+	return true, nil
 }
 
 // consumerSequence reads the consumer's count of messages out of an ack subject;
