@@ -358,6 +358,36 @@ func TestDeadLettersSurviveTheirReader(t *testing.T) {
 	}
 }
 
+// A reader whose consumer vanishes, and that gets no other, goes on where it was.
+func TestDeadLettersWithoutRoomForAReader(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	s := createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}, MaxConsumers: 1})
+	publishMany(t, nc, 600, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	next := uint64(1)
+	for l, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.DLQSequence != next {
+			t.Fatalf("got letter %d, want %d", l.DLQSequence, next)
+		}
+		if next++; next == 300 {
+			for name := range s.ConsumerNames(testContext(t)).Name() {
+				if err := s.DeleteConsumer(testContext(t), name); err != nil {
+					t.Error(err)
+				}
+			}
+			if _, err := s.CreateConsumer(testContext(t), jetstream.ConsumerConfig{Durable: "alerts"}); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if next != 601 {
+		t.Errorf("read up to %d, want 600", next-1)
+	}
+}
+
 // laggingPrefix begins the API of startLagging.
 const laggingPrefix = "LAG.API"
 

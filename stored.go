@@ -185,6 +185,7 @@ func (s *store) read(ctx context.Context, p span) iter.Seq2[*storedMsg, error] {
 		r := &reader{store: s, span: p, next: max(p.first, 1)}
 		defer r.close(ctx)
 		if err := r.run(ctx, yield); hasCode(err, codeMaximumConsumers) {
+			p.first = r.next
 			s.step(ctx, p, yield)
 		} else if err != nil {
 			yield(nil, err)
