@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"testing"
 	"time"
@@ -385,6 +386,36 @@ func TestDeadLettersWithoutRoomForAReader(t *testing.T) {
 	}
 	if next != 601 {
 		t.Errorf("read up to %d, want 600", next-1)
+	}
+}
+
+// A message with headers that cannot be read is no letter, and hides none.
+func TestDeadLettersBesideBrokenHeaders(t *testing.T) {
+	t.Parallel()
+	for _, retention := range []jetstream.RetentionPolicy{jetstream.LimitsPolicy, jetstream.WorkQueuePolicy} {
+		t.Run(retention.String(), func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t)
+			nc := connect(t, s.ClientURL())
+			createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}, Retention: retention})
+			publish(t, nc, testLetter("billing", ReasonPanic, 0))
+			raw, err := net.Dial("tcp", s.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer raw.Close()
+			// nats.go does not send such a thing.
+			fmt.Fprintf(raw, "CONNECT {\"headers\":true,\"verbose\":false}\r\nHPUB dlq.orders 17 19\r\nnot a header at \n{}\r\n")
+			eventually(t, "it is stored", func() bool { return stored(t, nc, "DLQ") == 2 })
+			publish(t, nc, testLetter("billing", ReasonPanic, 2))
+			found, foreign := listed(t, nc, DeadLetters("dlq.orders"))
+			if len(found) != 2 || len(foreign) != 1 {
+				t.Errorf("got %d letters and %q, want 2 and one that is none", len(found), foreign)
+			}
+			if n, err := DeadLetters("dlq.orders").Purge(testContext(t), nc); n != 2 || err != nil {
+				t.Errorf("purged %d, %v, want 2", n, err)
+			}
+		})
 	}
 }
 

@@ -75,11 +75,9 @@ func (s *store) get(ctx context.Context, stream string, req getRequest) (*stored
 	}
 	m := &storedMsg{subject: r.Message.Subject, seq: r.Message.Seq, time: r.Message.Time, data: r.Message.Data}
 	if len(r.Message.Header) > 0 {
-		h, err := nats.DecodeHeadersMsg(r.Message.Header)
-		if err != nil {
-			return nil, fmt.Errorf("natsx: message %d of stream %q: headers: %w", m.seq, stream, err)
-		}
-		m.header = h
+		// The server stores any header block. One that cannot be read is none, as in
+		// a message that nats.go delivers.
+		m.header, _ = nats.DecodeHeadersMsg(r.Message.Header)
 	}
 	return m, nil
 }
