@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -416,6 +417,32 @@ func TestDeadLettersBesideBrokenHeaders(t *testing.T) {
 				t.Errorf("purged %d, %v, want 2", n, err)
 			}
 		})
+	}
+}
+
+// A stream's and a server's limits on consumers hold for the reader too.
+func TestDeadLettersWithinLimits(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, func(o *server.Options) { o.JetStreamLimits.MaxRequestBatch = 100 }).ClientURL())
+	s := createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"},
+		ConsumerLimits: jetstream.StreamConsumerLimits{InactiveThreshold: 2 * time.Second}})
+	publishMany(t, nc, 300, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	n := 0
+	for _, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n++; n > 1 {
+			continue
+		}
+		for info := range s.ListConsumers(testContext(t)).Info() {
+			if got := info.Config.InactiveThreshold; got != 2*time.Second {
+				t.Errorf("the server keeps the reader's consumer for %s, want the stream's 2s", got)
+			}
+		}
+	}
+	if n != 300 {
+		t.Errorf("got %d letters, want 300", n)
 	}
 }
 

@@ -220,6 +220,7 @@ type reader struct {
 	span
 	next     uint64 // to be read
 	consumer string
+	most     int    // messages that one pull may ask for
 	expected uint64 // consumer sequence of the next message
 	sub      *nats.Subscription
 	msgs     chan *nats.Msg // never closed; has room for a whole pull
@@ -270,9 +271,18 @@ func (r *reader) open(ctx context.Context) error {
 		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:       r.next,
 	}
+	if most := r.stream.Config.ConsumerLimits.InactiveThreshold; most > 0 {
+		cfg.InactiveThreshold = min(cfg.InactiveThreshold, most)
+	}
 	stream := r.stream.Config.Name
 	err := requestWith(ctx, r.nc, r.prefix+"CONSUMER.CREATE."+stream+"."+name+"."+r.filter, func(ctx context.Context) error {
-		_, err := r.js.CreateConsumer(ctx, stream, cfg)
+		c, err := r.js.CreateConsumer(ctx, stream, cfg)
+		if err == nil {
+			r.most = readBatch
+			if most := c.CachedInfo().Config.MaxRequestBatch; most > 0 { // the server's limit
+				r.most = min(r.most, most)
+			}
+		}
 		return err
 	})
 	if err == nil || passes(err) { // it may exist
@@ -311,14 +321,14 @@ var (
 func (r *reader) batch(ctx context.Context, limit time.Duration, yield func(*storedMsg, error) bool) (done bool, _ error) {
 	r.pulls++
 	token := strconv.Itoa(r.pulls)
-	pull := fmt.Sprintf(`{"batch":%d,"no_wait":true,"max_bytes":%d}`, readBatch, max(readBytes, r.nc.MaxPayload()+8192))
+	pull := fmt.Sprintf(`{"batch":%d,"no_wait":true,"max_bytes":%d}`, r.most, max(readBytes, r.nc.MaxPayload()+8192))
 	subject := r.prefix + "CONSUMER.MSG.NEXT." + r.stream.Config.Name + "." + r.consumer
 	if err := r.nc.PublishRequest(subject, r.inbox+"."+token, []byte(pull)); err != nil {
 		return false, err
 	}
 	silence := time.NewTimer(limit)
 	defer silence.Stop()
-	for got := 0; got < readBatch; {
+	for got := 0; got < r.most; {
 		var m *nats.Msg
 		select {
 		case m = <-r.msgs:
