@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -451,10 +452,12 @@ const laggingPrefix = "LAG.API"
 
 // startLagging passes JetStream's API on under laggingPrefix, as if its streams had
 // three replicas and some consumers were on one that lags behind: every other pull
-// finds nothing, the first included. pulls counts them.
+// finds nothing, the first included, and whoever wants to start at a time starts
+// at the 6th message, behind all that the replica has. pulls counts them.
 func startLagging(t testing.TB, nc *nats.Conn) (pulls *tally) {
 	t.Helper()
 	pulls = new(tally)
+	startTime := regexp.MustCompile(`"deliver_policy":"by_start_time","opt_start_time":"[^"]+"`)
 	sub, err := nc.Subscribe(laggingPrefix+".>", func(m *nats.Msg) {
 		operation := strings.TrimPrefix(m.Subject, laggingPrefix+".")
 		switch {
@@ -468,7 +471,7 @@ func startLagging(t testing.TB, nc *nats.Conn) (pulls *tally) {
 		case strings.HasPrefix(operation, "CONSUMER.MSG.NEXT.") && pulls.add("all")%2 == 1:
 			m.RespondMsg(&nats.Msg{Header: nats.Header{"Status": {"404"}, "Description": {"No Messages"}}})
 		default:
-			nc.PublishRequest("$JS.API."+operation, m.Reply, m.Data)
+			nc.PublishRequest("$JS.API."+operation, m.Reply, startTime.ReplaceAll(m.Data, []byte(`"deliver_policy":"by_start_sequence","opt_start_seq":6`)))
 		}
 	})
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go"
 )
@@ -148,15 +149,25 @@ func (r *replay) arrive(a *arrival, now int64) {
 		return
 	}
 	r.received = seq
-	r.taken++
-	r.hand.push(seq, a.size)
-	r.bytes += a.size
+	// A replica that lags behind does not know yet where a time is.
+	want := r.want.replay
+	r.begun = r.begun || want.set&replayFromTime == 0 || !time.Unix(0, a.info.time).Before(want.from.time())
+	taken := r.begun
+	if taken {
+		r.taken++
+		r.hand.push(seq, a.size)
+		r.bytes += a.size
+	}
 	switch {
 	case seq == r.end || r.limited():
 		r.complete = true
 	case a.info.pending == 0:
 		r.verify = true
 		r.tell()
+	}
+	if !taken {
+		r.tell() // there may be nothing left to do
+		return
 	}
 	if r.pace.speed == 0 {
 		r.admit(a.d)

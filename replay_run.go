@@ -60,7 +60,8 @@ type replay struct {
 	// Fixed once located.
 	stream   string
 	created  time.Time
-	from     *origin       // of its messages
+	from     *origin // of its messages
+	replicas int
 	inactive time.Duration // threshold of the consumers
 	end      uint64        // last sequence of the replay
 	endTime  int64         // Unix nanoseconds of the last message, 0 when unknown
@@ -98,6 +99,7 @@ type replay struct {
 	cause       error // of stopping, nil for a failure alone
 	failure     *ReplayFailure
 	located     bool // received is where the replay is
+	begun       bool // a message at or after FromTime has come
 
 	pace    tempo
 	early   fifo[*delivery]

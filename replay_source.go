@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -36,6 +37,7 @@ func (r *replay) open() error {
 	r.eng.pool.mu.Lock()
 	r.stream, r.created, r.inbox = info.Config.Name, info.Created, inbox
 	r.from = &origin{stream: r.stream, created: r.created.UnixNano()}
+	r.replicas = info.Config.Replicas
 	r.inactive = ReplayInactive
 	if most := info.Config.ConsumerLimits.InactiveThreshold; most > 0 {
 		r.inactive = min(r.inactive, most)
@@ -92,7 +94,11 @@ func (r *replay) begin(state jetstream.StreamState) error {
 		if err != nil {
 			return err
 		}
-		end, endTime, behind = min(end, info.Delivered.Stream), until, info.NumPending
+		last, err := r.lastUntil(until, info.Delivered.Stream)
+		if err != nil {
+			return err
+		}
+		end, endTime, behind = min(end, last), until, info.NumPending
 	}
 	if want.set&replayUntilSequence != 0 && want.untilSeq < end {
 		info, err := r.glance(startAt{seq: want.untilSeq + 1})
@@ -134,6 +140,38 @@ func (r *replay) glance(at startAt) (*jetstream.ConsumerInfo, error) {
 	}
 	r.clean("")
 	return info, nil
+}
+
+// lastUntil is the sequence that a replay until a time ends with, told being what
+// a consumer says. That may be too low, when its server lags behind: so the
+// leader of a replicated stream is asked, if it may be.
+func (r *replay) lastUntil(until time.Time, told uint64) (uint64, error) {
+	if r.replicas <= 1 {
+		return told, nil
+	}
+	after := until.Add(1)
+	m, err := r.fromLeader(getRequest{StartTime: &after, NextFor: r.want.replay.filter})
+	switch {
+	case errors.Is(err, ErrPermission):
+		return told, nil
+	case err != nil:
+		return 0, r.want.fault("stream", strconv.Quote(r.stream), "could not be read: "+cause(err), err)
+	case m == nil:
+		return math.MaxUint64, nil
+	case !m.time.After(until): // an older server's answer
+		return told, nil
+	}
+	return max(told, m.seq-1), nil
+}
+
+// fromLeader gets a message, or nil, from the stream's leader.
+func (r *replay) fromLeader(req getRequest) (m *storedMsg, err error) {
+	stored := store{nc: r.eng.nc, js: r.eng.js, prefix: r.eng.apiPrefix}
+	err = r.eng.call(r.intake, "STREAM.MSG.GET."+r.stream, func(ctx context.Context) (err error) {
+		m, err = stored.get(ctx, r.stream, req)
+		return err
+	})
+	return m, err
 }
 
 // create makes a consumer, again and again while the failure passes by itself.
@@ -273,12 +311,7 @@ func (r *replay) verifyEnd(received uint64) error {
 	p.mu.Lock()
 	r.verify = false
 	p.mu.Unlock()
-	stored := store{nc: r.eng.nc, js: r.eng.js, prefix: r.eng.apiPrefix}
-	var m *storedMsg
-	err := r.eng.call(r.intake, "STREAM.MSG.GET."+r.stream, func(ctx context.Context) (err error) {
-		m, err = stored.get(ctx, r.stream, getRequest{Seq: received + 1, NextFor: r.want.replay.filter})
-		return err
-	})
+	m, err := r.fromLeader(getRequest{Seq: received + 1, NextFor: r.want.replay.filter})
 	if errors.Is(err, ErrPermission) {
 		return r.want.fault("stream", strconv.Quote(r.stream), cause(err), err)
 	}

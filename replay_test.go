@@ -354,6 +354,49 @@ func TestReplayInterruptedGoesOn(t *testing.T) {
 	t.Cleanup(func() { noConsumers(t, nc, "HISTORY") })
 }
 
+// A replica that lags behind knows neither where a time is nor where the end is.
+func TestReplayOnALaggingReplica(t *testing.T) {
+	t.Parallel()
+	url := startServer(t).ClientURL()
+	nc := connect(t, url)
+	pulls := startLagging(t, connect(t, url))
+	js, err := jetstream.NewWithAPIPrefix(nc, laggingPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	historyStream(t, nc)
+	var at [21]time.Time // by sequence
+	for i := range 20 {
+		publish(t, nc, numbered("history.x")(i))
+	}
+	for _, m := range letters(t, nc, "HISTORY") {
+		at[m.Sequence] = m.Time
+	}
+	for name, c := range map[string]struct {
+		replay     ReplayBuilder
+		from, last uint64
+	}{
+		"all":        {Replay("history.x"), 1, 20},
+		"from time":  {Replay("history.x").FromTime(at[13]), 13, 20},
+		"until time": {Replay("history.x").UntilTime(at[17]), 1, 17},
+		"both":       {Replay("history.x").FromTime(at[8]).UntilTime(at[12].Add(-1)), 8, 11},
+		"nothing":    {Replay("history.x").FromTime(at[20].Add(1)), 1, 0},
+	} {
+		var seen history
+		report, err := NewBroker(nc, WithJetStream(js)).Replay(testContext(t), c.replay.Handle(seen.handle))
+		if err != nil || c.last > 0 && report.Next != c.last+1 {
+			t.Errorf("%s: got %+v, %v", name, report, err)
+		}
+		if diff := cmp.Diff(sequences(c.from, c.last), seen.seen()); diff != "" {
+			t.Errorf("%s: handled (-want +got):\n%s", name, diff)
+		}
+	}
+	if pulls.sum() < 2 {
+		t.Errorf("got %d pulls", pulls.sum())
+	}
+	noConsumers(t, nc, "HISTORY")
+}
+
 // What is stored meanwhile is not replayed.
 func TestReplayEndsWhereTheStreamWas(t *testing.T) {
 	t.Parallel()

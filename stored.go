@@ -46,12 +46,14 @@ type store struct {
 	prefix string // of JetStream's API, with its last dot
 }
 
-// getRequest asks for one message: Seq alone, the first on NextFor from Seq on, or
-// the last on LastFor.
+// getRequest asks for one message: Seq alone, the first on NextFor from Seq or
+// StartTime on, or the last on LastFor. A server before 2.11 takes no notice of
+// StartTime.
 type getRequest struct {
-	Seq     uint64 `json:"seq,omitempty"`
-	NextFor string `json:"next_by_subj,omitempty"`
-	LastFor string `json:"last_by_subj,omitempty"`
+	Seq       uint64     `json:"seq,omitempty"`
+	StartTime *time.Time `json:"start_time,omitempty"`
+	NextFor   string     `json:"next_by_subj,omitempty"`
+	LastFor   string     `json:"last_by_subj,omitempty"`
 }
 
 // get returns nil without an error when there is no such message.
