@@ -207,8 +207,9 @@ type ReplayReport struct {
 	Last  uint64 // highest sequence that was handled, failed or not; 0 for none
 
 	// Next is where to go on with [ReplayBuilder.FromSequence]: the lowest sequence
-	// that was not handled or, without ContinueOnError, failed. With several
-	// handlers at once a message above Next may be handled already when a handler
+	// that was not handled or, without ContinueOnError, failed. One that failed when
+	// its handler was cut off at the drain timeout counts as not handled in any case.
+	// With several handlers at once a message above Next may be handled already when a handler
 	// failed or was cut off; after an interruption that was drained none is. Next
 	// of a complete replay goes on with what was stored after its start. It is 0
 	// when the replay did not find its stream.

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -376,6 +377,41 @@ func TestReplayGivesUpOnAHandler(t *testing.T) {
 				t.Errorf("got %v", err)
 			}
 		})
+	}
+}
+
+// At the drain timeout nothing is started any more, and Next is what was cut off,
+// also of a replay that goes on after errors.
+func TestReplayGoesOnWhereItWasCutOff(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	historyStream(t, nc)
+	for i := range 6 {
+		publish(t, nc, &nats.Msg{Subject: "history." + []string{"slow", "fast"}[i/5]})
+	}
+	ctx, cancel := context.WithCancel(testContext(t))
+	defer cancel()
+	var seen history
+	b := NewBroker(nc, WithWorkers(4), WithDrainTimeout(50*time.Millisecond))
+	report, err := b.Replay(ctx, Replay("history.>").OrderedBy(SubjectKey()).ContinueOnError().Handle(func(ctx context.Context, m *Msg) error {
+		seen.handle(ctx, m)
+		if m.Subject == "history.fast" {
+			cancel()
+			return nil
+		}
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}))
+	if _, ok := errors.AsType[*DrainError](err); !ok {
+		t.Errorf("got %v, want a DrainError", err)
+	}
+	got := seen.seen()
+	slices.Sort(got)
+	if diff := cmp.Diff([]uint64{1, 6}, got); diff != "" {
+		t.Errorf("started (-want +got):\n%s", diff)
+	}
+	if report.Next != 1 || report.Handled != 1 || report.Failed != 1 {
+		t.Errorf("got %+v, want it to go on with 1", report)
 	}
 }
 

@@ -291,6 +291,7 @@ func (r *replay) supervise(ctx context.Context, status <-chan nats.Status) error
 			p.mu.Unlock()
 			if cut == nil {
 				cut = &DrainError{Timeout: r.eng.drainTimeout, Abandoned: left}
+				r.cut.Store(0)
 				r.abort(ErrDrainTimeout)
 				late = time.After(DrainGrace)
 				continue
@@ -467,8 +468,9 @@ func (r *replay) book(d *delivery) {
 		if len(rep.Failures) < MaxReplayFailures {
 			rep.Failures = append(rep.Failures, failure)
 		}
+		// The failure of a handler that is cut off says nothing of its message.
+		settled = r.want.replay.continuing && r.serving.Err() == nil
 		if !r.want.replay.continuing {
-			settled = false
 			if r.failure == nil || seq < r.failure.Sequence {
 				r.failure = failure
 			}
