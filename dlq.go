@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"os"
 	"strconv"
@@ -360,6 +361,7 @@ func (r *durableRoute) letter(d *delivery, reason Reason) *nats.Msg {
 		HeaderDLQPublished: {m.Time().UTC().Format(time.RFC3339Nano)},
 		HeaderDLQHost:      {hostname},
 	}
+	maps.Copy(core, r.redriveHeaders(d.raw))
 	text := r.eng.textOf(d.err)
 	why := nats.Header{HeaderDLQError: {headerText(text, MaxLetterError)}}
 	var panicked *PanicError

@@ -89,6 +89,24 @@ func proveRedrive(stream string, created int64, subject string, h nats.Header, d
 	return p, ok && ok1 && ok2 && ok3 && ok4
 }
 
+// redriveHeaders is what proves the redrives of a message that its durable's route
+// gives up, as the message's letter keeps it in every form: without it the count
+// would begin anew.
+func (r *durableRoute) redriveHeaders(raw *nats.Msg) nats.Header {
+	h := raw.Header
+	if h[HeaderRedriveToken] == nil {
+		return nil
+	}
+	if _, ok := proveRedrive(r.target.stream, r.target.streamCreated, raw.Subject, h, raw.Data); !ok {
+		return nil
+	}
+	kept := nats.Header{}
+	for _, name := range []string{HeaderRedriveTo, HeaderRedriveCount, HeaderRedriveToken, nats.MsgIdHdr} {
+		kept[name] = h[name]
+	}
+	return originalHeaders(kept, false)
+}
+
 func redriveCount(h nats.Header) int {
 	n, err := strconv.Atoi(h.Get(HeaderRedriveCount))
 	if err != nil || n < 0 {

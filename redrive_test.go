@@ -452,6 +452,37 @@ func TestRedriveEndsALoop(t *testing.T) {
 	}
 }
 
+// A letter that had no room for the original's headers keeps the count of redrives.
+func TestRedriveEndsALoopWithoutHeaders(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, func(o *server.Options) { o.MaxPayload = 4096 }).ClientURL())
+	orders(t, nc)
+	var ill patient // for good
+	runBroker(t, NewBroker(nc), ill.route())
+	publish(t, nc, &nats.Msg{Subject: "orders.new", Header: nats.Header{"Customer": {strings.Repeat("7", 400)}}, Data: make([]byte, 2860)})
+	latest := func(seq uint64) DeadLetter {
+		t.Helper()
+		eventually(t, "it is dead", func() bool {
+			left := letters(t, nc, "DLQ")
+			return len(left) == 1 && left[0].Sequence == seq
+		})
+		found, _ := listed(t, nc, DeadLetters("dlq.orders"))
+		return found[0]
+	}
+	if l := latest(1); l.Header.Get("Customer") == "" || len(l.Data) == 0 {
+		t.Fatal("the first letter lacks its headers or payload")
+	}
+	redriveAll(t, nc, RedriveReport{Redriven: 1})
+	l := latest(2)
+	if l.Header.Get("Customer") != "" || len(l.Data) == 0 {
+		t.Fatal("the second letter has all headers or no payload")
+	}
+	if l.Redrives != 1 {
+		t.Errorf("the letter tells of %d redrives, want 1", l.Redrives)
+	}
+	redriveQuery(t, nc, DeadLetters("dlq.orders").MaxRedrives(1), RedriveReport{Skipped: 1, Skips: map[SkipReason]int{SkipMaxRedrives: 1}})
+}
+
 func TestRedriveOfPointers(t *testing.T) {
 	t.Parallel()
 	const payload = 4096
