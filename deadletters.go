@@ -93,7 +93,11 @@ func parseLetter(stream string, m *storedMsg) (DeadLetter, error) {
 			faults = append(faults, fmt.Sprintf("%s %q %s", name, h.Get(name), reason))
 		}
 	}
-	fault(HeaderDLQSubject, publishFault(l.Subject))
+	// Other clients publish to subjects that natsx does not: a letter of such a
+	// message is one all the same.
+	if l.Subject == "" {
+		fault(HeaderDLQSubject, "must not be empty")
+	}
 	fault(HeaderDLQStream, nameFault(l.Stream))
 	fault(HeaderDLQDurable, nameFault(l.Durable))
 	if l.Reason == "" {

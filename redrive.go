@@ -266,11 +266,15 @@ func faultf(err error, format string, args ...any) error {
 // being allowed to get and delete messages of the DLQ's stream
 // ($JS.API.STREAM.MSG.GET and .DELETE), and on the durable being a natsx route.
 //
-// A letter that cannot be redriven (its stream is gone or does not take the
-// subject, its durable is gone, the server refuses the copy, which is some 300
-// bytes larger than the original) stays and is a failure in the report. What stops all, such as the end of ctx or a missing
-// permission, is returned as the error beside the report of what was done; the
-// same call goes on from there.
+// A letter that cannot be redriven stays and is a failure in the report: its stream
+// is gone, does not take the subject or transforms it ([ErrNoStream]), its durable
+// is gone ([ErrConsumerDeleted]) or does not take the subject
+// ([ErrConsumerConflict]), the subject is one that natsx does not publish to, such
+// as one with a wildcard ([ErrInvalidSubject]), or the server refuses the copy,
+// which is some 300 bytes larger than the original. What stops all, such as the end
+// of ctx or a missing permission ([ErrPermission]), is returned as the error beside
+// the report of what was done; the same call goes on from there. A DLQ stream that
+// refuses deletion is [ErrBadDLQ], and nothing is redriven.
 func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...RedriveOption) (RedriveReport, error) {
 	r := &redrive{sources: map[string]*redriveSource{}, copies: map[[2]string]*copies{}}
 	for _, opt := range opts {
@@ -463,6 +467,9 @@ func (r *redrive) finish(ctx context.Context, l *DeadLetter) error {
 // source finds the stream a letter came from and makes sure that the copy would
 // arrive.
 func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, error) {
+	if reason := publishFault(l.Subject); reason != "" {
+		return nil, faultf(ErrInvalidSubject, "original subject %q cannot be published to: %s", l.Subject, reason)
+	}
 	src := r.sources[l.Stream]
 	if src == nil || time.Since(src.asked) > apiTimeout {
 		info, err := r.streamInfo(ctx, l.Stream)
@@ -480,6 +487,9 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 	}
 	if !captures(src.info, l.Subject) {
 		return nil, faultf(ErrNoStream, "original stream %q does not take the subject %q any more", l.Stream, l.Subject)
+	}
+	if t := src.info.Config.SubjectTransform; t != nil && t.Source != t.Destination && (t.Source == "" || subjectMatches(t.Source, l.Subject)) {
+		return nil, faultf(ErrNoStream, "original stream %q would store the copy on another subject than %q: it transforms %q to %q", l.Stream, l.Subject, t.Source, t.Destination)
 	}
 	c := src.durables[l.Durable]
 	if c == nil {

@@ -345,8 +345,11 @@ func TestRedriveThatCannotArrive(t *testing.T) {
 	nc := connect(t, startServer(t, func(o *server.Options) { o.MaxPayload = 8192 }).ClientURL())
 	js, ctx := jetStream(t, nc), testContext(t)
 	orders(t, nc)
-	for stream, subject := range map[string]string{"GONE": "gone.>", "MOVED": "moved.>", "FULL": "full.>"} {
+	for stream, subject := range map[string]string{"GONE": "gone.>", "MOVED": "moved.>", "FULL": "full.>", "TURNED": "turned.>"} {
 		cfg := jetstream.StreamConfig{Name: stream, Subjects: []string{subject}}
+		if stream == "TURNED" {
+			cfg.SubjectTransform = &jetstream.SubjectTransformConfig{Source: "turned.*", Destination: "turned.{{wildcard(1)}}.about"}
+		}
 		if stream == "FULL" {
 			cfg.MaxMsgs, cfg.Discard = 1, jetstream.DiscardNew
 		}
@@ -383,6 +386,15 @@ func TestRedriveThatCannotArrive(t *testing.T) {
 			m.Header.Set(HeaderDLQStream, "FULL")
 			m.Header.Set(HeaderDLQSubject, "full.new")
 		}, nil, `copy not stored in stream "FULL": nats: API error: code=503 err_code=10077 description=maximum messages exceeded`},
+		{"subject transformed", func(m *nats.Msg) {
+			m.Header.Set(HeaderDLQStream, "TURNED")
+			m.Header.Set(HeaderDLQSubject, "turned.new")
+		}, ErrNoStream, `original stream "TURNED" would store the copy on another subject than "turned.new": it transforms "turned.*" to "turned.{{wildcard(1)}}.about"`},
+		// Letters are data too: this one would have the operator call the API.
+		{"subject of the server", func(m *nats.Msg) { m.Header.Set(HeaderDLQSubject, "$JS.API.STREAM.DELETE.ORDERS") },
+			ErrInvalidSubject, `original subject "$JS.API.STREAM.DELETE.ORDERS" cannot be published to: starts with $, which belongs to the server`},
+		{"subject of another client", func(m *nats.Msg) { m.Header.Set(HeaderDLQSubject, "orders.*") },
+			ErrInvalidSubject, `original subject "orders.*" cannot be published to: has a wildcard`},
 		{"pointer to nothing", func(m *nats.Msg) {
 			m.Header.Set(HeaderDLQPointer, "true")
 			m.Data = nil
@@ -395,10 +407,6 @@ func TestRedriveThatCannotArrive(t *testing.T) {
 		cases[i].edit(m)
 		return m
 	})
-	// Letters are data too: this one would have the operator call the API.
-	evil := testLetter("billing", ReasonExhausted, 0)
-	evil.Header.Set(HeaderDLQSubject, "$JS.API.STREAM.DELETE.ORDERS")
-	publish(t, nc, evil)
 	publish(t, nc, &nats.Msg{Subject: "dlq.orders", Data: []byte("foreign")})
 	if err := js.DeleteStream(ctx, "GONE"); err != nil {
 		t.Fatal(err)
@@ -406,7 +414,7 @@ func TestRedriveThatCannotArrive(t *testing.T) {
 	if _, err := js.UpdateStream(ctx, jetstream.StreamConfig{Name: "MOVED", Subjects: []string{"elsewhere.>"}}); err != nil {
 		t.Fatal(err)
 	}
-	report := redriveAll(t, nc, RedriveReport{Failed: len(cases), Skipped: 2, Skips: map[SkipReason]int{SkipForeign: 2}})
+	report := redriveAll(t, nc, RedriveReport{Failed: len(cases), Skipped: 1, Skips: map[SkipReason]int{SkipForeign: 1}})
 	for i, err := range report.Errors {
 		c := cases[i]
 		prefix := fmt.Sprintf("natsx: dead letter %d of stream \"DLQ\": ", i+1)
@@ -418,7 +426,11 @@ func TestRedriveThatCannotArrive(t *testing.T) {
 			t.Errorf("%s: got %v, want %v", c.name, err, c.want)
 		}
 	}
-	if n := stored(t, nc, "DLQ"); n != len(cases)+2 {
+	found, _ := listed(t, nc, DeadLetters("dlq.orders").Subject("orders.*"))
+	if n := len(found); n != 4 || found[2].Subject != "orders.*" {
+		t.Errorf("listed %d letters of orders.*, want 4", n)
+	}
+	if n := stored(t, nc, "DLQ"); n != len(cases)+1 {
 		t.Errorf("%d letters are left, want all", n)
 	}
 	if n := stored(t, nc, "ORDERS"); n != 0 {
