@@ -111,18 +111,23 @@ func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream, log *slo
 // requests ends in an error that passes, and the next attempt sees it.
 func (s StreamSpec) ensureOnce(ctx context.Context, js jetstream.JetStream, patience time.Duration) error {
 	var stream jetstream.Stream
-	request := func(verb string, do func(context.Context) (jetstream.Stream, error)) error {
+	request := func(verb, operation string, do func(context.Context) (jetstream.Stream, error)) error {
 		ctx, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
-		got, err := do(ctx)
+		err := requestWith(ctx, js.Conn(), apiPrefix(js)+operation+"."+s.name, func(ctx context.Context) error {
+			got, err := do(ctx)
+			if err == nil {
+				stream = got
+			}
+			return err
+		})
 		if err == nil {
-			stream = got
 			return nil
 		}
-		return fmt.Errorf("natsx: %s stream %q: %w", verb, s.name, streamCause(js.Conn(), s.name, err))
+		return fmt.Errorf("natsx: %s stream %q: %w", verb, s.name, closedCause(err))
 	}
 
-	err := request("look up", func(ctx context.Context) (jetstream.Stream, error) {
+	err := request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
 		return js.Stream(ctx, s.name)
 	})
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
@@ -131,7 +136,7 @@ func (s StreamSpec) ensureOnce(ctx context.Context, js jetstream.JetStream, pati
 		if s.letters {
 			cfg.Discard = jetstream.DiscardNew
 		}
-		err = request("create", func(ctx context.Context) (jetstream.Stream, error) {
+		err = request("create", "STREAM.CREATE", func(ctx context.Context) (jetstream.Stream, error) {
 			return js.CreateStream(ctx, cfg)
 		})
 		if err != nil {
@@ -152,7 +157,7 @@ func (s StreamSpec) ensureOnce(ctx context.Context, js jetstream.JetStream, pati
 	}
 	if next.MaxMsgsPerSubject > 0 && slices.ContainsFunc(diffs, func(d StreamDiff) bool { return d.Field == "maxMsgsPerSubject" }) {
 		existing := stream
-		err := request("look up", func(ctx context.Context) (jetstream.Stream, error) {
+		err := request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
 			info, err = existing.Info(ctx, jetstream.WithSubjectFilter(">"))
 			return existing, err
 		})
@@ -163,7 +168,7 @@ func (s StreamSpec) ensureOnce(ctx context.Context, js jetstream.JetStream, pati
 	if refused := refuse(diffs, info, next); len(refused) > 0 {
 		return &StreamConflictError{Stream: s.name, Diffs: refused}
 	}
-	err = request("update", func(ctx context.Context) (jetstream.Stream, error) {
+	err = request("update", "STREAM.UPDATE", func(ctx context.Context) (jetstream.Stream, error) {
 		return js.UpdateStream(ctx, next)
 	})
 	var refusal *jetstream.APIError
@@ -358,21 +363,12 @@ func limitText(n int64) string {
 	return strconv.FormatInt(n, 10)
 }
 
-// streamCause puts natsx's sentinel before an error of a request for a stream
-// when there is one.
-func streamCause(nc *nats.Conn, name string, err error) error {
-	switch {
-	case errors.Is(err, nats.ErrConnectionClosed), errors.Is(err, nats.ErrConnectionDraining), errors.Is(err, nats.ErrInvalidConnection):
-		return fmt.Errorf("%w: %w", ErrConnectionClosed, err)
-	case errors.Is(err, nats.ErrTimeout), errors.Is(err, context.DeadlineExceeded):
-		// A request that is not permitted is not answered: the server tells the
-		// connection alone.
-		last := nc.LastError()
-		if !errors.Is(last, nats.ErrPermissionViolation) {
-			break
-		}
-		if text := last.Error(); strings.Contains(text, "."+name+`"`) || strings.Contains(text, `Subscription to "`+cmp.Or(nc.Opts.InboxPrefix, nats.InboxPrefix)) {
-			return fmt.Errorf("%w: %w", ErrPermission, last)
+// closedCause puts natsx's sentinel before the errors of a connection that is
+// closed.
+func closedCause(err error) error {
+	for _, closed := range []error{nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrInvalidConnection} {
+		if errors.Is(err, closed) {
+			return fmt.Errorf("%w: %w", ErrConnectionClosed, err)
 		}
 	}
 	return err

@@ -487,6 +487,28 @@ func TestEnsureWithoutPermission(t *testing.T) {
 	}
 }
 
+// What the user was refused before says nothing of a request without an answer.
+func TestEnsureAfterARefusal(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, func(o *server.Options) {
+		o.Users = []*server.User{{Username: "user", Password: "p", Permissions: &server.Permissions{
+			Publish: &server.SubjectPermission{Deny: []string{"$JS.API.STREAM.DELETE.>"}},
+		}}}
+	})
+	p := startProxy(t, srv.ClientURL())
+	nc := connect(t, p.url(), nats.UserInfo("user", "p"))
+	if err := nc.Publish("$JS.API.STREAM.DELETE.S", nil); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is refused", func() bool { return errors.Is(nc.LastError(), nats.ErrPermissionViolation) })
+	p.freeze()
+	ctx, cancel := context.WithTimeout(testContext(t), 3*time.Second)
+	defer cancel()
+	if err := Stream("S").Ensure(ctx, nc); !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrPermission) {
+		t.Errorf("Ensure = %v, want the end of its context", err)
+	}
+}
+
 func TestStreamPasses(t *testing.T) {
 	t.Parallel()
 	api := func(http int, code jetstream.ErrorCode) error {
