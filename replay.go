@@ -188,8 +188,10 @@ func (s ReplaySpec) String() string { return fmt.Sprintf("replay %q", s.replay.f
 
 // ReplayProgress is how far a replay is.
 type ReplayProgress struct {
-	Done  uint64 // messages handled, failed ones included
-	Total uint64 // messages of the replay, as counted at its start
+	Done uint64 // messages handled, failed ones included
+	// Total is the messages of the replay as counted at its start, where what may
+	// be passed over counts too; at the end of a complete replay it is Done.
+	Total uint64
 	// Elapsed is the time since the start; Remaining is an estimate of what is
 	// left: from the rate so far, or from the messages' times with a Speed. It is 0
 	// while there is nothing to tell from.
@@ -365,8 +367,14 @@ func (s startAt) apply(cfg *jetstream.ConsumerConfig) {
 
 // Replay handles stored messages once more, from the bounds of spec on, and ends
 // at what was last stored when it started. It reads through a consumer of its own,
-// which is deleted at the end and expires by itself after [ReplayInactive] when
-// the process is killed; no durable is touched, nothing is acknowledged.
+// which is deleted at the end and expires by itself after [ReplayInactive], or
+// sooner by the stream's limit, when the process is killed; no durable is touched,
+// nothing is acknowledged.
+//
+// What is stored is replayed as it is. A message that was redriven (see
+// [DeadLetterQuery.Redrive]) is in the stream twice, the original and its copy with
+// [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to
+// publish a message later, is passed over; the message that it published is not.
 //
 // While Run is under way the replay uses its pool, where it takes turns with the
 // routes; else it has a pool of its own for as long as it takes. The broker's

@@ -152,7 +152,7 @@ func (r *replay) arrive(a *arrival, now int64) {
 	// A replica that lags behind does not know yet where a time is.
 	want := r.want.replay
 	r.begun = r.begun || want.set&replayFromTime == 0 || !time.Unix(0, a.info.time).Before(want.from.time())
-	taken := r.begun
+	taken := r.begun && !(r.schedules && len(a.d.msg.Header[headerSchedule]) > 0)
 	if taken {
 		r.taken++
 		r.hand.push(seq, a.size)

@@ -58,15 +58,16 @@ type replay struct {
 	first     chan struct{} // tells the pacing that early is not empty any more; capacity 1
 
 	// Fixed once located.
-	stream   string
-	created  time.Time
-	from     *origin // of its messages
-	replicas int
-	inactive time.Duration // threshold of the consumers
-	end      uint64        // last sequence of the replay
-	endTime  int64         // Unix nanoseconds of the last message, 0 when unknown
-	total    uint64        // as counted at the start
-	inbox    string
+	stream    string
+	created   time.Time
+	from      *origin // of its messages
+	replicas  int
+	schedules bool          // some of the messages may be schedules
+	inactive  time.Duration // threshold of the consumers
+	end       uint64        // last sequence of the replay
+	endTime   int64         // Unix nanoseconds of the last message, 0 when unknown
+	total     uint64        // as counted at the start
+	inbox     string
 
 	arrivals []arrival      // of receiveAll, kept for the next burst
 	place    placeParser    // of receiveAll
@@ -532,6 +533,9 @@ func (r *replay) progress() ReplayProgress {
 	defer p.mu.Unlock()
 	g := ReplayProgress{Done: r.report.Handled + r.report.Failed, Total: r.total, Elapsed: time.Since(r.started)}
 	g.Total = max(g.Total, g.Done)
+	if r.complete && r.hand.len() == 0 {
+		g.Total = g.Done // what was deleted or passed over meanwhile is not part of it
+	}
 	switch left := g.Total - g.Done; {
 	case left == 0 || g.Done == 0:
 	case r.pace.speed > 0 && r.endTime > 0:

@@ -37,7 +37,7 @@ func (r *replay) open() error {
 	r.eng.pool.mu.Lock()
 	r.stream, r.created, r.inbox = info.Config.Name, info.Created, inbox
 	r.from = &origin{stream: r.stream, created: r.created.UnixNano()}
-	r.replicas = info.Config.Replicas
+	r.replicas, r.schedules = info.Config.Replicas, info.Config.AllowMsgSchedules
 	r.inactive = ReplayInactive
 	if most := info.Config.ConsumerLimits.InactiveThreshold; most > 0 {
 		r.inactive = min(r.inactive, most)

@@ -397,6 +397,47 @@ func TestReplayOnALaggingReplica(t *testing.T) {
 	noConsumers(t, nc, "HISTORY")
 }
 
+// A schedule is not a message that was published. On a stream without schedules
+// its header means nothing.
+func TestReplayPassesSchedulesOver(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "HISTORY", Subjects: []string{"history.>"}, AllowMsgSchedules: true})
+	schedule := func() {
+		publish(t, nc, &nats.Msg{Subject: fmt.Sprint("history.later.", stored(t, nc, "HISTORY")), Header: nats.Header{
+			"Nats-Schedule": {"@at " + time.Now().Add(time.Hour).Format(time.RFC3339)}, "Nats-Schedule-Target": {"history.due"},
+		}})
+	}
+	schedule()
+	for i := range 3 {
+		publish(t, nc, numbered("history.x")(i))
+		schedule()
+	}
+	for name, c := range map[string]struct {
+		replay ReplayBuilder
+		want   []uint64
+		next   uint64
+	}{
+		"all":           {Replay("history.>"), []uint64{2, 4, 6}, 8},
+		"at a speed":    {Replay("history.>").Speed(1000), []uint64{2, 4, 6}, 8},
+		"limited":       {Replay("history.>").Limit(2), []uint64{2, 4}, 5},
+		"only one left": {Replay("history.>").FromSequence(7), nil, 8},
+	} {
+		var seen history
+		var last ReplayProgress
+		report, err := NewBroker(nc).Replay(testContext(t), c.replay.Handle(seen.handle).Progress(func(p ReplayProgress) { last = p }))
+		if err != nil || report.Next != c.next || report.Handled != uint64(len(c.want)) {
+			t.Errorf("%s: got %+v, %v", name, report, err)
+		}
+		if diff := cmp.Diff(c.want, seen.seen()); diff != "" {
+			t.Errorf("%s: handled (-want +got):\n%s", name, diff)
+		}
+		if last.Done != report.Handled || last.Total != last.Done {
+			t.Errorf("%s: told of %d of %d at the end, want %d", name, last.Done, last.Total, report.Handled)
+		}
+	}
+}
+
 // What is stored meanwhile is not replayed.
 func TestReplayEndsWhereTheStreamWas(t *testing.T) {
 	t.Parallel()
