@@ -435,21 +435,24 @@ type tempo struct {
 	last   int64 // when the latest one is due
 }
 
-// tempoSlack is how late a message may come in before the clock is put back.
+// tempoSlack is how long a late message may be waited for before the clock is put
+// back.
 const tempoSlack = int64(100 * time.Millisecond)
 
 // due is when a message that was stored at the time stored and comes in now is to
-// be handled: never before the message ahead of it.
-func (p *tempo) due(stored, now int64) int64 {
+// be handled: never before the message ahead of it. For as long as waited it was
+// waited for: what is late beyond that was asked for late, while handlers were
+// busy, and is caught up with.
+func (p *tempo) due(stored, now, waited int64) int64 {
 	if !p.begun {
 		p.begun, p.stored, p.base, p.last = true, stored, now, now
 		return now
 	}
 	gap := float64(stored-p.stored) / p.speed
 	due := p.base + int64(max(min(gap, math.MaxInt64/4), -math.MaxInt64/4))
-	if late := now - due; late > tempoSlack {
+	if late := min(now-due, waited); late > tempoSlack {
 		p.base += late
-		due = now
+		due += late
 	}
 	p.last = max(due, p.last)
 	return p.last

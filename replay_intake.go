@@ -135,6 +135,8 @@ func (r *replay) arrive(a *arrival, now int64) {
 		return
 	}
 	r.heard = now
+	waited := now - r.asking
+	r.asking = now
 	r.outstanding = max(r.outstanding-1, 0)
 	if r.seqHere++; a.info.consumerSeq != r.seqHere {
 		r.distrust()
@@ -173,7 +175,7 @@ func (r *replay) arrive(a *arrival, now int64) {
 		r.admit(a.d)
 		return
 	}
-	a.d.due = r.pace.due(a.info.time, now)
+	a.d.due = r.pace.due(a.info.time, now, waited)
 	if r.early.push(a.d); r.early.len() == 1 {
 		notify(r.first)
 	}
@@ -223,7 +225,11 @@ func (r *replay) silent() bool {
 // plan decides on the next pull and books it: half a window at a time. The pool
 // is locked.
 func (r *replay) plan(now int64) pull {
-	if !r.pulling || r.complete || r.stopping || r.bytes > replayBytes || r.hand.len()+r.outstanding > replayAhead {
+	if !r.pulling || r.complete || r.stopping {
+		return pull{}
+	}
+	if r.bytes > replayBytes || r.hand.len()+r.outstanding > replayAhead {
+		r.heldOff = r.heldOff || r.outstanding == 0
 		return pull{}
 	}
 	inHand := r.early.len() + r.backlog.len() + r.queue.len() + r.running
@@ -232,7 +238,11 @@ func (r *replay) plan(now int64) pull {
 	}
 	want := replayWindow - inHand - r.outstanding
 	if want < replayWindow/2 {
+		r.heldOff = r.heldOff || r.outstanding == 0
 		return pull{}
+	}
+	if r.heldOff {
+		r.heldOff, r.asking = false, now
 	}
 	if r.want.replay.set&replayLimit != 0 {
 		if want = min(want, r.want.replay.limit-r.taken-r.outstanding); want <= 0 {

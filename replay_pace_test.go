@@ -145,24 +145,26 @@ func TestReplayDistrustsItsConsumer(t *testing.T) {
 func TestTempo(t *testing.T) {
 	t.Parallel()
 	const ms = int64(time.Millisecond)
-	type arrival struct{ stored, now, due int64 }
+	type arrival struct{ stored, now, waited, due int64 }
 	for name, c := range map[string]struct {
 		speed    float64
 		arrivals []arrival
 	}{
-		"as it happened": {1, []arrival{{1000 * ms, 7 * ms, 7 * ms}, {1250 * ms, 8 * ms, 257 * ms}, {1300 * ms, 8 * ms, 307 * ms}}},
-		"ten times":      {10, []arrival{{1000 * ms, 0, 0}, {2000 * ms, 0, 100 * ms}}},
-		"a little late":  {1, []arrival{{0, 0, 0}, {100 * ms, 150 * ms, 100 * ms}, {200 * ms, 150 * ms, 200 * ms}}},
+		"as it happened": {1, []arrival{{1000 * ms, 7 * ms, 0, 7 * ms}, {1250 * ms, 8 * ms, 1 * ms, 257 * ms}, {1300 * ms, 8 * ms, 0, 307 * ms}}},
+		"ten times":      {10, []arrival{{1000 * ms, 0, 0, 0}, {2000 * ms, 0, 0, 100 * ms}}},
+		"a little late":  {1, []arrival{{0, 0, 0, 0}, {100 * ms, 150 * ms, 150 * ms, 100 * ms}, {200 * ms, 150 * ms, 0, 200 * ms}}},
 		"the stream stood still": {1, []arrival{
-			{0, 0, 0}, {100 * ms, 5000 * ms, 5000 * ms}, {200 * ms, 5000 * ms, 5100 * ms}}},
+			{0, 0, 0, 0}, {100 * ms, 5000 * ms, 5000 * ms, 5000 * ms}, {200 * ms, 5000 * ms, 0, 5100 * ms}}},
+		"it was asked for late": {1, []arrival{
+			{0, 0, 0, 0}, {100 * ms, 5000 * ms, 50 * ms, 100 * ms}, {200 * ms, 6000 * ms, 1000 * ms, 1200 * ms}}},
 		"the stream's clock went back": {1, []arrival{
-			{1000 * ms, 0, 0}, {1500 * ms, 0, 500 * ms}, {1400 * ms, 0, 500 * ms}, {1600 * ms, 0, 600 * ms}}},
-		"an age": {1e-9, []arrival{{0, 0, 0}, {int64(1 << 62), 0, 1<<61 - 1}}},
+			{1000 * ms, 0, 0, 0}, {1500 * ms, 0, 0, 500 * ms}, {1400 * ms, 0, 0, 500 * ms}, {1600 * ms, 0, 0, 600 * ms}}},
+		"an age": {1e-9, []arrival{{0, 0, 0, 0}, {int64(1 << 62), 0, 0, 1<<61 - 1}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := tempo{speed: c.speed}
 			for i, a := range c.arrivals {
-				got := p.due(a.stored, a.now)
+				got := p.due(a.stored, a.now, a.waited)
 				if name == "an age" && i == 1 {
 					if got < 1<<60 {
 						t.Errorf("got %d, want the far future", got)
@@ -172,6 +174,49 @@ func TestTempo(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A replay whose handlers were busy catches up with what it then asks for; only
+// what the stream does not bring for a while puts its clock back.
+func TestReplayCatchesUp(t *testing.T) {
+	t.Parallel()
+	const ms = int64(time.Millisecond)
+	e := &engine{Broker: &Broker{workers: 1, log: slog.New(slog.DiscardHandler)}, pool: newPool(1), base: time.Now()}
+	r := newReplay(t.Context(), e, Replay("s").Speed(1).Handle(succeed))
+	r.consumer, r.end, r.pulling = "C", 1<<40, true
+	last := uint64(0)
+	var due int64
+	arrive := func(now int64) {
+		last++
+		d := &delivery{msg: Msg{seq: last}}
+		r.arrive(&arrival{d: d, info: ackInfo{consumer: "C", sequence: last, consumerSeq: last, time: int64(last) * ms, pending: 1}}, now)
+		due = d.due
+	}
+	asks := func(now int64, want int) {
+		t.Helper()
+		if got := r.plan(now).batch; got != want {
+			t.Errorf("asks for %d at %s, want %d", got, time.Duration(now), want)
+		}
+	}
+	e.pool.mu.Lock()
+	defer e.pool.mu.Unlock()
+	asks(0, replayWindow)
+	for range replayWindow {
+		arrive(0)
+	}
+	asks(0, 0)
+	for range replayWindow / 2 { // ten seconds later half of them is handled
+		r.early.pop()
+	}
+	asks(10_000*ms, replayWindow/2)
+	arrive(10_001 * ms)
+	if want := replayWindow * ms; due != want {
+		t.Errorf("a message that was asked for late is due at %s, want %s", time.Duration(due), time.Duration(want))
+	}
+	arrive(15_001 * ms)
+	if want := (replayWindow + 1 + 5_000) * ms; due != want {
+		t.Errorf("a message that the stream was late with is due at %s, want %s", time.Duration(due), time.Duration(want))
 	}
 }
 

@@ -103,6 +103,8 @@ type replay struct {
 	begun       bool // a message at or after FromTime has come
 
 	pace    tempo
+	asking  int64 // engine time since which the stream owes a message
+	heldOff bool  // nothing is asked for, since enough is here
 	early   fifo[*delivery]
 	keys    *keyedQueue // nil without an order
 	backlog fifo[*delivery]
