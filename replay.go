@@ -214,7 +214,7 @@ type ReplayReport struct {
 	// With several handlers at once a message above Next may be handled already when a handler
 	// failed or was cut off; after an interruption that was drained none is. Next
 	// of a complete replay goes on with what was stored after its start. It is 0
-	// when the replay did not find its stream.
+	// when the replay did not find its stream, or not what FromTime means in it.
 	Next uint64
 
 	// Failures are the first [MaxReplayFailures] failed messages, in the order in
@@ -377,7 +377,9 @@ func (s startAt) apply(cfg *jetstream.ConsumerConfig) {
 // publish a message later, is passed over; the message that it published is not.
 //
 // While Run is under way the replay uses its pool, where it takes turns with the
-// routes; else it has a pool of its own for as long as it takes. The broker's
+// routes; else it has a pool of its own for as long as it takes. So it has when ctx
+// is a handler's: that one holds a worker while it waits, and the replay's are
+// beyond [WithWorkers]. Such a replay ends with its handler's context. The broker's
 // middleware and observer apply.
 //
 // A reconnect, a server's restart and a change of leader are survived: the replay
@@ -402,7 +404,9 @@ func (b *Broker) Replay(ctx context.Context, spec ReplaySpec) (ReplayReport, err
 	if err != nil {
 		return ReplayReport{}, err
 	}
-	if e := b.ran.Load(); e != nil {
+	// A handler that holds a worker of the pool may wait for a replay that waits for
+	// that worker.
+	if e := b.ran.Load(); e != nil && deliveryFrom(ctx) == nil {
 		r := newReplay(ctx, e, spec)
 		if e.admit(r) {
 			defer e.leave(r)

@@ -415,6 +415,37 @@ func TestReplayGoesOnWhereItWasCutOff(t *testing.T) {
 	}
 }
 
+// A handler may wait for a replay: that does not wait for the handler's worker.
+func TestReplayInsideAHandler(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	chronicle(t, nc, 10, 1)
+	b := NewBroker(nc, WithWorkers(1))
+	type result struct {
+		report ReplayReport
+		err    error
+	}
+	done := make(chan result, 1)
+	runBroker(t, b, Route("rebuild").Handle(func(ctx context.Context, _ *Msg) error {
+		ctx, cancel := context.WithTimeout(ctx, testLimit/2)
+		defer cancel()
+		report, err := b.Replay(ctx, Replay("history.>").Handle(func(ctx context.Context, m *Msg) error {
+			if inner := MsgFrom(ctx); inner != m {
+				return fmt.Errorf("the context is of %q", inner.Subject)
+			}
+			return nil
+		}))
+		done <- result{report, err}
+		return err
+	}))
+	if err := nc.Publish("rebuild", nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := receive(t, done, "the replay's end"); got.err != nil || got.report.Handled != 10 {
+		t.Errorf("got %+v, %v", got.report, got.err)
+	}
+}
+
 func TestReplayTimeout(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
