@@ -191,7 +191,7 @@ func (r *replay) result(cut error) (ReplayReport, error) {
 	rep.Stream, rep.Started, rep.Took = r.stream, r.started, time.Since(r.started)
 	if lowest, any := r.hand.lowest(); any {
 		rep.Next = lowest
-	} else if r.located {
+	} else if r.located && r.stream != "" {
 		rep.Next = r.received + 1
 		if r.complete && !r.limited() {
 			rep.Next = max(r.received, r.end) + 1

@@ -696,7 +696,7 @@ func TestReplayRefuses(t *testing.T) {
 	}{
 		"a faulty replay":     {nc, Replay("a..b"), ErrInvalidSubject},
 		"no stream":           {nc, Replay("nobody.*"), ErrNoStream},
-		"a stream not there":  {nc, Replay("history.>").Stream("NONE"), ErrNoStream},
+		"a stream not there":  {nc, Replay("history.>").Stream("NONE").FromSequence(7), ErrNoStream},
 		"several streams":     {nc, Replay("*.x"), ErrAmbiguousStream},
 		"a work queue":        {nc, Replay("work.>"), ErrNotReplayable},
 		"a closed connection": {closed, Replay("history.>"), ErrConnectionClosed},
@@ -707,7 +707,7 @@ func TestReplayRefuses(t *testing.T) {
 			if _, ok := errors.AsType[*ReplayError](err); !ok || !errors.Is(err, c.want) {
 				t.Errorf("got %v, want %v in a *ReplayError", err, c.want)
 			}
-			if report.Handled+report.Failed != 0 {
+			if report.Handled+report.Failed != 0 || report.Next != 0 {
 				t.Errorf("got %+v", report)
 			}
 		})
