@@ -23,7 +23,8 @@ const (
 	batchSequenceHeader = "Nats-Batch-Sequence"
 	batchCommitHeader   = "Nats-Batch-Commit"
 
-	// commitWait is how long a try waits for the ack of its commit.
+	// commitWait is how long the first try waits for the ack of its commit, see
+	// [tryWait].
 	commitWait = 2 * time.Second
 
 	codeAtomicDisabled   jetstream.ErrorCode = 10174
@@ -156,7 +157,7 @@ func (b *atomicBatch) try(ctx context.Context) (ack Ack, at int, err error) {
 			return Ack{}, i, err
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, commitWait)
+	ctx, cancel := context.WithTimeout(ctx, tryWait(commitWait, b.out[0].unanswered))
 	defer cancel()
 	for {
 		var r *nats.Msg
@@ -239,6 +240,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 	if err := b.p.denied(o.subject); err != nil {
 		return Ack{}, -1, err
 	}
+	first.unanswered++
 	// The commit may have been taken; then the next try is refused for its
 	// message ids, or as long as the commit is still on its way through a cluster.
 	return again(0)
@@ -247,7 +249,10 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 // probeAll tells whether every message of the batch is stored, and where the last is.
 func (b *atomicBatch) probeAll(ctx context.Context) (ack Ack, all bool, err error) {
 	for i := range b.out {
-		ack, all, err = b.p.probe(ctx, b.out[i].subject, b.out[i].id)
+		ack, all, err = b.p.probe(ctx, &b.out[i])
+		if err != nil {
+			b.out[i].unanswered++
+		}
 		if !all {
 			return Ack{}, false, err
 		}

@@ -18,7 +18,7 @@ const (
 	// DefaultPublishTimeout ends a JetStream publish whose context has no deadline.
 	DefaultPublishTimeout = 30 * time.Second
 
-	// ackWait is how long a try waits for its ack before the next one. Tries
+	// ackWait is how long the first try waits for its ack, see [tryWait]. Tries
 	// share the message id, so a slow ack costs a duplicate answer at most.
 	ackWait = time.Second
 	// lookupWait bounds one question to the JetStream API.
@@ -155,8 +155,8 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 //
 // Every try bears one message id, by default an automatic one, so that within
 // the stream's duplicate window no retry is a second copy. Without an ack it
-// tries again after a second, and it goes on while the stream has no leader,
-// until ctx ends or, when ctx has no deadline, for [DefaultPublishTimeout]. The
+// tries again after a second, then after 2 s, 4 s and 8 s each, and it goes on
+// while the stream has no leader, until ctx ends or, when ctx has no deadline, for [DefaultPublishTimeout]. The
 // error is then [ErrTimeout] with [context.DeadlineExceeded], or
 // [context.Canceled]; the message may be stored nevertheless.
 //
@@ -180,11 +180,7 @@ func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 	m := &nats.Msg{Subject: o.subject, Data: e.data, Header: make(nats.Header, len(e.headers)+4)}
 	o.fill(m.Header)
 	for {
-		try := tryPublish
-		if o.id == "" {
-			try = publishOnce
-		}
-		ack, err := try(ctx, p.nc, m)
+		ack, err := o.try(ctx, p.nc, m)
 		if err == nil {
 			return ack, nil
 		}
@@ -196,9 +192,20 @@ func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 	}
 }
 
-func tryPublish(ctx context.Context, nc *nats.Conn, m *nats.Msg) (Ack, error) {
-	ctx, cancel := context.WithTimeout(ctx, ackWait)
-	defer cancel()
+// tryWait is how long a try waits for its ack after so many without one: longer
+// from try to try, or a server that is slower than what is under way would be kept
+// busy with repetitions.
+func tryWait(first time.Duration, unanswered int) time.Duration {
+	return first << min(unanswered, 3)
+}
+
+// try publishes once. Without an id it is the only try, and waits until ctx ends.
+func (o *outgoing) try(ctx context.Context, nc *nats.Conn, m *nats.Msg) (Ack, error) {
+	if o.id != "" {
+		limited, cancel := context.WithTimeout(ctx, tryWait(ackWait, o.unanswered))
+		defer cancel()
+		ctx = limited
+	}
 	return publishOnce(ctx, nc, m)
 }
 
@@ -256,7 +263,7 @@ type outgoing struct {
 	carried []field   // headers of the handled message
 
 	tries      int
-	lost       bool      // a try was not answered, so that the message may be stored
+	unanswered int       // of those, after which the message may be stored
 	leaderless bool      // its stream was there, and nobody answered for it
 	unknown    time.Time // when it first met nobody, and nobody could say why
 }
@@ -347,12 +354,13 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		case jetstream.JSErrCodeStreamWrongLastSequence:
 			// A server without replicas checks expectations before message ids:
 			// the sequence may be wrong because an unanswered try was stored.
-			if o.lost {
-				ack, stored, err := c.p.probe(ctx, o.subject, o.id)
+			if o.unanswered > 0 {
+				ack, stored, err := c.p.probe(ctx, o)
 				switch {
 				case stored:
 					return ack, -1, nil
 				case err != nil && ctx.Err() == nil:
+					o.unanswered++
 					return ack, 100 * time.Millisecond, nil
 				}
 			}
@@ -366,7 +374,7 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		}
 		wait = min(50*time.Millisecond<<min(o.tries-1, 4), 500*time.Millisecond)
 	default:
-		o.lost = true
+		o.unanswered++
 		if err := c.p.denied(o.subject); err != nil {
 			return ack, -1, err
 		}
@@ -422,21 +430,21 @@ func (c *call) lookUp(ctx context.Context, subject string) finding {
 	return f
 }
 
-// probe asks whether a stream has a message with this id, without storing
+// probe asks whether a stream has the message by its id, without storing
 // anything: an invalid rollup is what the server, with and without replicas,
 // refuses after it has looked for a duplicate and before it does anything else.
-func (p *Publisher) probe(ctx context.Context, subject, id string) (ack Ack, stored bool, err error) {
-	m := &nats.Msg{Subject: subject, Header: nats.Header{
-		jetstream.MsgIDHeader: {id},
+func (p *Publisher) probe(ctx context.Context, o *outgoing) (ack Ack, stored bool, err error) {
+	m := &nats.Msg{Subject: o.subject, Header: nats.Header{
+		jetstream.MsgIDHeader: {o.id},
 		jetstream.MsgRollup:   {"natsx-probe"},
 	}}
-	ack, err = tryPublish(ctx, p.nc, m)
+	ack, err = o.try(ctx, p.nc, m)
 	var api *jetstream.APIError
 	if errors.As(err, &api) && api.ErrorCode == codeRollupFailed {
 		return Ack{}, false, nil
 	}
 	if err == nil && !ack.Duplicate {
-		err = failure(fmt.Sprintf("publish to %q: a probe was stored", subject), ErrBadAck)
+		err = failure(fmt.Sprintf("publish to %q: a probe was stored", o.subject), ErrBadAck)
 	}
 	return ack, err == nil, err
 }

@@ -130,7 +130,7 @@ type sent struct {
 	when  time.Time  // of the next try, when no ack comes and there is an id to try it with
 }
 
-var errNoAck = fmt.Errorf("no ack within %s: %w", ackWait, context.DeadlineExceeded)
+var errNoAck = fmt.Errorf("no ack in time: %w", context.DeadlineExceeded)
 
 func (b *bulk) run(ctx context.Context) {
 	tick := time.NewTicker(25 * time.Millisecond)
@@ -207,9 +207,7 @@ func (b *bulk) start(ctx context.Context) {
 
 // send sends a message on its own.
 func (b *bulk) send(ctx context.Context, s *sent) {
-	// Longer from try to try, or a server that is slower than what is under way
-	// would be kept busy with repetitions.
-	s.when = time.Now().Add(ackWait << min(s.tries, 3))
+	s.when = time.Now().Add(tryWait(ackWait, s.unanswered))
 	if err := b.write(s, b.inbox+strconv.Itoa(s.index)); err != nil {
 		b.failed(ctx, s, err)
 	}

@@ -317,7 +317,7 @@ func TestProbeStoresNothing(t *testing.T) {
 		pub := NewPublisher(nc)
 		ctx := testContext(t)
 		for range 2 {
-			if ack, found, err := pub.probe(ctx, "s.a", "id"); found || err != nil {
+			if ack, found, err := pub.probe(ctx, &outgoing{subject: "s.a", id: "id"}); found || err != nil {
 				t.Errorf("before: got %+v, %t, %v, want nothing", ack, found, err)
 			}
 		}
@@ -326,7 +326,7 @@ func TestProbeStoresNothing(t *testing.T) {
 			t.Errorf("publish: got %+v, %v, want %+v", ack, err, want)
 		}
 		want.Duplicate = true
-		if ack, found, err := pub.probe(ctx, "s.a", "id"); !found || err != nil || ack != want {
+		if ack, found, err := pub.probe(ctx, &outgoing{subject: "s.a", id: "id"}); !found || err != nil || ack != want {
 			t.Errorf("after: got %+v, %t, %v, want %+v", ack, found, err, want)
 		}
 	})
