@@ -106,8 +106,8 @@ func (e Envelope) Encode(codec Codec, v any) Envelope {
 	return e
 }
 
-// Header adds a header. Names are case-sensitive, printable ASCII without a
-// colon or space. Line ends in the value become spaces and white space around
+// Header adds a header. Names are case-sensitive HTTP tokens: letters, digits,
+// dashes and the like. Line ends in the value become spaces and white space around
 // it is lost, as nats.go has it.
 //
 // Headers that a setter of the envelope, or natsx itself, makes are refused:

@@ -12,7 +12,7 @@ type Outcome string
 const (
 	Succeeded Outcome = "succeeded" // acknowledged, or answered
 	Retried   Outcome = "retried"   // to be delivered again
-	Dead      Outcome = "dead"      // moved to the DLQ, or terminated without one
+	Dead      Outcome = "dead"      // moved to the DLQ, or without one terminated or left unsettled
 	Discarded Outcome = "discarded" // terminated on the handler's word
 	Lapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
 	Failed    Outcome = "failed"    // of a core message that is gone, or an error answered to a request
@@ -49,7 +49,7 @@ type RouteStats struct {
 	Received  uint64 // messages delivered to this process, redeliveries included
 	Succeeded uint64 // acknowledged; for a core route handled, for a request answered
 	Retried   uint64 // failed attempts that another follows
-	Dead      uint64 // moved to the DLQ, or terminated without one
+	Dead      uint64 // moved to the DLQ, or without one terminated or left unsettled
 	Discarded uint64 // terminated by Discard
 	Lapsed    uint64 // leases lost before the message was settled: it is delivered again
 	Failed    uint64 // failed messages of a core route, errors answered to requests
