@@ -346,11 +346,7 @@ func TestDeadLettersSurviveTheirReader(t *testing.T) {
 		next++
 		switch l.DLQSequence {
 		case 300:
-			for name := range s.ConsumerNames(testContext(t)).Name() {
-				if err := s.DeleteConsumer(testContext(t), name); err != nil {
-					t.Error(err)
-				}
-			}
+			deleteConsumers(t, s)
 		case 900:
 			p.stop()
 			p.start(t)
@@ -376,11 +372,7 @@ func TestDeadLettersWithoutRoomForAReader(t *testing.T) {
 			t.Fatalf("got letter %d, want %d", l.DLQSequence, next)
 		}
 		if next++; next == 300 {
-			for name := range s.ConsumerNames(testContext(t)).Name() {
-				if err := s.DeleteConsumer(testContext(t), name); err != nil {
-					t.Error(err)
-				}
-			}
+			deleteConsumers(t, s)
 			if _, err := s.CreateConsumer(testContext(t), jetstream.ConsumerConfig{Durable: "alerts"}); err != nil {
 				t.Error(err)
 			}

@@ -291,8 +291,7 @@ func (r *durableRoute) storeLetter(ctx context.Context, d *delivery) error {
 	// A durable of the same name may have written the letter, and been deleted with
 	// the letter gone since. That of this durable is in the DLQ, as far as anybody
 	// can tell who may not look there.
-	dlq := store{nc: r.eng.nc, js: r.eng.js, prefix: r.eng.apiPrefix}
-	earlier, err := dlq.get(ctx, ack.Stream, getRequest{Seq: ack.Sequence})
+	earlier, err := r.eng.store().get(ctx, ack.Stream, getRequest{Seq: ack.Sequence})
 	if earlier != nil || errors.Is(err, ErrPermission) {
 		return nil
 	}

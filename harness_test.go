@@ -452,6 +452,16 @@ func consumerInfo(t testing.TB, nc *nats.Conn, stream, durable string) *jetstrea
 	return c.CachedInfo()
 }
 
+// deleteConsumers deletes every consumer that the stream has.
+func deleteConsumers(t testing.TB, s jetstream.Stream) {
+	t.Helper()
+	for name := range s.ConsumerNames(testContext(t)).Name() {
+		if err := s.DeleteConsumer(testContext(t), name); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // settled tells whether the durable has seen all of its messages and none is
 // left unacknowledged.
 func settled(t testing.TB, nc *nats.Conn, stream, durable string) bool {

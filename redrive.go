@@ -151,7 +151,7 @@ func (r *durableRoute) takeLetter(d *delivery, proof redriveProof) {
 	}
 	ctx, cancel := context.WithTimeout(r.eng.closing, takeTimeout)
 	defer cancel()
-	s := store{nc: r.eng.nc, js: r.eng.js, prefix: r.eng.apiPrefix}
+	s := r.eng.store()
 	err := func() error {
 		m, err := s.get(ctx, proof.dlq, getRequest{Seq: proof.seq})
 		if err != nil || m == nil || m.time.UnixNano() != proof.stored {

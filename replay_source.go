@@ -38,10 +38,7 @@ func (r *replay) open() error {
 	r.stream, r.created, r.inbox = info.Config.Name, info.Created, inbox
 	r.from = &origin{stream: r.stream, created: r.created.UnixNano()}
 	r.replicas, r.schedules = info.Config.Replicas, info.Config.AllowMsgSchedules
-	r.inactive = ReplayInactive
-	if most := info.Config.ConsumerLimits.InactiveThreshold; most > 0 {
-		r.inactive = min(r.inactive, most)
-	}
+	r.inactive = inactiveThreshold(&info.Config, ReplayInactive)
 	r.eng.pool.mu.Unlock()
 	// Twice the window, since what an earlier consumer sent may still come in.
 	r.msgs = make(chan *nats.Msg, 2*replayWindow+replayBurst)
@@ -166,9 +163,8 @@ func (r *replay) lastUntil(until time.Time, told uint64) (uint64, error) {
 
 // fromLeader gets a message, or nil, from the stream's leader.
 func (r *replay) fromLeader(req getRequest) (m *storedMsg, err error) {
-	stored := store{nc: r.eng.nc, js: r.eng.js, prefix: r.eng.apiPrefix}
 	err = r.eng.call(r.intake, "STREAM.MSG.GET."+r.stream, func(ctx context.Context) (err error) {
-		m, err = stored.get(ctx, r.stream, req)
+		m, err = r.eng.store().get(ctx, r.stream, req)
 		return err
 	})
 	return m, err

@@ -500,11 +500,7 @@ func TestReplaySurvives(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			for name := range s.ConsumerNames(testContext(t)).Name() {
-				if err := s.DeleteConsumer(testContext(t), name); err != nil {
-					t.Error(err)
-				}
-			}
+			deleteConsumers(t, s)
 		},
 	} {
 		for how, replay := range map[string]ReplayBuilder{

@@ -46,6 +46,11 @@ type store struct {
 	prefix string // of JetStream's API, with its last dot
 }
 
+// store is the one that the engine's routes and replays read.
+func (e *engine) store() *store {
+	return &store{nc: e.nc, js: e.js, prefix: e.apiPrefix}
+}
+
 // getRequest asks for one message: Seq alone, the first on NextFor from Seq or
 // StartTime on, or the last on LastFor. A server before 2.11 takes no notice of
 // StartTime.
@@ -260,6 +265,15 @@ func (r *reader) run(ctx context.Context, yield func(*storedMsg, error) bool) er
 	}
 }
 
+// inactiveThreshold is that of a consumer which is to have want, or what the stream
+// allows, when that is less.
+func inactiveThreshold(stream *jetstream.StreamConfig, want time.Duration) time.Duration {
+	if most := stream.ConsumerLimits.InactiveThreshold; most > 0 {
+		return min(want, most)
+	}
+	return want
+}
+
 func (r *reader) open(ctx context.Context) error {
 	name := "natsx-reader-" + rand.Text()
 	cfg := jetstream.ConsumerConfig{
@@ -268,13 +282,10 @@ func (r *reader) open(ctx context.Context) error {
 		AckPolicy:         jetstream.AckNonePolicy,
 		MemoryStorage:     true,
 		Replicas:          1,
-		InactiveThreshold: readerThreshold,
+		InactiveThreshold: inactiveThreshold(&r.stream.Config, readerThreshold),
 		HeadersOnly:       r.headersOnly,
 		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:       r.next,
-	}
-	if most := r.stream.Config.ConsumerLimits.InactiveThreshold; most > 0 {
-		cfg.InactiveThreshold = min(cfg.InactiveThreshold, most)
 	}
 	stream := r.stream.Config.Name
 	err := requestWith(ctx, r.nc, r.prefix+"CONSUMER.CREATE."+stream+"."+name+"."+r.filter, func(ctx context.Context) error {
