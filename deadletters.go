@@ -248,7 +248,8 @@ func (q DeadLetterQuery) Until(t time.Time) DeadLetterQuery {
 	return q
 }
 
-// Limit ends the query after n selected messages, at least 1. Default is all.
+// Limit ends the query after n selected messages, at least 1, messages that are no
+// letters included. Default is all.
 func (q DeadLetterQuery) Limit(n int) DeadLetterQuery {
 	q.set |= optLetterLimit
 	q.limit = n

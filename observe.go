@@ -20,17 +20,17 @@ const (
 
 // Event is one finished attempt, as an [Observer] sees it.
 type Event struct {
-	Route    string        // the route's filter
-	Durable  string        // empty for a core route
+	Route    string        // the filter of the route or replay
+	Durable  string        // empty for a core route and a replay
 	Msg      *Msg          // owned by the handler: not to be kept or changed
 	Outcome  Outcome       // what became of it
 	Err      error         // what the handler returned, nil for Succeeded
 	Duration time.Duration // how long the handler ran, 0 when it did not
 }
 
-// Observer is told of every finished attempt once it is settled. It mostly runs
-// on the worker, so it must be fast, and is called by many at once. The context is
-// the handler's.
+// Observer is told of every finished attempt once it is settled, and of every message
+// that a replay handled. It mostly runs on the worker, so it must be fast and must not
+// panic, and is called by many at once. The context is the handler's.
 type Observer interface {
 	Observe(ctx context.Context, e Event)
 }

@@ -78,16 +78,16 @@ func (r ReplayBuilder) Stream(name string) ReplayBuilder {
 }
 
 // FromSequence starts with the first message at or after a stream sequence, at
-// least 1. [ReplayReport.Next] of an interrupted replay is the one to go on with.
-// It excludes FromTime.
+// least 1, else it is [ErrOutOfRange]. [ReplayReport.Next] of an interrupted replay
+// is the one to go on with. It excludes FromTime ([ErrOptionConflict]).
 func (r ReplayBuilder) FromSequence(seq uint64) ReplayBuilder {
 	r.set |= replayFromSequence
 	r.fromSeq = seq
 	return r
 }
 
-// FromTime starts with the first message stored at or after t. It excludes
-// FromSequence.
+// FromTime starts with the first message stored at or after t; the zero time is
+// [ErrOutOfRange]. It excludes FromSequence ([ErrOptionConflict]).
 func (r ReplayBuilder) FromTime(t time.Time) ReplayBuilder {
 	r.set |= replayFromTime
 	r.from = instantOf(t)
@@ -102,15 +102,16 @@ func (r ReplayBuilder) UntilSequence(seq uint64) ReplayBuilder {
 	return r
 }
 
-// UntilTime ends with the last message stored at or before t. With UntilSequence
-// too, the earlier end holds.
+// UntilTime ends with the last message stored at or before t; the zero time, and one
+// before FromTime, is [ErrOutOfRange]. With UntilSequence too, the earlier end holds.
 func (r ReplayBuilder) UntilTime(t time.Time) ReplayBuilder {
 	r.set |= replayUntilTime
 	r.until = instantOf(t)
 	return r
 }
 
-// Limit ends the replay after n messages, at least 1.
+// Limit ends the replay after n messages, at least 1, else it is [ErrOutOfRange].
+// Default is no limit.
 func (r ReplayBuilder) Limit(n int) ReplayBuilder {
 	r.set |= replayLimit
 	r.limit = n
@@ -149,7 +150,8 @@ func (r ReplayBuilder) OrderedBy(key OrderKey) ReplayBuilder {
 }
 
 // Timeout ends the handler's context d after it was started; the message then
-// failed with an error that wraps [context.DeadlineExceeded]. Default is none.
+// failed with an error that wraps [context.DeadlineExceeded]. It is above zero, else
+// [ErrOutOfRange]; default is none.
 func (r ReplayBuilder) Timeout(d time.Duration) ReplayBuilder {
 	r.set |= replayTimeout
 	r.timeout = d

@@ -16,8 +16,8 @@ import (
 // endpoint for each: tools such as the nats CLI then find it, and read the
 // requests, errors and handler times of every route. Of the name only letters,
 // digits, dash and underscore are allowed, the version is a semantic one
-// ("1.4.0"), the description is free text. [Broker.Run] refuses others with
-// [ErrInvalidName].
+// ("1.4.0"), the description is free text. [Broker.Run] and [Broker.Replay] refuse
+// others with [ErrInvalidName].
 //
 // An endpoint is named after its route, with a dash for each dot and an
 // underscore for whatever else its name may not hold, and tells the route's own
