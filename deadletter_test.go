@@ -238,10 +238,7 @@ func TestLettersOfTheLargestMessagesArrive(t *testing.T) {
 		if !pointer {
 			continue
 		}
-		src, err := jetStream(t, nc).Stream(testContext(t), "BIG")
-		if err != nil {
-			t.Fatal(err)
-		}
+		src := streamNow(t, nc, "BIG")
 		if original, err := src.GetMsg(testContext(t), uint64(i+1)); err != nil || len(original.Data) != len(originals[i].Data) {
 			t.Errorf("%q: the letter has %d bytes of %d, and the original is gone: %v",
 				originals[i].Subject, len(m.Data), len(originals[i].Data), err)
@@ -440,10 +437,7 @@ func TestLetterFitsAnUnknownLimit(t *testing.T) {
 		"$JS.API.CONSUMER.CREATE.ORDERS.d.>", "$JS.API.CONSUMER.INFO.ORDERS.d", "$JS.API.CONSUMER.MSG.NEXT.ORDERS.d", "$JS.ACK.ORDERS.d.>", "dlq.x",
 	}}})
 	orders(t, admin)
-	small, err := jetStream(t, admin).Stream(testContext(t), "DLQ")
-	if err != nil {
-		t.Fatal(err)
-	}
+	small := streamNow(t, admin, "DLQ")
 	cfg := small.CachedInfo().Config
 	cfg.MaxMsgSize = 10_000
 	if _, err := jetStream(t, admin).UpdateStream(testContext(t), cfg); err != nil {

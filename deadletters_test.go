@@ -58,10 +58,7 @@ func listed(t testing.TB, nc *nats.Conn, q DeadLetterQuery) (found []DeadLetter,
 // consumers counts what reads or read a stream.
 func consumers(t testing.TB, nc *nats.Conn, stream string) int {
 	t.Helper()
-	s, err := jetStream(t, nc).Stream(testContext(t), stream)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := streamNow(t, nc, stream)
 	return s.CachedInfo().State.Consumers
 }
 
@@ -331,10 +328,7 @@ func TestDeadLettersSurviveTheirReader(t *testing.T) {
 	nc := connect(t, p.url())
 	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
 	publishMany(t, nc, 1500, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
-	s, err := jetStream(t, nc).Stream(testContext(t), "DLQ")
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := streamNow(t, nc, "DLQ")
 	next := uint64(1)
 	for l, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
 		if err != nil {

@@ -170,10 +170,7 @@ func TestDurableStartsWhereItIsTold(t *testing.T) {
 	orders(t, nc)
 	publishAcked(t, nc, "orders.a", "1", "2")
 	publishAcked(t, nc, "orders.b", "3", "4")
-	s, err := jetStream(t, nc).Stream(testContext(t), "ORDERS")
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := streamNow(t, nc, "ORDERS")
 	third, err := s.GetMsg(testContext(t), 3)
 	if err != nil {
 		t.Fatal(err)
@@ -554,10 +551,7 @@ func TestStreamOfLettersIsCreatedToKeepThem(t *testing.T) {
 		Route("orders.b").Durable("e").DLQ("old").Handle(succeed))
 	want := map[string]jetstream.DiscardPolicy{"ORDERS": jetstream.DiscardOld, "DLQ": jetstream.DiscardNew, "OLD": jetstream.DiscardOld}
 	for name, policy := range want {
-		s, err := jetStream(t, nc).Stream(testContext(t), name)
-		if err != nil {
-			t.Fatal(err)
-		}
+		s := streamNow(t, nc, name)
 		if got := s.CachedInfo().Config.Discard; got != policy {
 			t.Errorf("stream %s has %s, want %s", name, got, policy)
 		}
@@ -568,10 +562,7 @@ func TestStreamOfLettersIsCreatedToKeepThem(t *testing.T) {
 		err := b.Health()
 		return err != nil && strings.Contains(err.Error(), "maximum messages exceeded")
 	})
-	s, err := jetStream(t, nc).Stream(testContext(t), "DLQ")
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := streamNow(t, nc, "DLQ")
 	if err := s.Purge(testContext(t)); err != nil {
 		t.Fatal(err)
 	}

@@ -20,10 +20,7 @@ import (
 // adds itself.
 func streamConfig(t testing.TB, nc *nats.Conn, name string) jetstream.StreamConfig {
 	t.Helper()
-	s, err := jetStream(t, nc).Stream(testContext(t), name)
-	if err != nil {
-		t.Fatalf("stream %s: %v", name, err)
-	}
+	s := streamNow(t, nc, name)
 	cfg := s.CachedInfo().Config
 	for key := range cfg.Metadata {
 		if strings.HasPrefix(key, "_nats.") {

@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -409,14 +410,34 @@ func work(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// answered asks again while nobody answers: a server that goes down, or leads no
+// more, takes the questions with it that it has.
+func answered[T any](t testing.TB, ask func(ctx context.Context) (T, error)) (T, error) {
+	t.Helper()
+	for ctx := testContext(t); ; {
+		limited, cancel := context.WithTimeout(ctx, 20*time.Second)
+		answer, err := ask(limited)
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			return answer, err
+		}
+	}
+}
+
+// streamNow is the server's view of a stream.
+func streamNow(t testing.TB, nc *nats.Conn, name string) jetstream.Stream {
+	t.Helper()
+	s, err := answered(t, func(ctx context.Context) (jetstream.Stream, error) { return jetStream(t, nc).Stream(ctx, name) })
+	if err != nil {
+		t.Fatalf("stream %s: %v", name, err)
+	}
+	return s
+}
+
 // letters reads every message of a stream, in order.
 func letters(t testing.TB, nc *nats.Conn, stream string) []*jetstream.RawStreamMsg {
 	t.Helper()
-	ctx := testContext(t)
-	s, err := jetStream(t, nc).Stream(ctx, stream)
-	if err != nil {
-		t.Fatalf("stream %s: %v", stream, err)
-	}
+	ctx, s := testContext(t), streamNow(t, nc, stream)
 	state := s.CachedInfo().State
 	var found []*jetstream.RawStreamMsg
 	for seq := max(state.FirstSeq, 1); seq <= state.LastSeq; seq++ {
@@ -445,7 +466,9 @@ func stored(t testing.TB, nc *nats.Conn, stream string) int {
 // consumerInfo is the server's view of a durable.
 func consumerInfo(t testing.TB, nc *nats.Conn, stream, durable string) *jetstream.ConsumerInfo {
 	t.Helper()
-	c, err := jetStream(t, nc).Consumer(testContext(t), stream, durable)
+	c, err := answered(t, func(ctx context.Context) (jetstream.Consumer, error) {
+		return jetStream(t, nc).Consumer(ctx, stream, durable)
+	})
 	if err != nil {
 		t.Fatalf("consumer %s/%s: %v", stream, durable, err)
 	}

@@ -126,7 +126,7 @@ func testContext(t testing.TB) context.Context {
 // createStream makes a stream with plain nats.go.
 func createStream(t testing.TB, nc *nats.Conn, cfg jetstream.StreamConfig) jetstream.Stream {
 	t.Helper()
-	s, err := jetStream(t, nc).CreateStream(testContext(t), cfg)
+	s, err := answered(t, func(ctx context.Context) (jetstream.Stream, error) { return jetStream(t, nc).CreateStream(ctx, cfg) })
 	if err != nil {
 		t.Fatalf("create stream %s: %v", cfg.Name, err)
 	}

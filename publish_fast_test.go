@@ -34,34 +34,36 @@ func numberedEnvelopes(n int) []Envelope {
 // bodies reads what a stream holds, in order.
 func bodies(t testing.TB, nc *nats.Conn, stream string) []string {
 	t.Helper()
-	ctx := testContext(t)
-	s, err := jetStream(t, nc).Stream(ctx, stream)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var all []string
-	if s.CachedInfo().State.Msgs == 0 {
-		return all
-	}
-	c, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	it, err := c.Messages()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer it.Stop()
-	for {
-		m, err := it.Next(jetstream.NextContext(ctx))
+	all, err := answered(t, func(ctx context.Context) ([]string, error) {
+		s, err := jetStream(t, nc).Stream(ctx, stream)
+		if err != nil || s.CachedInfo().State.Msgs == 0 {
+			return nil, err
+		}
+		c, err := s.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{})
 		if err != nil {
-			t.Fatal(err)
+			return nil, err
 		}
-		all = append(all, string(m.Data()))
-		if meta, err := m.Metadata(); err != nil || meta.NumPending == 0 {
-			return all
+		it, err := c.Messages()
+		if err != nil {
+			return nil, err
 		}
+		defer it.Stop()
+		var all []string
+		for {
+			m, err := it.Next(jetstream.NextContext(ctx))
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, string(m.Data()))
+			if meta, err := m.Metadata(); err != nil || meta.Sequence.Stream >= s.CachedInfo().State.LastSeq {
+				return all, err
+			}
+		}
+	})
+	if err != nil {
+		t.Fatalf("read %s: %v", stream, err)
 	}
+	return all
 }
 
 // wantStored fails the test unless the stream holds exactly these numbers, each
@@ -667,10 +669,7 @@ func TestFastIngestFromAHandler(t *testing.T) {
 		}
 	}
 	wantStored(t, nc, allNumbers(1_500))
-	m, err := jetStream(t, nc).Stream(testContext(t), "S")
-	if err != nil {
-		t.Fatal(err)
-	}
+	m := streamNow(t, nc, "S")
 	if raw, err := m.GetMsg(testContext(t), 1_200); err != nil || raw.Header.Get("Traceparent") != "tp" {
 		t.Errorf("got %v, %v, want the carried header", raw, err)
 	}

@@ -537,10 +537,7 @@ func TestReplayNeedsPermissions(t *testing.T) {
 			t.Parallel()
 			admin, user := startGuarded(t, &server.Permissions{Publish: &server.SubjectPermission{Allow: allow}})
 			chronicle(t, admin, 10, 1)
-			s, err := jetStream(t, admin).Stream(testContext(t), "HISTORY")
-			if err != nil {
-				t.Fatal(err)
-			}
+			s := streamNow(t, admin, "HISTORY")
 			if err := s.DeleteMsg(testContext(t), 10); err != nil { // so that the end is to be verified
 				t.Fatal(err)
 			}

@@ -54,10 +54,7 @@ func sequences(from, to uint64) []uint64 {
 // noConsumers fails the test when the stream has a consumer.
 func noConsumers(t testing.TB, nc *nats.Conn, stream string) {
 	t.Helper()
-	s, err := jetStream(t, nc).Stream(testContext(t), stream)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := streamNow(t, nc, stream)
 	if n := s.CachedInfo().State.Consumers; n != 0 {
 		t.Errorf("%d consumers left on %s, want none", n, stream)
 	}
@@ -133,10 +130,7 @@ func TestReplayBounds(t *testing.T) {
 		}
 		publish(t, nc, &nats.Msg{Subject: subject})
 	}
-	stream, err := jetStream(t, nc).Stream(testContext(t), "HISTORY")
-	if err != nil {
-		t.Fatal(err)
-	}
+	stream := streamNow(t, nc, "HISTORY")
 	for _, m := range letters(t, nc, "HISTORY") {
 		times[m.Sequence] = m.Time
 	}
@@ -625,10 +619,7 @@ func TestReplayOfAStreamThatShrinks(t *testing.T) {
 			t.Parallel()
 			nc := connect(t, startServer(t).ClientURL())
 			chronicle(t, nc, 10000, 2)
-			s, err := jetStream(t, nc).Stream(testContext(t), "HISTORY")
-			if err != nil {
-				t.Fatal(err)
-			}
+			s := streamNow(t, nc, "HISTORY")
 			var once sync.Once
 			report, err := NewBroker(nc).Replay(testContext(t), c.replay.Handle(func(ctx context.Context, m *Msg) error {
 				once.Do(func() {
