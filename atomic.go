@@ -216,6 +216,9 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 				return Ack{}, -1, err
 			}
 			return again(wait)
+		case codeTooManyRequests:
+			first.trouble = overloaded
+			return again(wait)
 		case codeAtomicInFlight, codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
 			return again(wait)
 		case jetstream.JSErrCodeStreamWrongLastSequence:
@@ -234,7 +237,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 		if err := b.noResponders(ctx, o); err != nil {
 			return Ack{}, -1, err
 		}
-		first.leaderless = o.leaderless
+		first.trouble = o.trouble
 		return again(wait)
 	}
 	if err := b.p.denied(o.subject); err != nil {

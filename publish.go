@@ -156,7 +156,8 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 // Every try bears one message id, by default an automatic one, so that within
 // the stream's duplicate window no retry is a second copy. Without an ack it
 // tries again after a second, then after 2 s, 4 s and 8 s each, and it goes on
-// while the stream has no leader, until ctx ends or, when ctx has no deadline, for [DefaultPublishTimeout]. The
+// while the stream has no leader, or more waits for it than the server holds, until
+// ctx ends or, when ctx has no deadline, for [DefaultPublishTimeout]. The
 // error is then [ErrTimeout] with [context.DeadlineExceeded], or
 // [context.Canceled]; the message may be stored nevertheless.
 //
@@ -264,7 +265,7 @@ type outgoing struct {
 
 	tries      int
 	unanswered int       // of those, after which the message may be stored
-	leaderless bool      // its stream was there, and nobody answered for it
+	trouble    string    // what kept its stream from taking it, when last heard of
 	unknown    time.Time // when it first met nobody, and nobody could say why
 }
 
@@ -345,6 +346,11 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 	switch {
 	case errors.As(err, &api):
 		switch api.ErrorCode {
+		case codeTooManyRequests:
+			if ctx.Err() == nil {
+				o.trouble = overloaded
+				return ack, againWait(o.tries), nil
+			}
 		case codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
 			// A message with this id, or one on the expected subject, is on its
 			// way through the cluster; the next try learns what became of it.
@@ -372,7 +378,7 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		if err := c.noResponders(ctx, o); err != nil {
 			return ack, -1, err
 		}
-		wait = min(50*time.Millisecond<<min(o.tries-1, 4), 500*time.Millisecond)
+		wait = againWait(o.tries)
 	default:
 		o.unanswered++
 		if err := c.p.denied(o.subject); err != nil {
@@ -391,13 +397,20 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 	return ack, wait, nil
 }
 
+const overloaded = "its stream has had more than it can take"
+
+// againWait is the wait after so many tries that were refused for the moment.
+func againWait(tries int) time.Duration {
+	return min(50*time.Millisecond<<min(tries-1, 4), 500*time.Millisecond)
+}
+
 // noResponders tells a subject without a stream, which is an error, from a
 // stream that has no leader at the moment.
 func (c *call) noResponders(ctx context.Context, o *outgoing) error {
 	f := c.lookUp(ctx, o.subject)
 	switch {
 	case f.exists:
-		o.leaderless, o.unknown = true, time.Time{}
+		o.trouble, o.unknown = "its stream has had no leader", time.Time{}
 	case f.err == nil:
 		return failure(fmt.Sprintf("publish to %q: no stream captures the subject", o.subject), ErrNoStream)
 	case errors.Is(f.err, context.DeadlineExceeded) && c.p.denied(".STREAM.NAMES") == nil:
@@ -455,6 +468,9 @@ const (
 	codeRollupFailed   jetstream.ErrorCode = 10111
 	codeIDInProcess    jetstream.ErrorCode = 10158
 	codeTTLDisabled    jetstream.ErrorCode = 10166
+	// codeTooManyRequests is a message that the server dropped, since too many
+	// wait for their stream already.
+	codeTooManyRequests jetstream.ErrorCode = 10167
 )
 
 // refusal is the server's error in the publisher's words.
@@ -484,8 +500,8 @@ func (o *outgoing) refusal(api *jetstream.APIError) error {
 // ended is the error of a message that has no ack when its time is over.
 func (o *outgoing) ended(cause error) error {
 	what := fmt.Sprintf("publish to %q: no ack after %d tries", o.e.subject, o.tries)
-	if o.leaderless {
-		what += ", its stream has had no leader"
+	if o.trouble != "" {
+		what += ", " + o.trouble
 	}
 	if errors.Is(cause, context.DeadlineExceeded) {
 		return failure(what, ErrTimeout, cause)

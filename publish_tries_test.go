@@ -2,11 +2,13 @@ package natsx
 
 import (
 	"context"
-	"fmt"
+	"errors"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 )
 
@@ -109,7 +111,65 @@ func TestTryWait(t *testing.T) {
 	t.Parallel()
 	for unanswered, want := range []time.Duration{1, 2, 4, 8, 8, 8} {
 		if got := tryWait(time.Second, unanswered); got != want*time.Second {
-			t.Errorf("after %s: got %s, want %s", fmt.Sprint(unanswered), got, want*time.Second)
+			t.Errorf("after %d: got %s, want %s", unanswered, got, want*time.Second)
 		}
 	}
+}
+
+// The server drops what comes while too much waits for a stream, and says so.
+func TestPublishToAnOverloadedStream(t *testing.T) {
+	t.Parallel()
+	const tooMany = `{"error":{"code":429,"err_code":10167,"description":"too many requests"},"stream":"S","seq":0}`
+	atOnce := func(*nats.Msg) time.Duration { return 0 }
+	for name, opts := range map[string][]PublisherOption{"ids": nil, "no ids": {WithoutMessageIDs()}} {
+		nc := connect(t, startServer(t).ClientURL())
+		pub := NewPublisher(nc, opts...)
+		for call, do := range map[string]func(ctx context.Context, e Envelope) error{
+			"Publish": func(ctx context.Context, e Envelope) error {
+				_, err := pub.Publish(ctx, e)
+				return err
+			},
+			"PublishAll": func(ctx context.Context, e Envelope) error {
+				_, err := pub.PublishAll(ctx, e, e)
+				return err
+			},
+			"PublishAtomic": func(ctx context.Context, e Envelope) error {
+				_, err := pub.PublishAtomic(ctx, e)
+				return err
+			},
+		} {
+			t.Run(call+" with "+name, func(t *testing.T) {
+				t.Parallel()
+				var answers atomic.Int64
+				answerLate(t, nc, call, func(*nats.Msg) string {
+					if answers.Add(1) <= 3 {
+						return tooMany
+					}
+					return storedFirst
+				}, atOnce)
+				if err := do(testContext(t), To(call)); err != nil {
+					t.Errorf("got %v, want it to be tried again", err)
+				}
+				always := call + ".always"
+				answerLate(t, nc, always, func(*nats.Msg) string { return tooMany }, atOnce)
+				ctx, cancel := context.WithTimeout(testContext(t), 300*time.Millisecond)
+				defer cancel()
+				if err := do(ctx, To(always)); !errors.Is(err, ErrTimeout) || !strings.Contains(err.Error(), "more than it can take") {
+					t.Errorf("got %v, want ErrTimeout that says why", err)
+				}
+			})
+		}
+	}
+	t.Run("for real", func(t *testing.T) {
+		t.Parallel()
+		for _, opts := range [][]PublisherOption{nil, {WithFastIngest()}} {
+			nc := connect(t, startServer(t, func(o *server.Options) { o.StreamMaxBufferedMsgs = 100 }).ClientURL())
+			createStream(t, nc, fastStreamConfig(1))
+			const n = 2000
+			if _, err := NewPublisher(nc, opts...).PublishAll(testContext(t), numberedEnvelopes(n)...); err != nil {
+				t.Fatal(err)
+			}
+			wantStored(t, nc, allNumbers(n))
+		}
+	})
 }

@@ -418,7 +418,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		switch {
 		case errors.Is(err, ErrPermission), errors.Is(err, nats.ErrConnectionClosed):
 			return "", err
-		case errors.As(err, &api) && api.ErrorCode != codeIDInProcess && api.ErrorCode != codeClusterNotLeader && api.ErrorCode != codeClusterNoLeader,
+		case errors.As(err, &api) && api.ErrorCode != codeIDInProcess && api.ErrorCode != codeTooManyRequests && api.ErrorCode != codeClusterNotLeader && api.ErrorCode != codeClusterNoLeader,
 			errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
 			return "", faultf(err, "copy not stored in stream %q: %s", l.Stream, cause(err))
 		case errors.Is(err, nats.ErrNoResponders):
