@@ -281,7 +281,7 @@ func (b *logBook) alarms(text string) []string {
 // publish stores one message and returns its sequence.
 func publish(t testing.TB, nc *nats.Conn, m *nats.Msg) uint64 {
 	t.Helper()
-	ack, err := jetStream(t, nc).PublishMsg(testContext(t), m)
+	ack, err := answered(t, func(ctx context.Context) (*jetstream.PubAck, error) { return jetStream(t, nc).PublishMsg(ctx, m) })
 	if err != nil {
 		t.Fatalf("publish to %q: %v", m.Subject, err)
 	}

@@ -206,10 +206,12 @@ func receive[T any](t testing.TB, ch <-chan T, what string) T {
 // eventually polls cond, for what a server does in its own time.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(testLimit); !cond(); time.Sleep(5 * time.Millisecond) {
+	wait := 2 * time.Millisecond
+	for deadline := time.Now().Add(testLimit); !cond(); time.Sleep(wait) {
 		if time.Now().After(deadline) {
 			t.Fatalf("timed out waiting until %s", what)
 		}
+		wait = min(wait*5/4, 20*time.Millisecond) // asking a server costs others time
 	}
 }
 

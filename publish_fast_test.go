@@ -586,7 +586,7 @@ func TestFastIngestEndsWithItsContext(t *testing.T) {
 			pause(ctx, time.Millisecond)
 		}
 	}()
-	acks, err := NewPublisher(nc, WithFastIngest()).PublishAll(ctx, numberedEnvelopes(500_000)...)
+	acks, err := NewPublisher(nc, WithFastIngest()).PublishAll(ctx, numberedEnvelopes(150_000)...)
 	var failed *PublishError
 	if !errors.As(err, &failed) || !errors.Is(err, context.Canceled) {
 		t.Fatalf("got %v, want context.Canceled", err)

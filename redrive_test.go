@@ -789,7 +789,7 @@ func redriveChild() int {
 
 func TestRedriveSurvivesKills(t *testing.T) {
 	t.Parallel()
-	const count = 300
+	const count = 150
 	for _, retention := range []jetstream.RetentionPolicy{jetstream.LimitsPolicy, jetstream.WorkQueuePolicy} {
 		t.Run(retention.String(), func(t *testing.T) {
 			t.Parallel()

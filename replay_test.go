@@ -476,7 +476,7 @@ func (h *history) inOrderOnce(t testing.TB, count uint64) {
 // connection, server or consumer.
 func TestReplaySurvives(t *testing.T) {
 	t.Parallel()
-	const count = 8000
+	const count = 4000
 	for name, disturb := range map[string]func(t *testing.T, p *phoenix, nc *nats.Conn){
 		"a restart": func(t *testing.T, p *phoenix, nc *nats.Conn) {
 			p.stop()
