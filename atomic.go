@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -55,6 +56,7 @@ func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, err
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
 	b := atomicBatch{call: p.newCall(ctx), out: make([]outgoing, len(es))}
+	b.number(es[0].subject, slices.ContainsFunc(es, func(e Envelope) bool { return e.expects() }), len(es))
 	for i := range es {
 		o, err := b.prepare(ctx, &es[i], false)
 		if err != nil {
@@ -72,6 +74,7 @@ func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, err
 		}
 		ack, wait, err := b.afterTry(ctx, at, err)
 		if wait < 0 {
+			b.numberAgain(err)
 			return ack, err
 		}
 		pause(ctx, wait)
@@ -188,12 +191,7 @@ func (b *atomicBatch) try(ctx context.Context) (ack Ack, at int, err error) {
 func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, time.Duration, error) {
 	first, o := &b.out[0], &b.out[at]
 	first.tries++
-	again := func(wait time.Duration) (Ack, time.Duration, error) {
-		if ctx.Err() != nil {
-			return Ack{}, -1, first.ended(ctx.Err())
-		}
-		return Ack{}, wait, nil
-	}
+	again := func(wait time.Duration) (Ack, time.Duration, error) { return first.again(ctx, wait) }
 	wait := min(20*time.Millisecond<<min(first.tries, 5), 500*time.Millisecond)
 	var api *jetstream.APIError
 	switch {
@@ -222,13 +220,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 		case codeAtomicInFlight, codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
 			return again(wait)
 		case jetstream.JSErrCodeStreamWrongLastSequence:
-			// The server names no envelope; take the one that expects something.
-			for i := range b.out {
-				if b.out[i].e.set&(envLastSequence|envLastSubjectSequence) != 0 {
-					o = &b.out[i]
-					break
-				}
-			}
+			o = b.failed(o, api)
 		}
 		return Ack{}, -1, o.refusal(api)
 	case errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), errors.Is(err, ErrAtomicNotAllowed), isLocal(err):
@@ -247,6 +239,19 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 	// The commit may have been taken; then the next try is refused for its
 	// message ids, or as long as the commit is still on its way through a cluster.
 	return again(0)
+}
+
+// failed is the envelope whose expectation failed. The server names none, only the
+// sequence that it has: it is the first that expects another.
+func (b *atomicBatch) failed(o *outgoing, api *jetstream.APIError) *outgoing {
+	var have *SequenceError
+	for i := range b.out {
+		c := &b.out[i]
+		if c.e.expects() && errors.As(c.refusal(api), &have) && !(have.Known && have.Have == have.Want) {
+			return c
+		}
+	}
+	return o
 }
 
 // probeAll tells whether every message of the batch is stored, and where the last is.

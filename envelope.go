@@ -200,6 +200,9 @@ func (e Envelope) ExpectLastSubjectSequence(n uint64) Envelope {
 
 func (e *Envelope) delayed() bool { return e.set&(envAt|envAfter) != 0 }
 
+// expects tells whether the last sequence of the stream or the subject matters.
+func (e *Envelope) expects() bool { return e.set&(envLastSequence|envLastSubjectSequence) != 0 }
+
 // due is when a delayed envelope is to arrive.
 func (e *Envelope) due() time.Time {
 	if e.set&envAfter != 0 {

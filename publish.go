@@ -90,8 +90,10 @@ type Ack struct {
 // made of the handled message and the count n of envelopes that its handler
 // published so far. When the message is delivered again, its handler therefore
 // publishes nothing twice within the duplicate window, if it publishes the same
-// envelopes in the same order. A handler that publishes from several goroutines
-// at once, or depends on the time, sets MsgID.
+// envelopes in the same order. One that is refused with [ErrWrongSequence] does not
+// count when the next call expects a sequence too and its first subject is the same:
+// a handler may read anew and try again. A handler that publishes from several
+// goroutines at once, or depends on the time, sets MsgID.
 type Publisher struct {
 	nc     *nats.Conn
 	js     jetstream.JetStream
@@ -135,7 +137,8 @@ func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
 
 // Send publishes on core NATS: at most once, without an ack. The message is
 // handed to the connection, which sends it in the background and buffers it
-// while it reconnects. An envelope with a schedule or an expectation is refused:
+// while it reconnects; before it was up for the first time it takes no headers, which
+// is [nats.ErrHeadersNotSupported]. An envelope with a schedule or an expectation is refused:
 // only a stream can honour it.
 func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 	m, err := p.coreMessage(ctx, e)
@@ -174,6 +177,7 @@ func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
 	call := p.newCall(ctx)
+	call.number(e.subject, e.expects(), 1)
 	o, err := call.prepare(ctx, &e, p.bare)
 	if err != nil {
 		return Ack{}, err
@@ -187,7 +191,13 @@ func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 		}
 		ack, wait, err := call.after(ctx, &o, err)
 		if wait < 0 {
+			call.numberAgain(err)
 			return ack, err
+		}
+		if o.unanswered == 2 && o.trouble == "" {
+			if f := call.lookUp(ctx, o.subject); !f.exists && f.err == nil {
+				o.trouble = noStreamHere
+			}
 		}
 		pause(ctx, wait)
 	}
@@ -242,6 +252,14 @@ type call struct {
 	carried []field                 // headers of the handled message
 	streams []*jetstream.StreamInfo // looked up for schedules
 	found   map[string]finding      // what the server said of subjects without responders
+	silent  time.Time               // when it last said nothing
+	numbers numbers                 // of a handler's envelopes
+}
+
+// numbers are those of one call's envelopes among what a handler published.
+type numbers struct {
+	subject  string // of the first
+	from, to uint32 // the first is from+1
 }
 
 type finding struct {
@@ -253,6 +271,34 @@ type finding struct {
 func (p *Publisher) newCall(ctx context.Context) call {
 	d := deliveryFrom(ctx)
 	return call{p: p, d: d, carried: carriedFrom(d)}
+}
+
+// number tells where the numbers of n envelopes begin. A handler that is refused
+// for a sequence, reads it anew and tries again uses the same numbers: when it runs
+// once more its first try may be taken, which must not be a second copy.
+func (c *call) number(subject string, expects bool, n int) {
+	if c.d == nil {
+		return
+	}
+	if r := c.d.refused.Swap(nil); r != nil && expects && r.subject == subject {
+		// Unless another goroutine of the handler has numbers above.
+		c.d.published.CompareAndSwap(r.to, r.from)
+	}
+	from := c.d.published.Load()
+	c.numbers = numbers{subject: subject, from: from, to: from + uint32(n)}
+}
+
+// numberAgain keeps the numbers of a call that stored nothing for the next one.
+func (c *call) numberAgain(err error) {
+	if c.d != nil && errors.Is(err, ErrWrongSequence) {
+		c.d.refused.Store(&c.numbers)
+	}
+}
+
+// mayHave tells whether a stream may have the message though it refuses it: from an
+// unanswered try, or from an earlier attempt of the handler.
+func (c *call) mayHave(o *outgoing) bool {
+	return o.unanswered > 0 || c.d != nil && o.id != "" && c.d.msg.Attempt() > 1
 }
 
 // outgoing is one envelope on its way to a stream, with what its tries share.
@@ -347,28 +393,25 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 	case errors.As(err, &api):
 		switch api.ErrorCode {
 		case codeTooManyRequests:
-			if ctx.Err() == nil {
-				o.trouble = overloaded
-				return ack, againWait(o.tries), nil
-			}
+			o.trouble = overloaded
+			return o.again(ctx, againWait(o.tries))
 		case codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
 			// A message with this id, or one on the expected subject, is on its
 			// way through the cluster; the next try learns what became of it.
-			if ctx.Err() == nil {
-				return ack, 20 * time.Millisecond, nil
-			}
+			return o.again(ctx, 20*time.Millisecond)
 		case jetstream.JSErrCodeStreamWrongLastSequence:
 			// A server without replicas checks expectations before message ids:
-			// the sequence may be wrong because an unanswered try was stored.
-			if o.unanswered > 0 {
-				ack, stored, err := c.p.probe(ctx, o)
-				switch {
-				case stored:
-					return ack, -1, nil
-				case err != nil && ctx.Err() == nil:
-					o.unanswered++
-					return ack, 100 * time.Millisecond, nil
-				}
+			// the sequence may be wrong because the message is stored.
+			if !c.mayHave(o) {
+				break
+			}
+			ack, stored, err := c.p.probe(ctx, o)
+			switch {
+			case stored:
+				return ack, -1, nil
+			case err != nil:
+				o.unanswered++
+				return o.again(ctx, 100*time.Millisecond)
 			}
 		}
 		return ack, -1, o.refusal(api)
@@ -391,13 +434,25 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 			wait = 100 * time.Millisecond
 		}
 	}
-	if ctx.Err() != nil {
-		return ack, -1, o.ended(ctx.Err())
-	}
-	return ack, wait, nil
+	return o.again(ctx, wait)
 }
 
-const overloaded = "its stream has had more than it can take"
+// again is another try after a wait, unless ctx has ended.
+func (o *outgoing) again(ctx context.Context, wait time.Duration) (Ack, time.Duration, error) {
+	if err := ctx.Err(); err != nil {
+		return Ack{}, -1, o.ended(err)
+	}
+	return Ack{}, wait, nil
+}
+
+// What keeps a stream from taking a message, or the message from its stream.
+const (
+	overloaded = "its stream has had more than it can take"
+	leaderless = "its stream has had no leader"
+	// Its stream may be another account's, so it is no reason to give up.
+	noStreamHere = "no stream of this account captures the subject"
+	offline      = "the connection was never up"
+)
 
 // againWait is the wait after so many tries that were refused for the moment.
 func againWait(tries int) time.Duration {
@@ -410,7 +465,7 @@ func (c *call) noResponders(ctx context.Context, o *outgoing) error {
 	f := c.lookUp(ctx, o.subject)
 	switch {
 	case f.exists:
-		o.trouble, o.unknown = "its stream has had no leader", time.Time{}
+		o.trouble, o.unknown = leaderless, time.Time{}
 	case f.err == nil:
 		return failure(fmt.Sprintf("publish to %q: no stream captures the subject", o.subject), ErrNoStream)
 	case errors.Is(f.err, context.DeadlineExceeded) && c.p.denied(".STREAM.NAMES") == nil:
@@ -548,19 +603,15 @@ func (p *Publisher) localFailure(doing string, m *nats.Msg, err error) error {
 }
 
 // denied tells whether the server has refused this user to publish to subject, or,
-// when that starts with a dot, to one that ends in it. The server says so to the connection and not to the message.
+// when that starts with a dot, to one that ends in it. The server says so to the
+// connection and not to the message.
 func (p *Publisher) denied(subject string) error {
-	err := p.nc.LastError()
-	if !errors.Is(err, nats.ErrPermissionViolation) {
+	e := permissionError(p.nc.LastError())
+	if e == nil || e.Operation != "publish" ||
+		e.Subject != subject && !(subject[0] == '.' && strings.HasSuffix(e.Subject, subject)) {
 		return nil
 	}
-	_, refused, _ := strings.Cut(strings.ToLower(err.Error()), "publish to \"")
-	refused, _, _ = strings.Cut(refused, "\"")
-	subject = strings.ToLower(subject)
-	if refused != subject && !(subject[0] == '.' && strings.HasSuffix(refused, subject)) {
-		return nil
-	}
-	return failure(fmt.Sprintf("publish to %q: permission denied", subject), ErrPermission, err)
+	return e
 }
 
 // withLimit ends ctx after d unless it has a deadline of its own.
