@@ -64,6 +64,12 @@ func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, err
 		}
 		b.out[i] = o
 	}
+	if err := p.online(ctx); err != nil {
+		b.out[0].trouble = offline
+	}
+	if err := ctx.Err(); err != nil {
+		return Ack{}, b.out[0].ended(err)
+	}
 	if old := p.nc.ConnectedServerVersion(); beforeAtomic(old) {
 		return Ack{}, failure(fmt.Sprintf("%s: server %s has no atomic batches", b.what(), old), ErrAtomicNotAllowed)
 	}
@@ -147,6 +153,7 @@ func (b *atomicBatch) try(ctx context.Context) (ack Ack, at int, err error) {
 	}
 	defer sub.Unsubscribe()
 	last := len(b.out) - 1
+	messages := make([]*nats.Msg, len(b.out))
 	for i := range b.out {
 		o := &b.out[i]
 		m := &nats.Msg{Subject: o.subject, Reply: inbox + strconv.Itoa(i), Data: o.e.data, Header: nats.Header{}}
@@ -156,6 +163,13 @@ func (b *atomicBatch) try(ctx context.Context) (ack Ack, at int, err error) {
 		if i == last {
 			m.Header[batchCommitHeader] = []string{"1"}
 		}
+		// Rather than after the server has staged what comes before it.
+		if int64(m.Size()-len(m.Subject)-len(m.Reply)) > nc.MaxPayload() {
+			return Ack{}, i, nats.ErrMaxPayload
+		}
+		messages[i] = m
+	}
+	for i, m := range messages {
 		if err := nc.PublishMsg(m); err != nil {
 			return Ack{}, i, err
 		}

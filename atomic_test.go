@@ -48,6 +48,8 @@ func TestPublishAtomic(t *testing.T) {
 			Ack{Stream: "S", Sequence: 9}, nil, ""},
 		{"wrong last sequence", []Envelope{To("s.d").ExpectLastSequence(6), To("s.d")}, Ack{}, ErrWrongSequence, `publish to "s.d": expected last sequence 6, have 9`},
 		{"wrong subject sequence", []Envelope{To("s.d"), To("s.a").ExpectLastSubjectSequence(5)}, Ack{}, ErrWrongSequence, `publish to "s.a": expected last sequence 5, have 8`},
+		{"wrong subject sequence behind a right one", []Envelope{To("s.d").ExpectLastSequence(9), To("s.new").ExpectLastSubjectSequence(5)},
+			Ack{}, ErrWrongSequence, `publish to "s.new": expected last sequence 5, have 9`},
 		{"wrong stream", []Envelope{To("s.d"), To("s.a").ExpectStream("T")}, Ack{}, ErrWrongStream, ""},
 		{"two streams", []Envelope{To("s.d"), To("t.a"), To("s.e")}, Ack{}, ErrOptionConflict, `"t.a" of stream "T"`},
 		{"no stream", []Envelope{To("s.d"), To("nowhere"), To("s.e")}, Ack{}, ErrNoStream, `"nowhere"`},

@@ -177,8 +177,8 @@ var (
 	ErrAmbiguousStream = errors.New("natsx: several streams match")
 	// ErrNoResponders is a request to a subject that nobody listens on.
 	ErrNoResponders = errors.New("natsx: no responders")
-	// ErrTimeout is a request that was not answered in time. It comes together
-	// with [context.DeadlineExceeded].
+	// ErrTimeout is a request that was not answered, or a publish that was not
+	// acknowledged, in time. It comes together with [context.DeadlineExceeded].
 	ErrTimeout = errors.New("natsx: timeout")
 	// ErrWouldLose is a route whose dead messages would be deleted: it has Retry
 	// and no DLQ on a work-queue or interest stream.
@@ -201,7 +201,7 @@ var (
 	ErrStreamDeleted = errors.New("natsx: stream deleted")
 	// ErrPermission is a permission of the server that the connection's user lacks:
 	// for what a route needs, a publish, a stream, a replay or dead letters. Of all but
-	// publishes and streams it comes as a [*PermissionError], which tells the subject.
+	// streams it comes as a [*PermissionError], which tells the subject.
 	ErrPermission = errors.New("natsx: permission denied")
 	// ErrConnectionClosed is a connection that was closed for good.
 	ErrConnectionClosed = errors.New("natsx: connection closed")

@@ -45,7 +45,9 @@ var (
 	ErrBadAck = errors.New("natsx: not an ack of a stream")
 )
 
-// SequenceError is a failed expectation. The message was not stored.
+// SequenceError is a failed expectation. The message was not stored. Of an atomic
+// batch in which several may have failed, which the server does not tell, it names
+// the first.
 // [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
 // [*jetstream.APIError].
 type SequenceError struct {
@@ -159,10 +161,11 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 // Every try bears one message id, by default an automatic one, so that within
 // the stream's duplicate window no retry is a second copy. Without an ack it
 // tries again after a second, then after 2 s, 4 s and 8 s each, and it goes on
-// while the stream has no leader, or more waits for it than the server holds, until
-// ctx ends or, when ctx has no deadline, for [DefaultPublishTimeout]. The
-// error is then [ErrTimeout] with [context.DeadlineExceeded], or
-// [context.Canceled]; the message may be stored nevertheless.
+// while the stream has no leader, more waits for it than the server holds, or the
+// connection was never up, until ctx ends or, when ctx has no deadline, for
+// [DefaultPublishTimeout]. The error is then [ErrTimeout] with
+// [context.DeadlineExceeded], or [context.Canceled]; the message may be stored
+// nevertheless, and another call has another id, unless the envelope brings one.
 //
 // A subject that no stream captures is [ErrNoStream] at once, or after three
 // seconds where the JetStream API is not there, or may not be asked for stream
@@ -181,6 +184,10 @@ func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 	o, err := call.prepare(ctx, &e, p.bare)
 	if err != nil {
 		return Ack{}, err
+	}
+	if err := p.online(ctx); err != nil {
+		o.trouble = offline
+		return Ack{}, o.ended(err)
 	}
 	m := &nats.Msg{Subject: o.subject, Data: e.data, Header: make(nats.Header, len(e.headers)+4)}
 	o.fill(m.Header)
@@ -201,6 +208,18 @@ func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 		}
 		pause(ctx, wait)
 	}
+}
+
+// online waits until the connection has been up once: until then nats.go knows
+// nothing of the server, and refuses headers.
+func (p *Publisher) online(ctx context.Context) error {
+	for p.nc.MaxPayload() == 0 && !p.nc.IsClosed() {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		pause(ctx, 20*time.Millisecond)
+	}
+	return nil
 }
 
 // tryWait is how long a try waits for its ack after so many without one: longer
@@ -479,10 +498,14 @@ func (c *call) noResponders(ctx context.Context, o *outgoing) error {
 	return nil
 }
 
-// lookUp asks whether a stream captures the subject, at most every 200 ms.
+// lookUp asks whether a stream captures the subject, at most every 200 ms, and not
+// for each of many subjects when nobody answers.
 func (c *call) lookUp(ctx context.Context, subject string) finding {
 	if f, ok := c.found[subject]; ok && time.Since(f.at) < 200*time.Millisecond {
 		return f
+	}
+	if time.Since(c.silent) < lookupWait {
+		return finding{err: context.DeadlineExceeded}
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookupWait)
 	defer cancel()
@@ -490,6 +513,9 @@ func (c *call) lookUp(ctx context.Context, subject string) finding {
 	f := finding{exists: err == nil, at: time.Now()}
 	if err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
 		f.err = err
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		c.silent = f.at
 	}
 	if c.found == nil {
 		c.found = make(map[string]finding)
@@ -555,6 +581,9 @@ func (o *outgoing) refusal(api *jetstream.APIError) error {
 // ended is the error of a message that has no ack when its time is over.
 func (o *outgoing) ended(cause error) error {
 	what := fmt.Sprintf("publish to %q: no ack after %d tries", o.e.subject, o.tries)
+	if o.tries == 0 {
+		what = fmt.Sprintf("publish to %q: not sent", o.e.subject)
+	}
 	if o.trouble != "" {
 		what += ", " + o.trouble
 	}

@@ -57,10 +57,15 @@ func (e *PublishError) Unwrap() []error {
 //
 // The acks are in the order of the envelopes. When some fail, the others are
 // published all the same, and the error is a [*PublishError]; the failed ones have
-// the zero Ack. When ctx has no deadline, it gives up when nothing was
-// acknowledged for [DefaultPublishTimeout]. What was not sent when ctx ended is
+// the zero Ack. When ctx has no deadline, it gives up when nothing was stored or
+// refused for [DefaultPublishTimeout]. What was not sent when ctx ended is
 // not sent.
 func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, error) {
+	return p.publishAll(ctx, DefaultPublishTimeout, es)
+}
+
+// publishAll gives up after so long without progress when ctx has no deadline.
+func (p *Publisher) publishAll(ctx context.Context, limit time.Duration, es []Envelope) ([]Ack, error) {
 	if len(es) == 0 {
 		return nil, nil
 	}
@@ -88,7 +93,7 @@ func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, erro
 		return b.acks, &PublishError{b.errs}
 	}
 	defer sub.Unsubscribe()
-	b.run(ctx)
+	b.run(ctx, limit)
 	if b.errs != nil {
 		return b.acks, &PublishError{b.errs}
 	}
@@ -111,6 +116,7 @@ type bulk struct {
 	inbox   string      // subject of the replies, which ends in the envelope's number
 	header  nats.Header // of the message that is being sent, kept for its memory
 	stream  string      // of the last ack
+	moved   bool        // an envelope was settled, or a batch got on
 
 	// Of WithFastIngest.
 	fast        bool
@@ -132,13 +138,22 @@ type sent struct {
 
 var errNoAck = fmt.Errorf("no ack in time: %w", context.DeadlineExceeded)
 
-func (b *bulk) run(ctx context.Context) {
+func (b *bulk) run(ctx context.Context, limit time.Duration) {
+	b.number("", false, 0)
+	first, cancel := withLimit(ctx, limit)
+	err := b.p.online(first)
+	cancel()
+	if err != nil {
+		b.abandon(fmt.Errorf("%s: %w", offline, err))
+		return
+	}
 	tick := time.NewTicker(25 * time.Millisecond)
 	defer tick.Stop()
 	progress := time.Now()
 	_, limited := ctx.Deadline()
 	for b.next < len(b.es) || len(b.free) < len(b.out) {
 		if err := ctx.Err(); err != nil {
+			b.receiveAll(ctx)
 			b.abandon(err)
 			return
 		}
@@ -151,18 +166,18 @@ func (b *bulk) run(ctx context.Context) {
 		select {
 		case r := <-b.replies:
 			b.receive(ctx, r)
-			for range len(b.replies) {
-				b.receive(ctx, <-b.replies)
-			}
-			progress = time.Now()
+			b.receiveAll(ctx)
 		case now := <-tick.C:
+			b.receiveAll(ctx)
 			if b.p.nc.IsClosed() {
 				b.abandon(ErrConnectionClosed)
 				return
 			}
 			b.overdueBatches(ctx, now)
 			b.overdue(ctx, now)
-			if !limited && now.Sub(progress) > DefaultPublishTimeout {
+			if b.moved {
+				b.moved, progress = false, now
+			} else if !limited && now.Sub(progress) > limit {
 				b.abandon(context.DeadlineExceeded)
 				return
 			}
@@ -226,6 +241,13 @@ func (b *bulk) write(s *sent, reply string) error {
 	s.fill(b.header)
 	m := nats.Msg{Subject: s.subject, Reply: reply, Header: b.header, Data: s.e.data}
 	return b.p.nc.PublishMsg(&m)
+}
+
+// receiveAll takes the answers that have come.
+func (b *bulk) receiveAll(ctx context.Context) {
+	for range len(b.replies) {
+		b.receive(ctx, <-b.replies)
+	}
 }
 
 func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
@@ -297,6 +319,7 @@ func (b *bulk) release(s *sent) {
 	b.slot[s.index] = 0
 	b.bytes -= len(s.e.data)
 	b.free = append(b.free, place)
+	b.moved = true
 	*s = sent{}
 }
 

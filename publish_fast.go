@@ -215,6 +215,7 @@ func (b *bulk) receiveFast(ctx context.Context, at string, r *nats.Msg) {
 			b.refused(ctx, f, n, api, answer.Type == "err")
 		}
 	case answer.Type != "":
+		b.moved = true
 		// Where the batch is, or that it has a gap, after which its ack comes.
 	case answer.Batch == f.id:
 		b.confirm(ctx, f, answer.Count, answer.Sequence)

@@ -236,8 +236,9 @@ func TestPublishWithoutPermissions(t *testing.T) {
 	if _, err := pub.Publish(testContext(t), To("s.a")); err != nil {
 		t.Errorf("allowed subject: %v", err)
 	}
-	if _, err := pub.Publish(testContext(t), To("forbidden")); !errors.Is(err, ErrPermission) {
-		t.Errorf("forbidden subject: got %v, want ErrPermission", err)
+	_, err := pub.Publish(testContext(t), To("forbidden"))
+	if denied, ok := errors.AsType[*PermissionError](err); !ok || !errors.Is(err, ErrPermission) || denied.Subject != "forbidden" {
+		t.Errorf("forbidden subject: got %v, want a PermissionError for it", err)
 	}
 	if _, err := pub.Publish(testContext(t), To("nowhere")); !errors.Is(err, ErrNoStream) {
 		t.Errorf("subject without a stream that cannot be looked up: got %v, want ErrNoStream", err)

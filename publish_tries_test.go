@@ -3,13 +3,16 @@ package natsx
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // answerLate answers each message on subject with body(m) after late(m), or not at
@@ -107,6 +110,189 @@ func TestTriesWaitLongerAndLonger(t *testing.T) {
 	}
 }
 
+// knownJS takes every subject for a stream's, or asks ask.
+type knownJS struct {
+	jetstream.JetStream
+	ask func(ctx context.Context) error
+}
+
+func (js knownJS) StreamNameBySubject(ctx context.Context, _ string) (string, error) {
+	return "S", js.ask(ctx)
+}
+
+// Answers that nobody is there are no progress.
+func TestPublishAllGivesUpOnSilence(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(context.Context) error { return nil }}))
+	eventually(t, "the errors say why", func() bool {
+		_, err := pub.publishAll(context.Background(), 300*time.Millisecond, []Envelope{To("a"), To("b")})
+		var failed *PublishError
+		if !errors.As(err, &failed) || !errors.Is(failed.Errors[0], ErrTimeout) || !errors.Is(failed.Errors[1], ErrTimeout) {
+			t.Fatalf("got %v, want ErrTimeout for both", err)
+		}
+		return strings.Contains(failed.Errors[1].Error(), "no leader")
+	})
+}
+
+// While one envelope waits for a word on its stream, the others are acknowledged.
+func TestPublishAllTakesTheLastAnswers(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}})
+	ctx, cancel := context.WithCancel(testContext(t))
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(context.Context) error {
+		eventually(t, "the other is stored", func() bool { return stored(t, nc, "S") == 1 })
+		if err := nc.FlushTimeout(testLimit); err != nil {
+			t.Error(err)
+		}
+		cancel()
+		return context.Canceled
+	}}))
+	acks, err := pub.PublishAll(ctx, To("nowhere"), To("s.x"))
+	var failed *PublishError
+	if !errors.As(err, &failed) || !errors.Is(failed.Errors[0], context.Canceled) || failed.Errors[1] != nil || acks[1].Sequence != 1 {
+		t.Errorf("got %+v, %v, want one cancelled and one acknowledged", acks, err)
+	}
+}
+
+// A JetStream API that does not answer is not waited for once for each subject.
+func TestPublishAllAsksASilentAPIOnce(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}})
+	ctx, cancel := context.WithCancel(testContext(t))
+	defer cancel()
+	var asked atomic.Int64
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(ctx context.Context) error {
+		asked.Add(1)
+		<-ctx.Done()
+		return ctx.Err()
+	}}))
+	es := make([]Envelope, 100)
+	for i := range es {
+		es[i] = To(fmt.Sprintf("nowhere.%d", i))
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		pub.PublishAll(ctx, append(es, To("s.x"))...)
+	}()
+	eventually(t, "what has a stream is stored", func() bool { return stored(t, nc, "S") == 1 })
+	eventually(t, "nobody answers", func() bool { return asked.Load() > 0 })
+	time.AfterFunc(2*lookupWait, cancel)
+	receive(t, done, "the end of the call")
+	if n := asked.Load(); n > 3 {
+		t.Errorf("asked %d times, want one for all subjects", n)
+	}
+}
+
+// A subject that somebody subscribes and no stream captures is never acknowledged,
+// and the error says so. It is no reason to stop: the stream may be of another
+// account.
+func TestPublishSaysThatNoStreamListens(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	seen := answerLate(t, nc, "core", func(*nats.Msg) string { return "" }, nil)
+	ctx, cancel := context.WithTimeout(testContext(t), ackWait+2*ackWait+2*time.Second)
+	defer cancel()
+	_, err := NewPublisher(nc).Publish(ctx, To("core"))
+	if !errors.Is(err, ErrTimeout) || !strings.Contains(err.Error(), "no stream of this account captures the subject") || seen.Load() < 3 {
+		t.Errorf("got %v after %d tries", err, seen.Load())
+	}
+}
+
+// Before the first connection nats.go refuses headers, as if no server had them.
+func TestPublishBeforeTheFirstConnection(t *testing.T) {
+	t.Parallel()
+	p := startPhoenix(t)
+	createStream(t, connect(t, p.url()), jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}, AllowAtomicPublish: true})
+	p.stop()
+	nc, err := Connect(p.url(), nats.ReconnectWait(10*time.Millisecond), nats.ReconnectJitter(0, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	pub := NewPublisher(nc)
+	calls := map[string]func(ctx context.Context) error{
+		"Publish": func(ctx context.Context) error {
+			_, err := pub.Publish(ctx, To("s.x"))
+			return err
+		},
+		"PublishAll": func(ctx context.Context) error {
+			_, err := pub.PublishAll(ctx, To("s.x"))
+			return err
+		},
+		"PublishAtomic": func(ctx context.Context) error {
+			_, err := pub.PublishAtomic(ctx, To("s.x"))
+			return err
+		},
+		"Request": func(ctx context.Context) error {
+			_, err := pub.Request(ctx, To("s.x").Header("A", "b"))
+			return err
+		},
+		"RequestMany": func(ctx context.Context) error {
+			for _, err := range pub.RequestMany(ctx, To("s.x").Header("A", "b")) {
+				return err
+			}
+			return errors.New("no answer")
+		},
+	}
+	for name, call := range calls {
+		ctx, cancel := context.WithTimeout(testContext(t), 50*time.Millisecond)
+		if err := call(ctx); !errors.Is(err, ErrTimeout) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "never up") {
+			t.Errorf("%s: got %v, want ErrTimeout that says why", name, err)
+		}
+		cancel()
+	}
+	var wg sync.WaitGroup
+	for name, call := range calls {
+		wg.Go(func() {
+			if err := call(testContext(t)); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+	}
+	p.start(t) // the stream is there before a client is
+	wg.Wait()
+}
+
+// A call whose context has ended sends nothing.
+func TestEndedContextSendsNothing(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	sub, err := nc.SubscribeSync("x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	pub := NewPublisher(nc)
+	many := func() (err error) {
+		for _, err = range pub.RequestMany(ctx, To("x")) {
+			break
+		}
+		return err
+	}
+	_, publish := pub.Publish(ctx, To("x"))
+	_, all := pub.PublishAll(ctx, To("x"))
+	_, atomic := pub.PublishAtomic(ctx, To("x"))
+	_, request := pub.Request(ctx, To("x"))
+	for name, err := range map[string]error{
+		"Publish": publish, "PublishAll": all, "PublishAtomic": atomic, "Request": request, "RequestMany": many(), "Send": pub.Send(ctx, To("x")),
+	} {
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: got %v, want context.Canceled", name, err)
+		}
+	}
+	if err := nc.FlushTimeout(testLimit); err != nil {
+		t.Fatal(err)
+	}
+	if n, _, _ := sub.Pending(); n != 0 {
+		t.Errorf("%d messages were sent", n)
+	}
+}
+
 func TestTryWait(t *testing.T) {
 	t.Parallel()
 	for unanswered, want := range []time.Duration{1, 2, 4, 8, 8, 8} {
@@ -152,11 +338,15 @@ func TestPublishToAnOverloadedStream(t *testing.T) {
 				}
 				always := call + ".always"
 				answerLate(t, nc, always, func(*nats.Msg) string { return tooMany }, atOnce)
-				ctx, cancel := context.WithTimeout(testContext(t), 300*time.Millisecond)
-				defer cancel()
-				if err := do(ctx, To(always)); !errors.Is(err, ErrTimeout) || !strings.Contains(err.Error(), "more than it can take") {
-					t.Errorf("got %v, want ErrTimeout that says why", err)
-				}
+				eventually(t, "the error says why", func() bool {
+					ctx, cancel := context.WithTimeout(testContext(t), 300*time.Millisecond)
+					defer cancel()
+					err := do(ctx, To(always))
+					if !errors.Is(err, ErrTimeout) {
+						t.Fatalf("got %v, want ErrTimeout", err)
+					}
+					return strings.Contains(err.Error(), "more than it can take")
+				})
 			})
 		}
 	}

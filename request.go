@@ -15,22 +15,23 @@ import (
 // DefaultRequestTimeout ends a request whose context has no deadline.
 const DefaultRequestTimeout = 5 * time.Second
 
-// Request sends an envelope on core NATS and returns the answer. It waits until
-// ctx ends or, when ctx has no deadline, for [DefaultRequestTimeout]. A deadline
+// Request sends an envelope on core NATS and returns the answer. It waits, for the
+// first connection too, until ctx ends or, when ctx has no deadline, for [DefaultRequestTimeout]. A deadline
 // of ctx is told to the responder as the time that is left, in the header
 // Natsx-Timeout, and ends its context in time.
 //
 // An error that the responder answered with is a [*ReplyError]; the message comes
 // with it, since it may have a payload. Nobody there is [ErrNoResponders] at
 // once, nobody done in time [ErrTimeout] with [context.DeadlineExceeded], a
-// cancelled ctx [context.Canceled]. Envelopes with a schedule or an expectation
+// cancelled ctx [context.Canceled], a subject that the user may not publish to
+// [ErrPermission], a closed connection [ErrConnectionClosed]. Envelopes with a schedule or an expectation
 // are refused.
 func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {
 		return nil, err
 	}
-	if ctx.Done() == nil {
+	if ctx.Done() == nil && p.nc.MaxPayload() > 0 {
 		// Nothing but the time can end it, which costs nats.go less than a context.
 		r, err := p.nc.RequestMsg(m, DefaultRequestTimeout)
 		if errors.Is(err, nats.ErrTimeout) {
@@ -44,8 +45,8 @@ func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 	_, bounded := ctx.Deadline()
 	ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
 	defer cancel()
-	if err := ctx.Err(); err != nil {
-		return nil, requestError(m.Subject, err)
+	if err := p.ready(ctx, m); err != nil {
+		return nil, err
 	}
 	switch {
 	case !bounded:
@@ -101,6 +102,10 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 		_, bounded := ctx.Deadline()
 		ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
 		defer cancel()
+		if err := p.ready(ctx, m); err != nil {
+			yield(nil, err)
+			return
+		}
 		if bounded {
 			if m.Header == nil {
 				m.Header = make(nats.Header, 1)
@@ -133,6 +138,17 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 			}
 		}
 	}
+}
+
+// ready lets a request be sent: the connection was up, and ctx has not ended.
+func (p *Publisher) ready(ctx context.Context, m *nats.Msg) error {
+	if err := p.online(ctx); err != nil {
+		return requestError(m.Subject, fmt.Errorf("%s: %w", offline, err))
+	}
+	if err := ctx.Err(); err != nil {
+		return requestError(m.Subject, err)
+	}
+	return nil
 }
 
 // timeoutHeaders holds headers of nothing but timeoutHeader.
@@ -168,7 +184,11 @@ func (p *Publisher) requestFailure(m *nats.Msg, err error) error {
 
 func requestError(subject string, err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
-		return failure(fmt.Sprintf("request %q: timeout", subject), ErrTimeout, err)
+		what := fmt.Sprintf("request %q: timeout", subject)
+		if err != context.DeadlineExceeded {
+			what += ": " + err.Error()
+		}
+		return failure(what, ErrTimeout, err)
 	}
 	return failure(fmt.Sprintf("request %q: %v", subject, err), err)
 }
