@@ -84,6 +84,28 @@ func TestPublishAtomic(t *testing.T) {
 	}
 }
 
+// What does not fit is noticed before the server has staged what comes before it.
+func TestPublishAtomicSizesFirst(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t, withMaxPayload(2_000)).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}, AllowAtomicPublish: true})
+	sub, err := nc.SubscribeSync("s.>")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range []Envelope{To("s.b").Data(make([]byte, 2_000)), To("s.b").Header("Long", strings.Repeat("x", 2_000))} {
+		if _, err := NewPublisher(nc).PublishAtomic(testContext(t), To("s.a"), e); !errors.Is(err, nats.ErrMaxPayload) || !strings.Contains(err.Error(), `"s.b"`) {
+			t.Errorf("got %v, want ErrMaxPayload for the second", err)
+		}
+	}
+	if _, err := NewPublisher(nc).PublishAtomic(testContext(t), To("s.a"), To("s.b").Data(make([]byte, 1_500))); err != nil {
+		t.Errorf("what fits: %v", err)
+	}
+	if n, _, _ := sub.Pending(); n != 2 {
+		t.Errorf("%d messages were sent, want the 2 that fit", n)
+	}
+}
+
 func TestPublishAtomicRetriesALostCommit(t *testing.T) {
 	t.Parallel()
 	withAndWithoutReplicas(t, func(t *testing.T, nc *nats.Conn, replicas int) {

@@ -212,3 +212,40 @@ func TestNextAttemptFindsWhatWasExpected(t *testing.T) {
 		}
 	})
 }
+
+// What is refused and not tried again keeps its number, which another envelope must
+// not bear: it would pass for the other's duplicate once it is taken.
+func TestRefusedEnvelopeKeepsItsID(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "IN", Subjects: []string{"in.*"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "OUT", Subjects: []string{"out.*.*"}})
+	pub := NewPublisher(nc)
+	next := map[string]func(m *Msg) Envelope{
+		"other subject":  func(m *Msg) Envelope { return To("out.b." + m.Token(1)).ExpectLastSubjectSequence(0) },
+		"no expectation": func(m *Msg) Envelope { return To("out.a." + m.Token(1)) },
+	}
+	acks := make(chan Ack, 10)
+	runBroker(t, NewBroker(nc), Route("in.*").Durable("d").Retry(3).Backoff(time.Millisecond, time.Millisecond).Handle(func(ctx context.Context, m *Msg) error {
+		name, _ := UnescapeToken(m.Token(1))
+		first := To("out.a." + m.Token(1))
+		if m.Attempt() > 1 {
+			ack, err := pub.Publish(ctx, first)
+			acks <- ack
+			return err
+		}
+		if _, err := pub.Publish(ctx, first.ExpectLastSubjectSequence(7)); !errors.Is(err, ErrWrongSequence) {
+			t.Errorf("got %v, want ErrWrongSequence", err)
+		}
+		if _, err := pub.Publish(ctx, next[name](m)); err != nil {
+			t.Error(err)
+		}
+		return errors.New("once more")
+	}))
+	for name := range next {
+		publish(t, nc, &nats.Msg{Subject: "in." + EscapeToken(name)})
+		if ack := receive(t, acks, "the second attempt"); ack.Duplicate || ack.Stream != "OUT" {
+			t.Errorf("%s: got %+v, want it stored", name, ack)
+		}
+	}
+}
