@@ -248,8 +248,8 @@ func (q DeadLetterQuery) Until(t time.Time) DeadLetterQuery {
 	return q
 }
 
-// Limit ends the query after n selected messages, at least 1, messages that are no
-// letters included. Default is all.
+// Limit ends the query after n selected letters, at least 1; messages that are no
+// letters do not count. Default is all.
 func (q DeadLetterQuery) Limit(n int) DeadLetterQuery {
 	q.set |= optLetterLimit
 	q.limit = n
@@ -424,7 +424,10 @@ func (d *deadLetters) all(ctx context.Context, headersOnly bool) iter.Seq2[DeadL
 			if !yield(l, err) {
 				return
 			}
-			if left--; left == 0 {
+			if err == nil {
+				left--
+			}
+			if left == 0 && d.limit > 0 {
 				return
 			}
 		}

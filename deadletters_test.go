@@ -524,3 +524,32 @@ func FuzzLetterHeaders(f *testing.F) {
 		proveRedrive("ORDERS", 1, "orders.new", original, nil)
 	})
 }
+
+// A query with a limit gets on though what is no letter stands before the letters.
+func TestDeadLettersLimitCountsLetters(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
+	for i := range 4 {
+		publish(t, nc, &nats.Msg{Subject: "dlq.orders", Data: []byte("foreign")})
+		publish(t, nc, testLetter("billing", ReasonPanic, i))
+	}
+	q := DeadLetters("dlq.orders").Limit(2)
+	letters, foreign := 0, 0
+	for _, err := range q.List(testContext(t), nc) {
+		switch {
+		case err == nil:
+			letters++
+		case errors.Is(err, ErrNotALetter):
+			foreign++
+		default:
+			t.Fatal(err)
+		}
+	}
+	if letters != 2 || foreign != 2 {
+		t.Errorf("listed %d letters and %d others, want the first two of both", letters, foreign)
+	}
+	if n, err := q.Purge(testContext(t), nc); n != 2 || err != nil || stored(t, nc, "DLQ") != 6 {
+		t.Errorf("purged %d, %v, %d are left, want 6", n, err, stored(t, nc, "DLQ"))
+	}
+}
