@@ -400,9 +400,13 @@ func captureFault(subject string) string {
 // forLetters describes the same stream with DiscardNew for a new one, when it
 // captures a dead letter subject of specs and says nothing that excludes it.
 func (s StreamSpec) forLetters(specs []Spec) StreamSpec {
+	subjects := s.subjectList()
+	if s.set&optSubjects == 0 {
+		subjects = []string{s.name} // what the server gives a new one
+	}
 	for _, spec := range specs {
 		dlq := spec.route.dlq
-		if dlq != "" && slices.ContainsFunc(s.subjectList(), func(subject string) bool { return subjectMatches(subject, dlq) }) {
+		if dlq != "" && slices.ContainsFunc(subjects, func(subject string) bool { return subjectMatches(subject, dlq) }) {
 			s.letters = s.set&(optDiscard|optAllowMsgSchedules) == 0
 		}
 	}
