@@ -395,6 +395,40 @@ func (o *observed) Observe(ctx context.Context, e Event) {
 	}
 }
 
+// observerFunc is an Observer made of a function.
+type observerFunc func(Event)
+
+func (f observerFunc) Observe(_ context.Context, e Event) { f(e) }
+
+// An observer that panics is reported, and changes nothing of what it is told of.
+func TestObserverPanics(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	book, log := newLogBook()
+	b := NewBroker(nc, WithWorkers(1), WithLogger(log), WithObserver(observerFunc(func(e Event) { panic(string(e.Outcome)) })))
+	runBroker(t, b,
+		Route("orders.*").Durable("d").Retry(0).DLQ("dlq.orders").Handle(func(_ context.Context, m *Msg) error {
+			if string(m.Data) == "bad" {
+				return errors.New("bad")
+			}
+			return nil
+		}),
+		Route("ask").Reply(func(context.Context, *Msg) ([]byte, error) { return []byte("yes"), nil }))
+	publishAcked(t, nc, "orders.new", "good", "bad", "good")
+	routeStats(t, b, "all are handled", func(s RouteStats) bool { return s.Succeeded == 2 && s.Dead == 1 })
+	if m, err := nc.Request("ask", nil, testLimit); err != nil || string(m.Data) != "yes" {
+		t.Fatalf("request: %v", err)
+	}
+	if report, err := b.Replay(testContext(t), Replay("orders.>").Handle(succeed)); err != nil || report.Handled != 3 {
+		t.Errorf("replay: got %+v, %v", report, err)
+	}
+	if n := stored(t, nc, "DLQ"); n != 1 || !settled(t, nc, "ORDERS", "d") {
+		t.Errorf("%d letters, or something is not settled", n)
+	}
+	eventually(t, "every panic is logged", func() bool { return len(book.alarms("observer panicked")) == 3+1+3 })
+}
+
 func TestMiddlewareAndObserverSeeEveryKindOfRoute(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
@@ -545,11 +579,13 @@ func TestStreamOfLettersIsCreatedToKeepThem(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	streams := WithStreams(
 		Stream("ORDERS").Subjects("orders.>"), Stream("DLQ").Subjects("x", "dlq.>").MaxMsgs(1),
-		Stream("OLD").Subjects("old").Discard(jetstream.DiscardOld))
+		Stream("OLD").Subjects("old").Discard(jetstream.DiscardOld), Stream("letters"))
 	b := NewBroker(nc, streams)
 	runBroker(t, b, Route("orders.a").Durable("d").Retry(0).DLQ("dlq.orders").Handle(func(context.Context, *Msg) error { return errors.New("no") }),
-		Route("orders.b").Durable("e").DLQ("old").Handle(succeed))
-	want := map[string]jetstream.DiscardPolicy{"ORDERS": jetstream.DiscardOld, "DLQ": jetstream.DiscardNew, "OLD": jetstream.DiscardOld}
+		Route("orders.b").Durable("e").DLQ("old").Handle(succeed),
+		Route("orders.c").Durable("f").DLQ("letters").Handle(succeed))
+	want := map[string]jetstream.DiscardPolicy{"ORDERS": jetstream.DiscardOld, "DLQ": jetstream.DiscardNew, "OLD": jetstream.DiscardOld,
+		"letters": jetstream.DiscardNew} // of which it is the subject
 	for name, policy := range want {
 		s := streamNow(t, nc, name)
 		if got := s.CachedInfo().Config.Discard; got != policy {

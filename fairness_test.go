@@ -211,7 +211,7 @@ func TestAllRoutesAtOnce(t *testing.T) {
 	}
 	_, log := newLogBook()
 	var observed tally
-	r := runBroker(t, NewBroker(connect(t, s.ClientURL()), WithWorkers(16), WithLogger(log), WithObserver(observe(func(e Event) {
+	r := runBroker(t, NewBroker(connect(t, s.ClientURL()), WithWorkers(16), WithLogger(log), WithObserver(observerFunc(func(e Event) {
 		observed.add(e.Route + " " + string(e.Outcome))
 	}))), specs...)
 
@@ -280,8 +280,3 @@ func TestAllRoutesAtOnce(t *testing.T) {
 		t.Error("the observer saw nothing")
 	}
 }
-
-// observe is an Observer made of a function.
-type observe func(Event)
-
-func (fn observe) Observe(_ context.Context, e Event) { fn(e) }

@@ -29,8 +29,9 @@ type Event struct {
 }
 
 // Observer is told of every finished attempt once it is settled, and of every message
-// that a replay handled. It mostly runs on the worker, so it must be fast and must not
-// panic, and is called by many at once. The context is the handler's.
+// that a replay handled. It mostly runs on the worker, so it must be fast, and is called
+// by many at once. A panic of it is logged and changes nothing. The context is the
+// handler's.
 type Observer interface {
 	Observe(ctx context.Context, e Event)
 }

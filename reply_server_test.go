@@ -199,10 +199,6 @@ func TestRequestThatWaitedTooLongIsNotRun(t *testing.T) {
 	}
 }
 
-type observerFunc func(Event)
-
-func (f observerFunc) Observe(_ context.Context, e Event) { f(e) }
-
 func TestRequestIsAnsweredAtTheTimeout(t *testing.T) {
 	t.Parallel()
 	s := startServer(t)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -165,12 +166,19 @@ func (r *route) count(d *delivery) {
 }
 
 func (r *route) observe(d *delivery) {
-	if o := r.eng.observer; o != nil {
-		o.Observe(d, Event{
-			Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &d.msg,
-			Outcome: d.outcome, Err: d.err, Duration: d.took(),
-		})
+	o := r.eng.observer
+	if o == nil {
+		return
 	}
+	defer func() {
+		if v := recover(); v != nil {
+			r.eng.log.Error("natsx: observer panicked", append(r.about(d), "panic", v, "stack", string(debug.Stack()))...)
+		}
+	}()
+	o.Observe(d, Event{
+		Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &d.msg,
+		Outcome: d.outcome, Err: d.err, Duration: d.took(),
+	})
 }
 
 // subscribe makes sub the route's subscription. Its callbacks may have begun.
