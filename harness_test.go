@@ -288,6 +288,13 @@ func publish(t testing.TB, nc *nats.Conn, m *nats.Msg) uint64 {
 	return ack.Sequence
 }
 
+// sameAck tells whether got is want. Where a machine is so slow that an ack comes
+// later than a try waits, that of the next try says that the stream has it already.
+func sameAck(got, want Ack) bool {
+	got.Duplicate = got.Duplicate && want.Duplicate
+	return got == want
+}
+
 // publishMany stores count messages, the i-th of which is build(i), from 0.
 func publishMany(t testing.TB, nc *nats.Conn, count int, build func(i int) *nats.Msg) {
 	t.Helper()
