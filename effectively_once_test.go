@@ -47,7 +47,8 @@ func TestKilledHandlersPublishOnce(t *testing.T) {
 	s := startServer(t)
 	nc := connect(t, s.ClientURL())
 	in := createStream(t, nc, jetstream.StreamConfig{Name: "IN", Subjects: []string{"in.*"}, Retention: jetstream.WorkQueuePolicy})
-	out := createStream(t, nc, jetstream.StreamConfig{Name: "OUT", Subjects: []string{"out.>"}})
+	// 200 kills may take longer than the default window on a slow machine.
+	out := createStream(t, nc, jetstream.StreamConfig{Name: "OUT", Subjects: []string{"out.>"}, Duplicates: time.Hour})
 	publishMany(t, nc, messages, func(i int) *nats.Msg {
 		return &nats.Msg{Subject: fmt.Sprint("in.", i), Data: fmt.Append(nil, i)}
 	})

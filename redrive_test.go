@@ -56,7 +56,7 @@ func (p *patient) dieInOrder(t testing.TB, nc *nats.Conn, count int, build func(
 
 func (p *patient) dieOf(t testing.TB, nc *nats.Conn, route RouteBuilder, count int, build func(int) *nats.Msg) {
 	t.Helper()
-	r := runBroker(t, NewBroker(nc), route.Handle(p.handle))
+	r := runBroker(t, NewBroker(nc, WithDrainTimeout(testLimit)), route.Handle(p.handle))
 	publishMany(t, nc, count, build)
 	eventually(t, "all are dead", func() bool { return stored(t, nc, "DLQ") == count })
 	if err := r.stop(t); err != nil {
