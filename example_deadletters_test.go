@@ -14,6 +14,12 @@ import (
 
 // makeLetters publishes an order of each payload and has billing give them up.
 func makeLetters(ctx context.Context, nc *nats.Conn, payloads ...string) {
+	giveUp(ctx, nc, len(payloads), payloads...)
+}
+
+// giveUp runs billing until it has given up so many orders, of which it publishes
+// those of payloads itself.
+func giveUp(ctx context.Context, nc *nats.Conn, n int, payloads ...string) {
 	ctx, cancel := context.WithCancel(ctx)
 	broker := natsx.NewBroker(nc, quiet, natsx.WithStreams(
 		natsx.Stream("ORDERS").Subjects("orders.*"),
@@ -25,7 +31,7 @@ func makeLetters(ctx context.Context, nc *nats.Conn, payloads ...string) {
 		for _, p := range payloads {
 			pub.Publish(ctx, natsx.To("orders.created").Data([]byte(p)))
 		}
-		for broker.Stats().Routes[0].Dead < uint64(len(payloads)) {
+		for broker.Stats().Routes[0].Dead < uint64(n) {
 			time.Sleep(time.Millisecond)
 		}
 		cancel()
@@ -67,6 +73,34 @@ func ExampleDeadLetterQuery_List() {
 	// ORDERS 1: o-1: exhausted after 1 attempt: the bank is closed
 	// ORDERS 3: o-2: exhausted after 1 attempt: the bank is closed
 	// ORDERS 4: o-3: exhausted after 1 attempt: the bank is closed
+}
+
+// The letters of one subject and one span of time, such as that of an outage.
+func ExampleDeadLetterQuery_List_outage() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	began := time.Now()
+	makeLetters(ctx, nc, "o-1", "o-2")
+	over := time.Now()
+	makeLetters(ctx, nc, "o-3")
+
+	outage := natsx.DeadLetters("dlq.orders").Subject("orders.*").Since(began).Until(over)
+	for l, err := range outage.List(ctx, nc) {
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		fmt.Printf("%s of %s\n", l.Data, l.Subject)
+	}
+	none, err := natsx.DeadLetters("dlq.orders").Subject("invoices.>").Count(ctx, nc)
+	fmt.Println(none.Total, "of invoices", err)
+
+	// Output:
+	// o-1 of orders.created
+	// o-2 of orders.created
+	// 0 of invoices <nil>
 }
 
 // Counting gives the overview, and does not fetch payloads.
@@ -126,6 +160,32 @@ func ExampleDeadLetterQuery_Redrive() {
 	// o-1: attempt 1
 	// o-2: attempt 1
 	// stopped: <nil>
+}
+
+// A dry run tells what a redrive would do. Here billing fails once more, and what was
+// redriven before is left alone.
+func ExampleDeadLetterQuery_Redrive_dryRun() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "o-1", "o-2")
+
+	once := natsx.DeadLetters("dlq.orders").MaxRedrives(1)
+	show := func(q natsx.DeadLetterQuery) {
+		report, err := q.Redrive(ctx, nc)
+		fmt.Println(report.Redriven, "redriven", report.Skips[natsx.SkipMaxRedrives], "had their turn", report.Failed, "failed", err)
+	}
+	show(once.DryRun())
+	show(once)
+	giveUp(ctx, nc, 2) // the copies
+	makeLetters(ctx, nc, "o-3")
+	show(once.DryRun())
+
+	// Output:
+	// 2 redriven 0 had their turn 0 failed <nil>
+	// 2 redriven 0 had their turn 0 failed <nil>
+	// 1 redriven 2 had their turn 0 failed <nil>
 }
 
 // A purge deletes the letters that it selects, and a dry run says how many.
