@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -73,6 +74,47 @@ func ExampleReplayReport_goOn() {
 	// Output:
 	// 10 20 30 40 context canceled
 	// 50 60 <nil>
+}
+
+// A long audit is done in parts: each tells how far it came and where the next begins,
+// behind the failures too, since they are reported.
+func ExampleReplayReport_inParts() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx := context.Background()
+	bookings(ctx, nc, 0)
+
+	broker := natsx.NewBroker(nc)
+	audit := func(ctx context.Context, m *natsx.Msg) error {
+		if string(m.Data) == "40" {
+			return errors.New("no receipt")
+		}
+		return nil
+	}
+	for next := uint64(1); next <= 6; {
+		report, err := broker.Replay(ctx, natsx.Replay("bookings.>").FromSequence(next).Limit(4).ContinueOnError().
+			Handle(audit).
+			Progress(func(p natsx.ReplayProgress) {
+				if p.Done == p.Total {
+					fmt.Println(p.Done, "done")
+				}
+			}))
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		for _, f := range report.Failures {
+			fmt.Println(f.Sequence, f.Err)
+		}
+		next = report.Next
+		fmt.Println("next", next)
+	}
+	// Output:
+	// 4 done
+	// 4 no receipt
+	// next 5
+	// 2 done
+	// next 7
 }
 
 // The first failure ends a replay; the report goes on from the message that failed.
@@ -152,6 +194,52 @@ func ExampleReplayBuilder_OrderedBy() {
 	fmt.Println(balances, err)
 	// Output:
 	// map[ann:[10 30 40 60] bob:[20 50]] <nil>
+}
+
+// A replay runs beside the routes of its broker, in turns on the same pool, and the
+// durable goes on where it is.
+func ExampleBroker_Replay_besideRun() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	bookings(ctx, nc, 0)
+
+	live := make(chan uint64, 7)
+	broker := natsx.NewBroker(nc, natsx.WithWorkers(8), quiet)
+	stopped := make(chan error)
+	go func() {
+		stopped <- broker.Run(ctx, natsx.Route("bookings.*").Durable("ledger").Concurrency(1).
+			Handle(func(ctx context.Context, m *natsx.Msg) error {
+				live <- m.Sequence()
+				return nil
+			}))
+	}()
+	for range 6 {
+		<-live
+	}
+
+	var mu sync.Mutex
+	accounts := map[string][]string{}
+	report, err := broker.Replay(ctx, natsx.Replay("bookings.*").Concurrency(4).OrderedBy(natsx.SubjectToken(1)).
+		Handle(func(ctx context.Context, m *natsx.Msg) error {
+			mu.Lock()
+			defer mu.Unlock()
+			accounts[m.Token(1)] = append(accounts[m.Token(1)], string(m.Data))
+			return nil
+		}))
+	fmt.Println("replayed", report.Handled, accounts, err)
+
+	if _, err := natsx.NewPublisher(nc).Publish(ctx, natsx.To("bookings.ann")); err != nil {
+		fmt.Println(err)
+	}
+	fmt.Println("ledger goes on with", <-live)
+	cancel()
+	fmt.Println("stopped:", <-stopped)
+	// Output:
+	// replayed 6 map[ann:[10 30 40 60] bob:[20 50]] <nil>
+	// ledger goes on with 7
+	// stopped: <nil>
 }
 
 // With a speed, messages come in the time they were stored in, or a fraction of it.
