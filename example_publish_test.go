@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log"
 	"os"
+	"strconv"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -120,6 +122,58 @@ func ExampleEnvelope_ExpectLastSubjectSequence() {
 	// cancelled: somebody wrote number 2 first
 }
 
+// A writer that was overtaken reads anew and tries again.
+func ExampleEnvelope_ExpectLastSubjectSequence_readAnew() {
+	nc, stop := ordersServer()
+	defer stop()
+	ctx := context.Background()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	stream, err := js.Stream(ctx, "ORDERS")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+
+	pub := natsx.NewPublisher(nc)
+	write := func(total string) (natsx.Ack, error) {
+		return pub.Publish(ctx, natsx.To("orders.o-42").Data([]byte(total)))
+	}
+	add := func(n int, meanwhile func()) error {
+		for {
+			last, err := stream.GetLastMsgForSubject(ctx, "orders.o-42")
+			if err != nil {
+				return err
+			}
+			total, err := strconv.Atoi(string(last.Data))
+			if err != nil {
+				return err
+			}
+			meanwhile()
+			_, err = pub.Publish(ctx, natsx.To("orders.o-42").JSON(total+n).ExpectLastSubjectSequence(last.Sequence))
+			if !errors.Is(err, natsx.ErrWrongSequence) {
+				fmt.Println(total, "+", n, "is stored:", err == nil)
+				return err
+			}
+			fmt.Println(total, "is old")
+		}
+	}
+	if _, err := write("10"); err != nil {
+		fmt.Println(err)
+		return
+	}
+	overtake := sync.OnceFunc(func() { write("20") })
+	if err := add(5, overtake); err != nil {
+		fmt.Println(err)
+	}
+	// Output:
+	// 10 is old
+	// 20 + 5 is stored: true
+}
+
 // The failure of one envelope does not hide the others.
 func ExamplePublisher_PublishAll() {
 	nc, stop := ordersServer()
@@ -199,6 +253,40 @@ func ExampleEnvelope_After() {
 	}
 	fmt.Printf("%s: %s\n", m.Subject(), m.Data())
 	// Output: orders.reminder: o-42 is unpaid
+}
+
+// An offer that comes at a time and is gone an hour after it came.
+func ExampleEnvelope_TTL() {
+	nc, stop := ordersServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+
+	pub := natsx.NewPublisher(nc)
+	offer := natsx.To("orders.offer").Data([]byte("apples")).TTL(time.Hour)
+	if _, err := pub.Publish(ctx, offer.At(time.Now().Add(50*time.Millisecond))); err != nil {
+		fmt.Println(err)
+		return
+	}
+	err := natsx.NewBroker(nc, quiet).Run(ctx, natsx.Route("orders.offer").Durable("shop").
+		Handle(func(ctx context.Context, m *natsx.Msg) error {
+			fmt.Println(m.Subject, string(m.Data), m.Header.Get("Nats-TTL"))
+			cancel()
+			return nil
+		}))
+	fmt.Println("stopped:", err)
+
+	ctx = context.Background()
+	if err := natsx.Stream("PLAIN").Subjects("plain.*").Ensure(ctx, nc); err != nil {
+		fmt.Println(err)
+		return
+	}
+	_, err = pub.Publish(ctx, natsx.To("plain.offer").TTL(time.Hour))
+	fmt.Println(errors.Is(err, natsx.ErrTTLNotAllowed))
+	// Output:
+	// orders.offer apples 3600s
+	// stopped: <nil>
+	// true
 }
 
 // A requester learns what went wrong, from any responder that speaks the protocol
