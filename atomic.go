@@ -12,7 +12,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// MaxAtomicEnvelopes is the most that a server takes in one atomic batch.
+// MaxAtomicEnvelopes is the most that a server takes in one atomic batch (ADR-50).
 const MaxAtomicEnvelopes = 1000
 
 // ErrAtomicNotAllowed is an atomic publish to a stream without
@@ -35,14 +35,15 @@ const (
 )
 
 // PublishAtomic stores all envelopes or none, one after another in one stream,
-// and nobody reads a part of them. The ack is of the last envelope; the first has
-// the sequence Ack.Sequence - len(es) + 1. The stream must have
+// and nobody reads a part of them (ADR-50). The ack is of the last envelope; the
+// first has the sequence Ack.Sequence - len(es) + 1. The stream must have
 // AllowAtomicPublish, else it is [ErrAtomicNotAllowed].
 //
-// At most [MaxAtomicEnvelopes] go together, none of them delayed. All expectations
-// must hold when the batch is committed, or nothing is stored: [ErrWrongSequence].
-// Only the first envelope may have ExpectLastSequence, and an envelope may have
-// ExpectLastSubjectSequence only if none before it has its subject.
+// 1 to [MaxAtomicEnvelopes] go together, else it is [ErrOutOfRange], none of them
+// delayed ([ErrOptionConflict]). All expectations must hold when the batch is
+// committed, or nothing is stored: [ErrWrongSequence]. Only the first envelope may
+// have ExpectLastSequence, and an envelope may have ExpectLastSubjectSequence only if
+// none before it has its subject ([ErrOptionConflict]).
 //
 // It tries again as [Publisher.Publish] does, with the same message ids, so that
 // no batch is stored twice within the duplicate window. A batch of which every

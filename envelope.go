@@ -34,8 +34,10 @@ type field struct{ name, value string }
 
 // Envelope is a message to be published. It is a value: each setter returns a
 // changed copy, so an envelope can be kept, shared between goroutines and forked.
-// Setters never fail; the publishing method reports every fault, before anything
-// is sent, as joined [*EnvelopeError]s.
+// Of a setter called twice the last call holds, but [Envelope.Header] adds.
+// Setters never fail; the publishing method reports every fault of an envelope,
+// before it is sent, as joined [*EnvelopeError]s: [ErrInvalidSubject],
+// [ErrInvalidName], [ErrOutOfRange], [ErrOptionConflict] or the codec's error.
 //
 // The payload is not copied: it must stay as it is until the publishing method
 // has returned.
@@ -56,7 +58,7 @@ type Envelope struct {
 	lastSubjectSequence uint64
 }
 
-// EnvelopeError is one fault of an envelope, found before anything was sent.
+// EnvelopeError is one fault of an envelope, found before it was sent.
 type EnvelopeError struct {
 	Subject string // given to [To]
 	Field   string // the setter at fault in lower camel case, or subject
@@ -83,18 +85,21 @@ func (e *EnvelopeError) Unwrap() error { return e.Err }
 // of any text.
 func To(subject string) Envelope { return Envelope{subject: subject} }
 
-// Data sets the payload.
+// Data sets the payload, nil for an empty one, in place of what JSON or Encode set.
+// Default is an empty one.
 func (e Envelope) Data(b []byte) Envelope {
 	e.data, e.contentType, e.encodeFault = b, "", nil
 	return e
 }
 
-// JSON sets the payload to v as JSON, with the Content-Type application/json.
+// JSON is [Envelope.Encode] with a [JSONCodec]: the payload is v as JSON, null for
+// nil, with the Content-Type application/json.
 func (e Envelope) JSON(v any) Envelope { return e.Encode(JSONCodec{}, v) }
 
 // Encode sets the payload to what codec makes of v, at once, and the header
 // Content-Type unless [Envelope.Header] sets it. What the codec refuses is an
-// error of the publishing method.
+// [*EnvelopeError] of the publishing method with the codec's error in it, and so is a
+// codec that is nil.
 func (e Envelope) Encode(codec Codec, v any) Envelope {
 	e.data, e.contentType = nil, ""
 	if codec == nil {
@@ -106,15 +111,18 @@ func (e Envelope) Encode(codec Codec, v any) Envelope {
 	return e
 }
 
-// Header adds a header. Names are case-sensitive HTTP tokens: letters, digits,
-// dashes and the like. Line ends in the value become spaces and white space around
-// it is lost, as nats.go has it.
+// Header adds a header; of one name there may be several, which are all sent. Names
+// are HTTP tokens (letters, digits, dashes and the like), else it is
+// [ErrInvalidName], and keep their case, which counts (ADR-4). Line ends in the value
+// become spaces and white space around it is lost, as nats.go has it.
 //
-// Headers that a setter of the envelope, or natsx itself, makes are refused:
-// Nats-Msg-Id, Nats-TTL, Nats-Expected-Stream, Nats-Expected-Last-Sequence,
-// Nats-Expected-Last-Subject-Sequence, Nats-Schedule*, Nats-Scheduler,
-// Nats-Batch-* and Natsx-Timeout. So is Status on a message without payload,
-// which clients take for a word of the server.
+// Headers that a setter of the envelope, or natsx itself, makes are
+// [ErrOptionConflict], whatever their case: Nats-Msg-Id, Nats-TTL, Nats-Expected-Stream,
+// Nats-Expected-Last-Sequence, Nats-Expected-Last-Subject-Sequence, Nats-Schedule,
+// Nats-Schedule-*, Nats-Scheduler, Nats-Batch-* and Natsx-Timeout. So is Status on a
+// message without payload, which clients take for a word of the server. Other
+// Nats-* headers, which NATS keeps for itself (docs.nats.io, JetStream headers), are
+// sent as they are: Nats-Rollup, for one, needs AllowRollup.
 func (e Envelope) Header(name, value string) Envelope {
 	// The clipped slice has no room, so that append copies it: a fork of e
 	// never sees what is added here.
@@ -122,29 +130,32 @@ func (e Envelope) Header(name, value string) Envelope {
 	return e
 }
 
-// MsgID sets the id by which a stream knows a message that it already has within
-// its duplicate window. Default is an automatic one; see [Publisher]. It must not
-// be empty.
+// MsgID sets the id, the header Nats-Msg-Id, by which a stream knows a message that
+// it already has within its duplicate window ([StreamSpec.DedupWindow]): it stores
+// it once, and [Ack.Duplicate] tells. Default is an automatic one; see [Publisher]
+// and [WithoutMessageIDs]. An empty id, and one with a line end or with white space
+// around it, is [ErrOutOfRange].
 func (e Envelope) MsgID(id string) Envelope {
 	e.set |= envMsgID
 	e.msgID = id
 	return e
 }
 
-// TTL has the stream delete the message after d, in whole seconds rounded up, at
-// least [MinTTL]. The stream must have AllowMsgTTL, else [ErrTTLNotAllowed]. The
-// TTL of a delayed message counts from its delivery to the stream.
+// TTL has the stream delete the message after d, in whole seconds rounded up, with
+// the header Nats-TTL (ADR-43). It is at least [MinTTL], 1 s, else [ErrOutOfRange];
+// default is none, and the stream's MaxAge holds. The stream must have AllowMsgTTL,
+// else it is [ErrTTLNotAllowed]. The TTL of a delayed message counts from its
+// delivery to the stream.
 func (e Envelope) TTL(d time.Duration) Envelope {
 	e.set |= envTTL
 	e.ttl = d
 	return e
 }
 
-// At has the stream hold the message back until t; a t in the past is now. It
-// comes within milliseconds of t, or up to 250 ms late when another schedule of the
-// stream was due shortly before: a server (as of 2.15) looks at most that often.
-// Until then it is a schedule, a message on the
-// subject
+// At has the stream hold the message back until t (ADR-51, nats-server 2.12); a t in
+// the past is now. It comes within milliseconds of t, or up to 250 ms late when
+// another schedule of the stream was due shortly before: a server (as of 2.15) looks
+// at most that often. Until then it is a schedule, a message on the subject
 //
 //	natsx-schedule.<unique token>.<subject>
 //
@@ -155,43 +166,55 @@ func (e Envelope) TTL(d time.Duration) Envelope {
 // this, or else the subject with natsx-schedule-<unique token> for a token that
 // the stream leaves open with *. A consumer that matches it sees the schedule
 // early, with the header Nats-Schedule; durable routes of natsx pass it over. Any
-// other stream, and one with interest retention, which drops
-// schedules, is [ErrSchedulesNotAllowed]. The stream is looked up for each call.
+// other stream, and one with interest retention, which drops schedules, is
+// [ErrSchedulesNotAllowed]. The stream is looked up for each call; that no stream
+// captures the subject is [ErrNoStream].
+//
+// The zero time is [ErrOutOfRange]. At excludes [Envelope.After],
+// [Envelope.ExpectLastSubjectSequence], an atomic batch and core NATS
+// ([ErrOptionConflict]).
 //
 // What arrives at t has the headers of the envelope without Nats-Msg-Id, so that
-// MsgID deduplicates the schedule only, and Nats-Scheduler beside them.
+// MsgID deduplicates the schedule only, and Nats-Scheduler and Nats-Schedule-Next
+// beside them.
 func (e Envelope) At(t time.Time) Envelope {
 	e.set |= envAt
 	e.at = t
 	return e
 }
 
-// After is [Envelope.At] with a delay from the time of publishing. It must not be
-// negative.
+// After is [Envelope.At] with a delay from the time of publishing: that of the call
+// and not of the envelope. 0 comes at once, through a schedule nevertheless; below
+// zero is [ErrOutOfRange].
 func (e Envelope) After(d time.Duration) Envelope {
 	e.set |= envAfter
 	e.after = d
 	return e
 }
 
-// ExpectStream has the message stored in this stream or not at all: else it is
-// [ErrWrongStream].
+// ExpectStream has the message stored in this stream, else it is [ErrWrongStream] and
+// not stored. A name that no stream can have is [ErrInvalidName]. Default is
+// whichever stream captures the subject.
 func (e Envelope) ExpectStream(name string) Envelope {
 	e.set |= envStream
 	e.stream = name
 	return e
 }
 
-// ExpectLastSequence has the message stored only if the stream's last sequence is
-// n, 0 for an empty stream: else it is [ErrWrongSequence].
+// ExpectLastSequence has the message stored only if the last sequence that the stream
+// gave out is n, 0 for one that never had a message; what was deleted since counts
+// too. Else it is a [*SequenceError], which is [ErrWrongSequence], and not stored. It
+// excludes ExpectLastSubjectSequence ([ErrOptionConflict]).
 func (e Envelope) ExpectLastSequence(n uint64) Envelope {
 	e.set |= envLastSequence
 	e.lastSequence = n
 	return e
 }
 
-// ExpectLastSubjectSequence has the message stored only if the last message on its
-// subject has the sequence n, 0 for none: else it is [ErrWrongSequence].
+// ExpectLastSubjectSequence has the message stored only if the last message that the
+// stream holds on its subject has the stream sequence n, 0 for none. Else it is a
+// [*SequenceError], which is [ErrWrongSequence], and not stored. It excludes
+// ExpectLastSequence, At and After ([ErrOptionConflict]).
 func (e Envelope) ExpectLastSubjectSequence(n uint64) Envelope {
 	e.set |= envLastSubjectSequence
 	e.lastSubjectSequence = n

@@ -72,7 +72,7 @@ func (e *SequenceError) Unwrap() []error { return []error{ErrWrongSequence, e.Er
 
 // Ack is a stream's word that it has the message.
 type Ack struct {
-	Stream   string
+	Stream   string // that has the message
 	Sequence uint64 // 0 where [WithFastIngest] leaves it unknown
 	// Duplicate tells that the stream already had a message with this id, be it
 	// from an earlier try of the same call, and that Sequence is of that one.
@@ -109,7 +109,8 @@ type Publisher struct {
 type PublisherOption func(*Publisher)
 
 // WithPublisherJetStream sets the JetStream context that is asked about streams,
-// for a domain or an API prefix. It must be of the publisher's connection.
+// for a domain or an API prefix. It must be of the publisher's connection, which is
+// not checked. Default, also for nil, is a plain one.
 func WithPublisherJetStream(js jetstream.JetStream) PublisherOption {
 	return func(p *Publisher) { p.js = js }
 }
@@ -124,7 +125,7 @@ func WithoutMessageIDs() PublisherOption {
 	return func(p *Publisher) { p.bare = true }
 }
 
-// NewPublisher returns a publisher over nc.
+// NewPublisher returns a publisher over nc, which must outlive it and is not nil.
 func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
 	p := &Publisher{nc: nc, prefix: rand.Text()[:16]}
 	for _, opt := range opts {
@@ -140,8 +141,11 @@ func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
 // Send publishes on core NATS: at most once, without an ack. The message is
 // handed to the connection, which sends it in the background and buffers it
 // while it reconnects; before it was up for the first time it takes no headers, which
-// is [nats.ErrHeadersNotSupported]. An envelope with a schedule or an expectation is refused:
-// only a stream can honour it.
+// is [nats.ErrHeadersNotSupported]. An envelope with a schedule or an expectation is
+// [ErrOptionConflict]: only a stream can honour it. A message id and a TTL are sent
+// along, for a stream that captures the subject. An ended ctx is its error, a closed
+// connection [ErrConnectionClosed], and a message above the server's maximum
+// [nats.ErrMaxPayload].
 func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {

@@ -19,7 +19,8 @@ const (
 
 // PublishError tells which envelopes of a [Publisher.PublishAll] have no ack.
 type PublishError struct {
-	// Errors has an entry for each envelope, nil for those that are stored.
+	// Errors has an entry for each envelope, in their order, nil for those that are
+	// stored. An entry is what Publish would have returned.
 	Errors []error
 }
 
@@ -59,7 +60,7 @@ func (e *PublishError) Unwrap() []error {
 // published all the same, and the error is a [*PublishError]; the failed ones have
 // the zero Ack. When ctx has no deadline, it gives up when nothing was stored or
 // refused for [DefaultPublishTimeout]. What was not sent when ctx ended is
-// not sent.
+// not sent. Without envelopes it returns nothing and no error.
 func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, error) {
 	return p.publishAll(ctx, DefaultPublishTimeout, es)
 }

@@ -14,11 +14,11 @@ import (
 )
 
 // WithFastIngest has [Publisher.PublishAll] store what it may in the server's fast
-// batches, which are acknowledged as a whole, some hundred messages at once. The
-// price is in the acks. Of a message that its batch stored the Ack has the Stream,
-// Duplicate is false even if the stream had the message already, and Sequence is
-// 0, not told, but for the last message of a batch: it is known when natsx made
-// the message id, or left it out, outside of handlers.
+// batches (ADR-50), which are acknowledged as a whole, some hundred messages at once.
+// The price is in the acks. Of a message that its batch stored the Ack has the
+// Stream, Duplicate is false even if the stream had the message already, and Sequence
+// is 0, not told, but for the last message of a batch: it is known when natsx made the
+// message id, or left it out, outside of handlers. Default is one by one.
 //
 // In a batch go envelopes without expectations, delay and Nats-* headers, for
 // streams with AllowBatchPublish (nats-server 2.14), next to each other and for

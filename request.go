@@ -16,16 +16,16 @@ import (
 const DefaultRequestTimeout = 5 * time.Second
 
 // Request sends an envelope on core NATS and returns the answer. It waits, for the
-// first connection too, until ctx ends or, when ctx has no deadline, for [DefaultRequestTimeout]. A deadline
-// of ctx is told to the responder as the time that is left, in the header
-// Natsx-Timeout, and ends its context in time.
+// first connection too, until ctx ends or, when ctx has no deadline, for
+// [DefaultRequestTimeout]. A deadline of ctx is told to the responder as the time that
+// is left, in the header Natsx-Timeout, and ends its context in time.
 //
 // An error that the responder answered with is a [*ReplyError]; the message comes
 // with it, since it may have a payload. Nobody there is [ErrNoResponders] at
 // once, nobody done in time [ErrTimeout] with [context.DeadlineExceeded], a
 // cancelled ctx [context.Canceled], a subject that the user may not publish to
-// [ErrPermission], a closed connection [ErrConnectionClosed]. Envelopes with a schedule or an expectation
-// are refused.
+// [ErrPermission], a closed connection [ErrConnectionClosed]. An envelope with a
+// schedule or an expectation is [ErrOptionConflict].
 func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {
