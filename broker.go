@@ -33,9 +33,15 @@ func WithWorkers(n int) Option { return func(b *Broker) { b.workers = n } }
 func WithLogger(l *slog.Logger) Option { return func(b *Broker) { b.log = l } }
 
 // WithMiddleware wraps the handlers of all routes, responders and replays
-// included; the first is the outermost. A middleware that does not call the next
-// handler decides itself: of a request it then sends no payload. Nil is
-// [ErrOutOfRange], and one that returns nil for a route [ErrNoHandler].
+// included; the first is the outermost, and several calls add up. Default is none;
+// nil is [ErrOutOfRange], and one that returns nil for a route [ErrNoHandler]; where it
+// returns nil for a replay, every message fails.
+//
+// A middleware must not return before the next handler has: what it returns settles
+// the message or answers the request. The context that it passes on must derive from
+// the one that it got, which is where [MsgFrom], a [Publisher]'s message ids and the
+// answer of a responder are found. A middleware that does not call the next handler
+// decides itself: of a request it then sends no payload.
 func WithMiddleware(mw ...Middleware) Option {
 	return func(b *Broker) { b.middleware = append(b.middleware, mw...) }
 }

@@ -67,15 +67,18 @@ func (e *tooLargeError) Error() string {
 
 func (e *tooLargeError) Unwrap() error { return ErrTooLarge }
 
-// JSON adapts a typed function to a [Handler]. A payload that is not JSON of T
-// is a permanent failure ([*DecodeError]): retrying cannot mend it. The message
-// itself is found with [MsgFrom]. Of a nil fn it returns nil; see [Decode].
+// JSON adapts a typed function to a [Handler]. A payload that is not JSON of T, an
+// empty one included, is a permanent failure ([*DecodeError]): retrying cannot mend
+// it. What [json.Unmarshal] lets pass, such as unknown fields, passes. fn's error is
+// the handler's. The message itself is found with [MsgFrom]. Of a nil fn it returns
+// nil; see [Decode].
 func JSON[T any](fn func(context.Context, T) error) Handler {
 	return Decode(JSONCodec{}, fn)
 }
 
-// Decode is [JSON] with another codec. It returns nil, which a route's
-// validation refuses as [ErrNoHandler], when codec or fn is nil.
+// Decode is [JSON] with another codec: what its Unmarshal refuses is a
+// [*DecodeError]. It returns nil, which the validation of a route or replay refuses
+// as [ErrNoHandler], when codec or fn is nil.
 func Decode[T any](codec Codec, fn func(context.Context, T) error) Handler {
 	if codec == nil || fn == nil {
 		return nil
@@ -90,8 +93,9 @@ func Decode[T any](codec Codec, fn func(context.Context, T) error) Handler {
 }
 
 // JSONReply adapts a typed function to a [Responder]. A request that is not JSON
-// of Req is answered with code 400, and an answer that json cannot encode with 500.
-// Of a nil fn it returns nil; see [DecodeReply].
+// of Req, an empty one included, is answered with code 400, and an answer that json
+// cannot encode with 500. fn's error is the responder's: see [Fail]. An answer has
+// the Content-Type application/json. Of a nil fn it returns nil; see [DecodeReply].
 func JSONReply[Req, Resp any](fn func(context.Context, Req) (Resp, error)) Responder {
 	return DecodeReply(JSONCodec{}, fn)
 }

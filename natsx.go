@@ -33,7 +33,8 @@ type BatchHandler func(ctx context.Context, ms []*Msg) error
 // request tells it: see [RouteBuilder.Reply].
 type Responder func(ctx context.Context, m *Msg) ([]byte, error)
 
-// Middleware wraps every handler of a broker; see [WithMiddleware].
+// Middleware wraps every handler of a broker; see [WithMiddleware]. It is called once
+// for each route and replay; what it returns is called by many goroutines at once.
 type Middleware func(Handler) Handler
 
 // Msg is a received message. It belongs to its handler, which may keep it and set
@@ -42,7 +43,7 @@ type Middleware func(Handler) Handler
 type Msg struct {
 	Subject string
 	Data    []byte
-	Header  nats.Header // nil when the message has none
+	Header  nats.Header // nil when the message has none; the case of names counts (ADR-4)
 
 	reply   string
 	from    *origin // nil for a core message

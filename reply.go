@@ -18,7 +18,7 @@ import (
 const timeoutHeader = "Natsx-Timeout"
 
 // ReplyError is an error that a responder answered with, in the headers of NATS
-// micro: Nats-Service-Error-Code and Nats-Service-Error.
+// micro (ADR-32): Nats-Service-Error-Code and Nats-Service-Error.
 type ReplyError struct {
 	Code    int    // such as 404; 0 when the code is not a number
 	Message string // what the responder said
@@ -39,10 +39,10 @@ func (e *ReplyError) code() string {
 
 // Fail returns an error that a [Responder] answers with: the requester gets it as
 // [*ReplyError], and a client of NATS micro in the headers that it knows. Codes
-// are the application's own; those of HTTP are what most readers expect. Every
-// other error of a responder is answered as 500 "internal error", but a payload
-// that does not decode as 400, one beyond the limit of a [LimitCodec] as 413 and a
-// passed deadline as 504.
+// are the application's own; those of HTTP are what most readers expect. An empty
+// message is sent as "error". Every other error of a responder is answered as 500
+// "internal error", but a payload that does not decode as 400, one beyond the limit of
+// a [LimitCodec] as 413 and a passed deadline as 504.
 func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
 
 // replyFor is what a requester is told of err, which is not nil. It is internal

@@ -12,12 +12,12 @@ import (
 	"github.com/nats-io/nats.go/micro"
 )
 
-// WithService lists the broker's reply routes as one NATS micro service, one
+// WithService lists the broker's reply routes as one NATS micro service (ADR-32), one
 // endpoint for each: tools such as the nats CLI then find it, and read the
 // requests, errors and handler times of every route. Of the name only letters,
 // digits, dash and underscore are allowed, the version is a semantic one
 // ("1.4.0"), the description is free text. [Broker.Run] and [Broker.Replay] refuse
-// others with [ErrInvalidName].
+// others with [ErrInvalidName]. Default is not to be listed.
 //
 // An endpoint is named after its route, with a dash for each dot and an
 // underscore for whatever else its name may not hold, and tells the route's own
