@@ -181,11 +181,19 @@ const (
 	optLetterAPIPrefix
 )
 
-// DeadLetterQuery selects dead letters of one DLQ; every filter narrows it. Like a
-// route's builder it is a small comparable value whose setters return changed
-// copies and never fail: the terminals ([DeadLetterQuery.List],
-// [DeadLetterQuery.Count], [DeadLetterQuery.Redrive], [DeadLetterQuery.Purge])
-// report every fault before they ask the server anything.
+// DeadLetterQuery selects dead letters of one DLQ: all of them, and every filter
+// narrows it. Like a route's builder it is a small comparable value whose setters
+// return changed copies and never fail, and of a setter called twice the last call
+// holds. The terminals ([DeadLetterQuery.List], [DeadLetterQuery.Count],
+// [DeadLetterQuery.Redrive], [DeadLetterQuery.Purge]) report every fault before they
+// ask the server anything: [ErrInvalidSubject], [ErrInvalidName], [ErrOutOfRange] or
+// [ErrOptionConflict].
+//
+// They also return [ErrNoStream] and [ErrAmbiguousStream] when not exactly one stream
+// has the DLQ subject, [ErrPermission], ctx's error, and errors of the server or the
+// connection. What passes by itself is tried again for half a minute.
+//
+// A message that is no dead letter passes a filter only by what is known of it.
 //
 // A terminal sees what was stored when it began, in the order of the DLQ.
 // Nothing is left at the server, but for what a killed process was reading with,
@@ -210,17 +218,18 @@ type DeadLetterQuery struct {
 }
 
 // DeadLetters starts a query for the letters on a DLQ subject, which may hold
-// wildcards; exactly one stream must have it.
+// wildcards; exactly one stream must have it, else it is [ErrNoStream] or
+// [ErrAmbiguousStream].
 func DeadLetters(subject string) DeadLetterQuery { return DeadLetterQuery{subject: subject} }
 
-// Durable selects the letters of one durable.
+// Durable selects the letters of one durable. Default is all.
 func (q DeadLetterQuery) Durable(name string) DeadLetterQuery {
 	q.set |= optLetterDurable
 	q.durable = name
 	return q
 }
 
-// Reason selects the letters with one reason.
+// Reason selects the letters with one reason, which is not empty. Default is all.
 func (q DeadLetterQuery) Reason(r Reason) DeadLetterQuery {
 	q.set |= optLetterReason
 	q.reason = r
@@ -228,20 +237,24 @@ func (q DeadLetterQuery) Reason(r Reason) DeadLetterQuery {
 }
 
 // Subject selects by the original's subject with a filter that may hold wildcards.
+// Default is all.
 func (q DeadLetterQuery) Subject(filter string) DeadLetterQuery {
 	q.set |= optLetterSubject
 	q.original = filter
 	return q
 }
 
-// Since selects what died at t or later.
+// Since selects what died at t or later, by [DeadLetter.Time], the clock of the host
+// where it died. The zero time is [ErrOutOfRange]; default is no bound.
 func (q DeadLetterQuery) Since(t time.Time) DeadLetterQuery {
 	q.set |= optLetterSince
 	q.since = instantOf(t)
 	return q
 }
 
-// Until selects what died before t.
+// Until selects what died before t, by the same clock as Since. The zero time is
+// [ErrOutOfRange], and a t that is not after Since [ErrOptionConflict]; default is no
+// bound.
 func (q DeadLetterQuery) Until(t time.Time) DeadLetterQuery {
 	q.set |= optLetterUntil
 	q.until = instantOf(t)
@@ -264,7 +277,8 @@ func (q DeadLetterQuery) Rate(perSecond float64) DeadLetterQuery {
 	return q
 }
 
-// DryRun has Redrive and Purge report what they would do, and change nothing.
+// DryRun has Redrive and Purge report what they would do, at full speed, and change
+// nothing. Default is to do it.
 func (q DeadLetterQuery) DryRun() DeadLetterQuery {
 	q.dryRun = true
 	return q
@@ -278,7 +292,8 @@ func (q DeadLetterQuery) MaxRedrives(n int) DeadLetterQuery {
 	return q
 }
 
-// Domain asks the JetStream of another domain. It excludes APIPrefix.
+// Domain asks the JetStream of another domain. It excludes APIPrefix; default is the
+// one that the connection's account has.
 func (q DeadLetterQuery) Domain(name string) DeadLetterQuery {
 	q.set |= optLetterDomain
 	q.domain = name

@@ -46,7 +46,10 @@ const (
 	HeaderDLQPublished = "Natsx-Dlq-Published" // when the original was stored, in the same form
 	HeaderDLQHost      = "Natsx-Dlq-Host"      // where it died
 	// HeaderDLQPointer is "true" on a letter without the payload, which was too
-	// large to be a letter: the original is still in its stream.
+	// large to be a letter, and missing on others. The original is still in its
+	// stream, for as long as that keeps it; on one with work-queue or interest
+	// retention it stays unsettled and counts against MaxAckPending, until a redrive
+	// or a purge of the letter lets it go.
 	HeaderDLQPointer = "Natsx-Dlq-Pointer"
 )
 

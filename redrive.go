@@ -180,25 +180,27 @@ type SkipReason string
 const (
 	SkipForeign     SkipReason = "foreign"      // no dead letter; it stays
 	SkipMaxRedrives SkipReason = "max_redrives" // redriven MaxRedrives times before; it stays
-	SkipRedriven    SkipReason = "redriven"     // an earlier or concurrent redrive stored the copy; the letter is removed
+	SkipRedriven    SkipReason = "redriven"     // an earlier or concurrent redrive stored the copy; the letter is removed, but not in a dry run
 	SkipGone        SkipReason = "gone"         // removed meanwhile, by another redrive or a purge
 )
 
-// RedriveReport is what a redrive did. Every selected letter is in one of the
-// three counts.
+// RedriveReport is what a redrive did. Every selected message is in one of the three
+// counts, those that are no letters as skipped.
 type RedriveReport struct {
 	Redriven int // copies stored and letters removed; in a dry run, those that would be
 	Skipped  int // left alone, with reason
 	Failed   int // could not be redriven; the letter is still there
-	Skips    map[SkipReason]int
-	// Errors are the first hundred failures, each a [*LetterError].
+	// Skips are the skipped by reason. It is nil when there are none, which reads as
+	// 0 for every reason.
+	Skips map[SkipReason]int
+	// Errors are the first hundred failures, each a [*LetterError]; nil for none.
 	Errors []error
 }
 
-// RedriveProgress is told after every selected letter.
+// RedriveProgress is told after every selected message.
 type RedriveProgress struct {
 	Report RedriveReport // so far; not to be kept or changed
-	Total  int           // selected letters when the redrive began
+	Total  int           // selected messages when the redrive began, those that are no letters included
 	Letter DeadLetter    // the one just dealt with
 	Skip   SkipReason    // why it was left alone, or empty
 	Err    error         // why it failed, or nil
@@ -210,8 +212,9 @@ func (p RedriveProgress) Done() int { return p.Report.Redriven + p.Report.Skippe
 // RedriveOption is an option of [DeadLetterQuery.Redrive].
 type RedriveOption func(*redrive)
 
-// WithRedriveProgress has fn called after every selected letter, one call at a
-// time, on the goroutine of Redrive. The letters are counted first.
+// WithRedriveProgress has fn called after every selected message, one call at a
+// time, on the goroutine of Redrive. They are counted first. Default, also for nil,
+// is none.
 func WithRedriveProgress(fn func(RedriveProgress)) RedriveOption {
 	return func(r *redrive) { r.progress = fn }
 }
