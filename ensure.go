@@ -16,7 +16,8 @@ import (
 )
 
 // StreamConflictError is an existing stream that cannot become what was
-// described; nothing of it was changed. It matches [ErrStreamConflict].
+// described; nothing of it was changed, unless a Reason tells that the server did not
+// take an option, as one that is too old for it does. It matches [ErrStreamConflict].
 type StreamConflictError struct {
 	Stream string
 	Diffs  []StreamDiff // every difference at fault, in the order of the setters' declaration
@@ -69,11 +70,14 @@ func (e *StreamConflictError) Unwrap() []error {
 //
 // Every fault of the description is returned before the first request; see
 // [StreamSpec.Validate]. What passes by itself (a server that starts, an
-// election, a lost answer) is tried again until ctx ends, and logged once to
-// [slog.Default]: a server without JetStream looks the same, so give ctx a
-// deadline. A closed connection is [ErrConnectionClosed], a missing permission
-// [ErrPermission], and any other refusal of the server is returned at once with
-// its [*jetstream.APIError].
+// election, a lost answer) is tried again until ctx ends, whose error is then in the
+// chain, and logged once to [slog.Default]: a server without JetStream looks the
+// same, so give ctx a deadline. A closed connection is [ErrConnectionClosed], a
+// missing permission [ErrPermission], and any other refusal of the server is returned
+// at once with its [*jetstream.APIError].
+//
+// The stream is made in the JetStream that nc's account has without a domain. For a
+// domain or an API prefix, use [WithStreams] with [WithJetStream].
 func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 	if err := s.Validate(); err != nil {
 		return err

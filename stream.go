@@ -56,8 +56,14 @@ const (
 // StreamSpec describes a stream for [StreamSpec.Ensure] and [WithStreams]. It is
 // a small comparable value: each setter returns a changed copy, so a base can be
 // kept, shared between goroutines and forked. Setters never fail;
-// [StreamSpec.Validate] reports every fault. Of a setter called twice the last
+// [StreamSpec.Validate] reports every fault: a bad name is [ErrInvalidName], a bad
+// subject [ErrInvalidSubject], a value out of its bounds [ErrOutOfRange], and options
+// that do not fit together [ErrOptionConflict]. Of a setter called twice the last
 // call holds.
+//
+// The Allow and Deny setters only switch on. Without them a new stream has the option
+// off and an existing one keeps what it has. What a server is too old to know is a
+// [*StreamConflictError] of [StreamSpec.Ensure].
 type StreamSpec struct {
 	set streamOption
 
@@ -82,11 +88,11 @@ type StreamSpec struct {
 	letters bool // holds dead letters, see StreamSpec.forLetters
 }
 
-// Stream starts the description of the stream of this name. What is not set
-// keeps its value in a stream that exists. A new stream gets the server's
-// defaults: file storage, kept by limits without any limit set, the oldest
-// messages discarded at a limit, one replica, a dedup window of 2 minutes, and
-// its own name as its only subject.
+// Stream starts the description of the stream of this name, for which the rules of
+// durables' names hold (see [RouteBuilder.Durable]). What is not set keeps its value
+// in a stream that exists. A new stream gets the server's defaults: file storage, kept
+// by limits without any limit set, the oldest messages discarded at a limit, one
+// replica, a dedup window of 2 minutes, and its own name as its only subject.
 func Stream(name string) StreamSpec { return StreamSpec{name: name} }
 
 // Subjects are all subjects that the stream captures, at least one; wildcards
@@ -203,56 +209,61 @@ func (s StreamSpec) DedupWindow(d time.Duration) StreamSpec {
 	return s
 }
 
-// AllowMsgTTL lets messages expire one by one. It cannot be taken back. It needs
-// nats-server 2.11.
+// AllowMsgTTL lets messages expire one by one (ADR-43), for [Envelope.TTL]. It cannot
+// be taken back. It needs nats-server 2.11.
 func (s StreamSpec) AllowMsgTTL() StreamSpec {
 	s.set |= optAllowMsgTTL
 	return s
 }
 
-// AllowMsgSchedules lets messages be published for later, and with that allows
-// rollups. It cannot be taken back, and fits neither DenyPurge nor
+// AllowMsgSchedules lets messages be published for later (ADR-51), for
+// [Envelope.At], which tells the subjects that the stream then needs; with that it
+// allows rollups. It cannot be taken back, and fits neither DenyPurge nor
 // [jetstream.DiscardNew]. It needs nats-server 2.12.
 func (s StreamSpec) AllowMsgSchedules() StreamSpec {
 	s.set |= optAllowMsgSchedules
 	return s
 }
 
-// AllowAtomicPublish lets a batch be stored whole or not at all. It needs
-// nats-server 2.12.
+// AllowAtomicPublish lets a batch be stored whole or not at all (ADR-50), for
+// [Publisher.PublishAtomic]. It needs nats-server 2.12.
 func (s StreamSpec) AllowAtomicPublish() StreamSpec {
 	s.set |= optAllowAtomicPublish
 	return s
 }
 
-// AllowBatchPublish allows the server's fast batch ingest. It needs nats-server
-// 2.14.
+// AllowBatchPublish allows the server's fast batch ingest (ADR-50), for
+// [WithFastIngest]. It needs nats-server 2.14.
 func (s StreamSpec) AllowBatchPublish() StreamSpec {
 	s.set |= optAllowBatchPublish
 	return s
 }
 
 // AllowDirect lets every replica, not the leader alone, answer reads of single
-// messages.
+// messages (ADR-31). Such a read may miss what was stored just before. natsx does not
+// use it.
 func (s StreamSpec) AllowDirect() StreamSpec {
 	s.set |= optAllowDirect
 	return s
 }
 
-// AllowRollup lets a message replace all earlier ones of its subject or stream.
-// It does not fit DenyPurge.
+// AllowRollup lets a message replace all earlier ones of its subject or stream, with
+// the header Nats-Rollup "sub" or "all". It does not fit DenyPurge.
 func (s StreamSpec) AllowRollup() StreamSpec {
 	s.set |= optAllowRollup
 	return s
 }
 
-// DenyDelete refuses the deletion of single messages. It cannot be taken back.
+// DenyDelete refuses the deletion of single messages by request; limits still delete.
+// It cannot be taken back. Letters in such a stream can be listed, and neither
+// redriven nor purged ([ErrBadDLQ]).
 func (s StreamSpec) DenyDelete() StreamSpec {
 	s.set |= optDenyDelete
 	return s
 }
 
-// DenyPurge refuses to purge the stream. It cannot be taken back.
+// DenyPurge refuses to purge the stream, as a whole or by subject. It cannot be taken
+// back, and fits neither AllowRollup nor AllowMsgSchedules.
 func (s StreamSpec) DenyPurge() StreamSpec {
 	s.set |= optDenyPurge
 	return s
@@ -261,7 +272,9 @@ func (s StreamSpec) DenyPurge() StreamSpec {
 // WithStreams has [Broker.Run] ensure these streams before any route starts, as
 // [StreamSpec.Ensure] does. One that captures a route's DLQ subject is created
 // with DiscardNew unless Discard or AllowMsgSchedules says otherwise: a full DLQ
-// refuses letters, which stay with their route, and loses none.
+// refuses letters, which stay with their route, and loses none. Several calls add up,
+// and a name twice is [ErrOptionConflict]. They are made in the JetStream of
+// [WithJetStream]. Default is none.
 func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
 }
