@@ -98,13 +98,16 @@ func (i instant) time() time.Time      { return time.Unix(i.sec, i.nano).UTC() }
 func (i instant) after(o instant) bool { return i.time().After(o.time()) }
 
 // Route starts a route for the messages whose subject matches filter, which may
-// hold the wildcards * and >. Without [RouteBuilder.Durable] it is a core NATS
-// subscription: at most once.
+// hold the wildcards * and >; one that breaks the grammar of the package documentation
+// is [ErrInvalidSubject]. Without [RouteBuilder.Durable] it is a core NATS
+// subscription: at most once. What only a durable can have, such as Retry, DLQ or
+// DeliverNew, is then [ErrOptionConflict].
 func Route(filter string) RouteBuilder { return RouteBuilder{filter: filter} }
 
 // Queue makes a core subscription a member of a queue group: each message goes
-// to one member. It excludes Durable. The name is not empty and has no white
-// space, else [ErrInvalidName].
+// to one member. It excludes Durable ([ErrOptionConflict]). The name is not empty, has
+// no white space and at most [MaxNameLength] bytes, else it is [ErrInvalidName].
+// Default is none: every subscription gets every message.
 func (r RouteBuilder) Queue(group string) RouteBuilder {
 	r.set |= optQueue
 	r.queue = group
@@ -114,7 +117,8 @@ func (r RouteBuilder) Queue(group string) RouteBuilder {
 // Durable consumes through a durable JetStream pull consumer of this name: at
 // least once, shared by all processes that use the same name. A name is printable,
 // without white space and any of . * > / \, and at most [MaxNameLength] bytes, else
-// [ErrInvalidName].
+// [ErrInvalidName]: the rules of the server, which go beyond ADR-6 with / and \ and
+// take more than ASCII.
 //
 // It is created when it is missing, with an unlimited MaxDeliver. One that exists is
 // adopted when it is a pull consumer with the route's filter and explicit
@@ -164,7 +168,8 @@ func (r RouteBuilder) DeliverLastPerSubject() RouteBuilder {
 	return r
 }
 
-// DeliverFromSequence starts a new durable at a stream sequence, at least 1.
+// DeliverFromSequence starts a new durable at a stream sequence, at least 1, else it
+// is [ErrOutOfRange].
 func (r RouteBuilder) DeliverFromSequence(seq uint64) RouteBuilder {
 	r.set |= optDeliver
 	r.deliver = jetstream.DeliverByStartSequencePolicy
@@ -173,7 +178,7 @@ func (r RouteBuilder) DeliverFromSequence(seq uint64) RouteBuilder {
 }
 
 // DeliverFromTime starts a new durable with the first message stored at or after
-// t, which is not the zero time.
+// t; the zero time is [ErrOutOfRange].
 func (r RouteBuilder) DeliverFromTime(t time.Time) RouteBuilder {
 	r.set |= optDeliver
 	r.deliver = jetstream.DeliverByStartTimePolicy
@@ -345,11 +350,13 @@ const (
 // SubjectKey orders by the whole subject.
 func SubjectKey() OrderKey { return OrderKey{kind: orderSubject} }
 
-// SubjectToken orders by the i-th token of the subject, counted from 0.
+// SubjectToken orders by the i-th token of the subject, counted from 0; below zero is
+// [ErrOutOfRange]. Messages whose subject has no such token share a key.
 func SubjectToken(i int) OrderKey { return OrderKey{kind: orderToken, index: i} }
 
 // HeaderKey orders by the first value of a header, whose name is compared as it is
-// written. Messages without it share a key.
+// written: case counts (ADR-4). Messages without it, or with an empty value, share a
+// key. A name that is no HTTP token is [ErrInvalidName].
 func HeaderKey(name string) OrderKey { return OrderKey{kind: orderHeader, name: name} }
 
 // String gives the key as it was made, such as SubjectToken(1).

@@ -35,7 +35,10 @@
 //	orders.new*   matches nothing: refused, as are orders..new, .orders, orders.>.new
 //
 // What is published to, dead letters included, has no wildcard and does not begin
-// with $, which belongs to the server. [EscapeToken] makes a token of any text.
+// with $, which belongs to the server. Tokens, wildcards and $ are as NATS has them
+// (docs.nats.io, Subject-Based Messaging), where case counts; that there are no
+// control characters, and the length, are natsx's own. [EscapeToken] makes a token of
+// any text.
 //
 // # Outcomes
 //

@@ -65,12 +65,14 @@ type ReplayBuilder struct {
 }
 
 // Replay starts a replay of the stored messages whose subject matches filter,
-// which may hold the wildcards * and >; ">" is the whole stream. Without bounds it
-// goes from the first message to what is last stored when it starts.
+// which may hold the wildcards * and >; ">" is the whole stream, and one that breaks
+// the grammar of the package documentation [ErrInvalidSubject]. Without bounds it goes
+// from the first message to what is last stored when it starts.
 func Replay(filter string) ReplayBuilder { return ReplayBuilder{filter: filter} }
 
 // Stream names the stream. Without it the stream is looked up by the filter, and
-// exactly one must match.
+// exactly one must match: else it is [ErrNoStream] or [ErrAmbiguousStream]. The rules
+// of durables' names hold ([ErrInvalidName]).
 func (r ReplayBuilder) Stream(name string) ReplayBuilder {
 	r.set |= replayStream
 	r.stream = name
@@ -95,7 +97,8 @@ func (r ReplayBuilder) FromTime(t time.Time) ReplayBuilder {
 }
 
 // UntilSequence ends with the last message at or before a stream sequence, at
-// least 1. What is stored after the replay has started is never part of it.
+// least 1 and not below FromSequence, else it is [ErrOutOfRange]. What is stored after
+// the replay has started is never part of it.
 func (r ReplayBuilder) UntilSequence(seq uint64) ReplayBuilder {
 	r.set |= replayUntilSequence
 	r.untilSeq = seq
@@ -120,7 +123,7 @@ func (r ReplayBuilder) Limit(n int) ReplayBuilder {
 
 // Speed keeps the time that passed between the messages when they were stored,
 // divided by x: 1 is as it happened, 10 ten times as fast, 0, the default, as fast
-// as possible. At most [MaxReplaySpeed].
+// as possible. It is at most [MaxReplaySpeed] and not negative, else [ErrOutOfRange].
 //
 // A message is due at its place on the replay's own clock, which starts with the
 // first message, so that delays do not add up: after a handler that took too long
@@ -133,8 +136,9 @@ func (r ReplayBuilder) Speed(x float64) ReplayBuilder {
 }
 
 // Concurrency sets how many handlers of this replay run at once. Default is 1, in
-// stream order; with OrderedBy it is the pool's size. The pool's size is the upper
-// bound; see [WithWorkers].
+// stream order; with OrderedBy it is the pool's size, to which a larger number comes
+// down; at least 1, else it is [ErrOutOfRange]. Above 1 and without OrderedBy there is
+// no order. See [WithWorkers].
 func (r ReplayBuilder) Concurrency(n int) ReplayBuilder {
 	r.set |= replayConcurrency
 	r.workers = n
@@ -142,7 +146,8 @@ func (r ReplayBuilder) Concurrency(n int) ReplayBuilder {
 }
 
 // OrderedBy handles messages with one key one after another in stream order, and
-// those of other keys at the same time.
+// those of other keys at the same time. Default is the order of the stream, as far as
+// Concurrency keeps it. The zero key is [ErrOutOfRange].
 func (r ReplayBuilder) OrderedBy(key OrderKey) ReplayBuilder {
 	r.set |= replayOrderedBy
 	r.order = key
@@ -166,7 +171,8 @@ func (r ReplayBuilder) ContinueOnError() ReplayBuilder {
 }
 
 // Handle ends the chain with the function that handles each message. There are no
-// retries: an error or panic is final; [Discard] is not a failure.
+// retries: an error or panic is final; [Discard] is not a failure. Nil is
+// [ErrNoHandler].
 func (r ReplayBuilder) Handle(fn Handler) ReplaySpec { return ReplaySpec{replay: r, handler: fn} }
 
 // ReplaySpec is a complete replay: a builder's chain with its function. It is a
@@ -179,7 +185,8 @@ type ReplaySpec struct {
 
 // Progress has fn told how far the replay is: at most ten times a second while it
 // moves, and once more at its end. fn is called by one goroutine at a time and
-// holds nothing up. It stands behind Handle, since a builder holds no functions.
+// holds nothing up. Default, also for nil, is none. It stands behind Handle, since a
+// builder holds no functions.
 func (s ReplaySpec) Progress(fn func(ReplayProgress)) ReplaySpec {
 	s.progress = fn
 	return s
@@ -223,8 +230,8 @@ type ReplayReport struct {
 	// which they failed.
 	Failures []*ReplayFailure
 
-	Started time.Time
-	Took    time.Duration
+	Started time.Time     // by the clock of this process
+	Took    time.Duration // from start to end
 }
 
 // ReplayFailure is a message whose handler failed.
