@@ -16,7 +16,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-func init() { childModes["poison"] = poisonChild }
+func init() {
+	childModes["poison"] = poisonChild
+	childModes["replaying"] = replayingChild
+}
 
 // poisonAttempts is how often poisonChild's route may handle a message.
 const poisonAttempts = 3
@@ -277,4 +280,48 @@ func TestLetterOfAPanicKeepsTheStack(t *testing.T) {
 	if err := r.stop(t); err != nil {
 		t.Errorf("Run: %v", err)
 	}
+}
+
+// replayingChild replays until it is killed, since its handler does not return.
+func replayingChild() int {
+	nc, err := nats.Connect(childURL())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	_, err = NewBroker(nc).Replay(context.Background(), Replay("history.>").Handle(func(context.Context, *Msg) error {
+		fmt.Println("ready")
+		select {}
+	}))
+	fmt.Fprintln(os.Stderr, err)
+	return 1
+}
+
+// The server forgets the consumer of a replay that was killed, and sooner where the
+// stream wants that.
+func TestKilledReplayLeavesNoConsumer(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	const limit = time.Second
+	history := createStream(t, nc, jetstream.StreamConfig{Name: "HISTORY", Subjects: []string{"history.>"},
+		ConsumerLimits: jetstream.StreamConsumerLimits{InactiveThreshold: limit}})
+	publishMany(t, nc, 10, numbered("history.x"))
+	c := startChild(t, "replaying", s.ClientURL(), nil)
+	if !c.serves(t) {
+		t.Fatalf("the child ended: %v", c.err)
+	}
+	// It is not forgotten before: the replay waits for more.
+	var left []string
+	for info := range history.ListConsumers(testContext(t)).Info() {
+		left = append(left, info.Name)
+		if c := info.Config; c.InactiveThreshold != limit || c.Durable != "" {
+			t.Errorf("the server keeps the consumer %q for %s, want no durable and the stream's %s", c.Durable, c.InactiveThreshold, limit)
+		}
+	}
+	if len(left) != 1 || !strings.HasPrefix(left[0], replayConsumer) {
+		t.Fatalf("got the consumers %q, want the replay's", left)
+	}
+	c.kill()
+	eventually(t, "the consumer is gone", func() bool { return consumers(t, nc, "HISTORY") == 0 })
 }
