@@ -559,3 +559,82 @@ func TestReplayNeedsPermissions(t *testing.T) {
 		})
 	}
 }
+
+// The broker's middleware is around the handler of a replay too, and its observer
+// is told of each message once.
+func TestMiddlewareAndObserverSeeReplays(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	chronicle(t, nc, 5, 1)
+	for name, serving := range map[string]bool{"alone": false, "beside Run": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var trail []string // one handler at a time runs
+			note := func(who string, m *Msg) { trail = append(trail, fmt.Sprintf("%s %s", who, m.Data)) }
+			around := func(who string) Middleware {
+				return func(next Handler) Handler {
+					return func(ctx context.Context, m *Msg) error {
+						note(who, m)
+						defer note("end of "+who, m)
+						return next(ctx, m)
+					}
+				}
+			}
+			// What the innermost makes of an error counts.
+			forgiving := func(next Handler) Handler {
+				return func(ctx context.Context, m *Msg) error {
+					if err := next(ctx, m); err == nil || err.Error() != "forgiven" {
+						return err
+					}
+					return nil
+				}
+			}
+			o := &observed{}
+			b := NewBroker(nc, WithWorkers(4), WithMiddleware(around("outer"), around("inner"), forgiving), WithObserver(o))
+			if serving {
+				runBroker(t, b, Route("core").Handle(succeed))
+			}
+			report, err := b.Replay(testContext(t), Replay("history.>").ContinueOnError().Handle(func(_ context.Context, m *Msg) error {
+				switch string(m.Data) {
+				case "1":
+					return errors.New("boom")
+				case "2":
+					return Discard(errors.New("no"))
+				case "3":
+					panic("ouch")
+				case "4":
+					return errors.New("forgiven")
+				}
+				return nil
+			}))
+			if err != nil || report.Handled != 3 || report.Failed != 2 {
+				t.Fatalf("got %+v, %v", report, err)
+			}
+			var wantTrail []string
+			for i := range 5 {
+				for _, who := range []string{"outer", "inner", "end of inner", "end of outer"} {
+					wantTrail = append(wantTrail, fmt.Sprintf("%s %d", who, i))
+				}
+			}
+			if diff := cmp.Diff(wantTrail, trail); diff != "" {
+				t.Errorf("middleware (-want +got):\n%s", diff)
+			}
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			var got []string
+			for _, e := range o.events {
+				got = append(got, fmt.Sprintf("%s%s %d %s %v", e.Route, e.Durable, e.Msg.Sequence(), e.Outcome, e.Err))
+			}
+			want := []string{
+				"history.> 1 succeeded <nil>",
+				"history.> 2 failed boom",
+				"history.> 3 discarded no",
+				"history.> 4 failed natsx: handler panicked: ouch",
+				"history.> 5 succeeded <nil>",
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("events (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
