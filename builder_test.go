@@ -68,6 +68,7 @@ func TestValidate(t *testing.T) {
 			{`natsx: route "": handler nil: a route needs a function`, ErrNoHandler},
 		}},
 		{"typed handler without a function", core.Handle(JSON[int](nil)), []fault{{inCore + `handler nil: a route needs a function`, ErrNoHandler}}},
+		{"letter handler without a function", core.Handle(OnDeadLetter(nil)), []fault{{inCore + `handler nil: a route needs a function`, ErrNoHandler}}},
 
 		{"empty queue", core.Queue("").Handle(nop), []fault{{inCore + `queue "": must not be empty`, ErrInvalidName}}},
 		{"queue with white space", core.Queue("a b").Handle(nop), []fault{{inCore + `queue "a b": has white space`, ErrInvalidName}}},
