@@ -372,3 +372,51 @@ func TestPublishToAnOverloadedStream(t *testing.T) {
 		}
 	})
 }
+
+// What PublishAll has under way is bounded by bytes as well. Of one message that is
+// larger nothing else is under way.
+func TestPublishAllBoundsItsBytes(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, withMaxPayload(MaxBytesInFlight+1))
+	nc, store := connect(t, s.ClientURL()), connect(t, s.ClientURL())
+	sub, err := store.SubscribeSync("hole")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := store.FlushTimeout(testLimit); err != nil {
+		t.Fatal(err)
+	}
+	body := make([]byte, MaxBytesInFlight+1)
+	var es []Envelope
+	for _, size := range []int{len(body), MaxBytesInFlight - 10, 10, 1, 1} {
+		es = append(es, To("hole").Data(body[:size]))
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := NewPublisher(nc, WithoutMessageIDs()).PublishAll(testContext(t), es...)
+		ended <- err
+	}()
+	sent := 0
+	for _, together := range []int{1, 2, 2} {
+		var batch []*nats.Msg
+		for range together {
+			m, err := sub.NextMsg(testLimit)
+			if err != nil {
+				t.Fatalf("envelope %d: %v", sent+len(batch), err)
+			}
+			batch = append(batch, m)
+		}
+		if m, err := sub.NextMsg(50 * time.Millisecond); err == nil {
+			t.Fatalf("%d bytes were sent beside %d envelopes that have no ack", len(m.Data), together)
+		}
+		for _, m := range batch {
+			sent++
+			if err := m.Respond(fmt.Appendf(nil, `{"stream":"S","seq":%d}`, sent)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := receive(t, ended, "the end of PublishAll"); err != nil {
+		t.Error(err)
+	}
+}
