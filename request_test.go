@@ -256,3 +256,73 @@ func FuzzReplyHeaders(f *testing.F) {
 		}
 	})
 }
+
+// A request whose context has no deadline ends by itself, whether the context can be
+// cancelled or not.
+func TestRequestEndsWithoutADeadline(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	if _, err := nc.SubscribeSync("hole"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := nc.Subscribe("one", func(m *nats.Msg) { m.Respond([]byte("yes")) }); err != nil {
+		t.Fatal(err)
+	}
+	pub := NewPublisher(nc)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	asks := map[string]func() error{
+		"no end": func() error {
+			_, err := pub.Request(context.Background(), To("hole"))
+			return err
+		},
+		"a cancel function": func() error {
+			_, err := pub.Request(ctx, To("hole"))
+			return err
+		},
+		"many": func() error {
+			var last error
+			for _, last = range pub.RequestMany(ctx, To("hole")) {
+			}
+			return last
+		},
+		"many and an answer": func() error {
+			answers := 0
+			for _, err := range pub.RequestMany(ctx, To("one")) {
+				if answers++; err != nil {
+					return err
+				}
+			}
+			if answers != 1 {
+				return fmt.Errorf("%d answers", answers)
+			}
+			return nil
+		},
+	}
+	type end struct {
+		name string
+		took time.Duration
+		err  error
+	}
+	ends := make(chan end, len(asks))
+	for name, ask := range asks {
+		go func() {
+			began := time.Now()
+			err := ask()
+			ends <- end{name, time.Since(began), err}
+		}()
+	}
+	for range asks {
+		e := receive(t, ends, "the end of a request")
+		if e.took < DefaultRequestTimeout {
+			t.Errorf("%s: ended after %s, want %s", e.name, e.took, DefaultRequestTimeout)
+		}
+		if e.name == "many and an answer" {
+			if e.err != nil {
+				t.Errorf("%s: %v", e.name, e.err)
+			}
+		} else if !errors.Is(e.err, ErrTimeout) || !errors.Is(e.err, context.DeadlineExceeded) {
+			t.Errorf("%s: got %v, want ErrTimeout and DeadlineExceeded", e.name, e.err)
+		}
+	}
+}
