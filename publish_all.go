@@ -54,7 +54,7 @@ func (e *PublishError) Unwrap() []error {
 // PublishAll is [Publisher.Publish] for many envelopes at once, which do not wait
 // for each other's acks. At most [MaxPublishesInFlight] and [MaxBytesInFlight] are
 // under way. They are sent in their order, and stored in it unless one has to be
-// tried again.
+// tried again, which it is not while the acks of those before it come in.
 //
 // The acks are in the order of the envelopes. When some fail, the others are
 // published all the same, and the error is a [*PublishError]; the failed ones have
@@ -117,7 +117,10 @@ type bulk struct {
 	inbox   string      // subject of the replies, which ends in the envelope's number
 	header  nats.Header // of the message that is being sent, kept for its memory
 	stream  string      // of the last ack
-	moved   bool        // an envelope was settled, or a batch got on
+	sends   uint64      // of single messages so far
+	heard   uint64      // the latest of them that was answered
+	moved   bool        // an envelope was settled, or a batch got on, since the last tick
+	since   time.Time   // when that was so last
 
 	// Of WithFastIngest.
 	fast        bool
@@ -135,6 +138,7 @@ type sent struct {
 	alone bool       // it was sent, or is to be, on its own after its batch
 	last  error      // why the last try failed
 	when  time.Time  // of the next try, when no ack comes and there is an id to try it with
+	order uint64     // of its first try on its own among all sends
 }
 
 var errNoAck = fmt.Errorf("no ack in time: %w", context.DeadlineExceeded)
@@ -150,7 +154,7 @@ func (b *bulk) run(ctx context.Context, limit time.Duration) {
 	}
 	tick := time.NewTicker(25 * time.Millisecond)
 	defer tick.Stop()
-	progress := time.Now()
+	b.since = time.Now()
 	_, limited := ctx.Deadline()
 	for b.next < len(b.es) || len(b.free) < len(b.out) {
 		if err := ctx.Err(); err != nil {
@@ -174,11 +178,12 @@ func (b *bulk) run(ctx context.Context, limit time.Duration) {
 				b.abandon(ErrConnectionClosed)
 				return
 			}
+			if b.moved {
+				b.moved, b.since = false, now
+			}
 			b.overdueBatches(ctx, now)
 			b.overdue(ctx, now)
-			if b.moved {
-				b.moved, progress = false, now
-			} else if !limited && now.Sub(progress) > limit {
+			if !limited && now.Sub(b.since) > limit {
 				b.abandon(context.DeadlineExceeded)
 				return
 			}
@@ -224,6 +229,10 @@ func (b *bulk) start(ctx context.Context) {
 // send sends a message on its own.
 func (b *bulk) send(ctx context.Context, s *sent) {
 	s.when = time.Now().Add(tryWait(ackWait, s.unanswered))
+	if s.order == 0 {
+		b.sends++
+		s.order = b.sends
+	}
 	if err := b.write(s, b.inbox+strconv.Itoa(s.index)); err != nil {
 		b.failed(ctx, s, err)
 	}
@@ -262,6 +271,7 @@ func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
 		return // of a try before the one that was acknowledged
 	}
 	s := &b.out[b.slot[i]-1]
+	b.heard = max(b.heard, s.order)
 	if len(r.Data) == 0 && r.Header.Get("Status") == "503" {
 		b.failed(ctx, s, nats.ErrNoResponders)
 		return
@@ -305,6 +315,9 @@ func (b *bulk) overdue(ctx context.Context, now time.Time) {
 			continue
 		}
 		if s.last == nil {
+			if b.heard < s.order && now.Sub(b.since) < ackWait {
+				continue // the server is busy with what came before it
+			}
 			b.retry(ctx, s, errNoAck)
 		}
 		if s.e != nil {

@@ -302,6 +302,85 @@ func TestEndedContextSendsNothing(t *testing.T) {
 	}
 }
 
+// A stream that is slower than a try waits, and loses nothing, gets nothing twice.
+func TestPublishAllDoesNotFloodASlowStream(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	slow := connect(t, nc.ConnectedUrl())
+	const n = 1_000
+	_, err := slow.Subscribe("slow", func(m *nats.Msg) {
+		time.Sleep(3 * ackWait / n) // it is this slow
+		m.Respond([]byte(storedFirst))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := slow.FlushTimeout(testLimit); err != nil {
+		t.Fatal(err)
+	}
+	es := make([]Envelope, n)
+	for i := range es {
+		es[i] = To("slow")
+	}
+	if _, err := NewPublisher(nc).PublishAll(testContext(t), es...); err != nil {
+		t.Fatal(err)
+	}
+	if got := nc.Stats().OutMsgs; got > n+n/10 {
+		t.Errorf("%d messages were sent, want %d", got, n)
+	}
+}
+
+// What is lost is sent again once a later one is answered, though others wait.
+func TestPublishAllRepeatsWhatIsLost(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	other := connect(t, nc.ConnectedUrl())
+	var seen, asked, before atomic.Int64
+	again, ended := make(chan struct{}), make(chan struct{})
+	if _, err := nc.Subscribe("one", func(m *nats.Msg) {
+		switch {
+		case string(m.Data) != "lost":
+		case seen.Add(1) == 1:
+			return
+		default:
+			before.Store(asked.Load())
+			close(again)
+		}
+		m.Respond([]byte(storedFirst))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	// Of many others one is answered every now and then.
+	if _, err := other.Subscribe("many", func(m *nats.Msg) {
+		asked.Add(1)
+		select {
+		case <-again:
+		case <-time.After(ackWait / 4):
+		}
+		m.Respond([]byte(storedFirst))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := other.FlushTimeout(testLimit); err != nil {
+		t.Fatal(err)
+	}
+	es := []Envelope{To("one").Data([]byte("lost")), To("one")}
+	for range 200 {
+		es = append(es, To("many"))
+	}
+	go func() {
+		defer close(ended)
+		if _, err := NewPublisher(nc).PublishAll(testContext(t), es...); err != nil {
+			t.Error(err)
+		}
+	}()
+	receive(t, again, "the lost one once more")
+	if n := before.Load(); n > 100 {
+		t.Errorf("%d of the others came first", n)
+	}
+	receive(t, ended, "the end of the call")
+}
+
 func TestTryWait(t *testing.T) {
 	t.Parallel()
 	for unanswered, want := range []time.Duration{1, 2, 4, 8, 8, 8} {
