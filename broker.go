@@ -34,8 +34,7 @@ func WithLogger(l *slog.Logger) Option { return func(b *Broker) { b.log = l } }
 
 // WithMiddleware wraps the handlers of all routes, responders and replays
 // included; the first is the outermost, and several calls add up. Default is none;
-// nil is [ErrOutOfRange], and one that returns nil for a route [ErrNoHandler]; where it
-// returns nil for a replay, every message fails.
+// nil is [ErrOutOfRange], and one that returns nil [ErrNoHandler].
 //
 // A middleware must not return before the next handler has: what it returns settles
 // the message or answers the request. The context that it passes on must derive from

@@ -609,9 +609,12 @@ func TestStreamOfLettersIsCreatedToKeepThem(t *testing.T) {
 func TestMiddlewareWithoutAHandler(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	err := NewBroker(nc, WithMiddleware(func(Handler) Handler { return nil })).Run(testContext(t), Route("core").Handle(succeed))
-	if !errors.Is(err, ErrNoHandler) || !strings.Contains(err.Error(), `"core"`) {
+	b := NewBroker(nc, WithMiddleware(func(Handler) Handler { return nil }))
+	if err := b.Run(testContext(t), Route("core").Handle(succeed)); !errors.Is(err, ErrNoHandler) || !strings.Contains(err.Error(), `"core"`) {
 		t.Errorf("got %v, want ErrNoHandler that names the route", err)
+	}
+	if _, err := b.Replay(testContext(t), Replay("past").Handle(succeed)); !errors.Is(err, ErrNoHandler) || !strings.Contains(err.Error(), `"past"`) {
+		t.Errorf("got %v, want ErrNoHandler that names the replay", err)
 	}
 }
 

@@ -149,6 +149,9 @@ func newReplay(ctx context.Context, e *engine, want ReplaySpec) *replay {
 func (r *replay) carryOut(ctx context.Context) (ReplayReport, error) {
 	defer r.endIntake()
 	defer r.abort(context.Canceled)
+	if r.handler == nil {
+		return ReplayReport{}, r.want.fault("middleware", "", "returned no handler", ErrNoHandler)
+	}
 	unlink := context.AfterFunc(r.eng.intake, func() {
 		if ctx.Err() == nil {
 			r.halt(ErrBrokerStopped)
