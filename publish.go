@@ -171,7 +171,8 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 // [context.DeadlineExceeded], or [context.Canceled]; the message may be stored
 // nevertheless, and another call has another id, unless the envelope brings one.
 //
-// A subject that no stream captures is [ErrNoStream] at once, or after three
+// A subject that no stream captures is [ErrNoStream] at once, unless somebody
+// subscribes to it: nobody acknowledges then. It takes three
 // seconds where the JetStream API is not there, or may not be asked for stream
 // names. What the server refuses is returned at once with its
 // [*jetstream.APIError] in the chain: [ErrWrongSequence], [ErrWrongStream],
