@@ -456,8 +456,10 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 		}
 		i++
 	}
-	if since := now - r.finished; r.running > 0 && float64(since) > r.mean {
-		r.learn(time.Duration(since)) // of handlers that hang, before they return
+	// Of handlers that hang, before they return. While none has returned, nothing is
+	// known, and least of all that they are as fast as the first has been running.
+	if since := now - r.finished; r.running > 0 && r.mean > 0 && float64(since) > r.mean {
+		r.learn(time.Duration(since))
 	}
 	silent := false
 	if r.pulling && len(r.pulls) > 0 {

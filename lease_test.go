@@ -75,6 +75,39 @@ func shareSlowly(t *testing.T, ackWait time.Duration) (faults []string) {
 	return faults
 }
 
+// What has been running for a moment says nothing of how long it will: before the
+// first handler returns, no more is pulled than can be started.
+func TestFirstMessagesAreNotTakenForFastOnes(t *testing.T) {
+	t.Parallel()
+	const workers = 2
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "FIRST", Subjects: []string{"first.*"}})
+	publishMany(t, nc, 100, numbered("first.x"))
+	entered, free := make(chan struct{}, 100), make(chan struct{})
+	b := NewBroker(nc, WithWorkers(workers))
+	runBroker(t, b, Route("first.*").Durable("d").Handle(func(context.Context, *Msg) error {
+		entered <- struct{}{}
+		<-free
+		return nil
+	}))
+	defer close(free)
+	receive(t, entered, "the first message")
+	r := b.ran.Load().routes[0].(*durableRoute)
+	p := r.eng.pool
+	inHand := func() int { return r.running + r.queue.len() + r.outstanding }
+	for ms := range int64(20) {
+		p.mu.Lock()
+		now := r.finished + ms*int64(time.Millisecond)
+		p.mu.Unlock()
+		r.tick(now, nil)
+		p.mu.Lock()
+		if n := inHand(); n > workers {
+			t.Errorf("%d ms after the first message, %d are in hand or asked for, want at most %d", ms, n, workers)
+		}
+		p.mu.Unlock()
+	}
+}
+
 // A handler that is fast at first teaches natsx to pull deep. Turning slow it
 // must not let what was pulled outlive its lease.
 func TestHandlerThatTurnsSlowKeepsItsLease(t *testing.T) {
