@@ -178,12 +178,12 @@ func (c *cluster) whole(t testing.TB, nc *nats.Conn, streams ...string) {
 	}
 }
 
-// onceWithin fails the test unless one of several tries takes at most limit: the
+// onceWithin fails the test unless one of many tries takes at most limit: the
 // machine may be busy with something else during the others.
 func onceWithin(t testing.TB, limit time.Duration, try func() time.Duration) {
 	t.Helper()
 	var took []time.Duration
-	for range 4 {
+	for range 10 {
 		d := try()
 		if d <= limit {
 			return
