@@ -37,7 +37,7 @@ func TestDurablePassesSchedulesOver(t *testing.T) {
 				return nil
 			}))
 			pub := NewPublisher(nc)
-			if _, err := pub.Publish(testContext(t), To("s.x").After(300*time.Millisecond).Data([]byte("late"))); err != nil {
+			if _, err := pub.Publish(testContext(t), To("s.x").After(time.Second).Data([]byte("late"))); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := pub.Publish(testContext(t), To("s.y").Data([]byte("now"))); err != nil {
