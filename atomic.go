@@ -233,6 +233,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 			first.trouble = overloaded
 			return again(wait)
 		case codeAtomicInFlight, codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
+			first.trouble = inProcess
 			return again(wait)
 		case jetstream.JSErrCodeStreamWrongLastSequence:
 			o = b.failed(o, api)

@@ -164,8 +164,10 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 			return o.again(ctx, againWait(o.tries))
 		case codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
 			// A message with this id, or one on the expected subject, is on its
-			// way through the cluster; the next try learns what became of it.
-			return o.again(ctx, 20*time.Millisecond)
+			// way through the cluster; the next try learns what became of it. A server
+			// (as of 2.15) that led before may keep an id of then for all of its window.
+			o.trouble = inProcess
+			return o.again(ctx, min(20*time.Millisecond<<min(o.tries-1, 5), 500*time.Millisecond))
 		case jetstream.JSErrCodeStreamWrongLastSequence:
 			// A server without replicas checks expectations before message ids:
 			// the sequence may be wrong because the message is stored.
@@ -219,6 +221,7 @@ const (
 	// Its stream may be another account's, so it is no reason to give up.
 	noStreamHere = "no stream of this account captures the subject"
 	offline      = "the connection was never up"
+	inProcess    = "its message id, or one on its subject, has been in process"
 )
 
 // againWait is the wait after so many tries that were refused for the moment.

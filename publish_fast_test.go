@@ -543,7 +543,11 @@ func TestFastIngestThroughElections(t *testing.T) {
 	t.Parallel()
 	c := startCluster(t)
 	nc, watcher := connect(t, c.url()), connect(t, c.url())
-	createStream(t, nc, fastStreamConfig(3))
+	cfg := fastStreamConfig(3)
+	// A leader that steps down may keep the ids of what was on its way, as of
+	// nats-server 2.15, and refuses them until the window is over when it leads again.
+	cfg.Duplicates = 30 * time.Second
+	createStream(t, nc, cfg)
 	const n = 20_000
 	var acks []Ack
 	var err error

@@ -438,6 +438,20 @@ func TestPublishToAnOverloadedStream(t *testing.T) {
 			})
 		}
 	}
+	t.Run("in process", func(t *testing.T) {
+		t.Parallel()
+		const inUse = `{"error":{"code":409,"err_code":10158,"description":"duplicate message id is in process"},"stream":"S","seq":0}`
+		nc := connect(t, startServer(t).ClientURL())
+		seen := answerLate(t, nc, "kept", func(*nats.Msg) string { return inUse }, atOnce)
+		ctx, cancel := context.WithTimeout(testContext(t), 2*time.Second)
+		defer cancel()
+		if _, err := NewPublisher(nc).Publish(ctx, To("kept")); !errors.Is(err, ErrTimeout) || !strings.Contains(err.Error(), "in process") {
+			t.Errorf("got %v, want ErrTimeout that says why", err)
+		}
+		if n := seen.Load(); n > 20 {
+			t.Errorf("asked %d times within 2 s, want longer and longer pauses", n)
+		}
+	})
 	t.Run("for real", func(t *testing.T) {
 		t.Parallel()
 		for _, opts := range [][]PublisherOption{nil, {WithFastIngest()}} {
