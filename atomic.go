@@ -207,7 +207,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 	first, o := &b.out[0], &b.out[at]
 	first.tries++
 	again := func(wait time.Duration) (Ack, time.Duration, error) { return first.again(ctx, wait) }
-	wait := min(20*time.Millisecond<<min(first.tries, 5), 500*time.Millisecond)
+	wait := againWait(40*time.Millisecond, first.tries)
 	var api *jetstream.APIError
 	switch {
 	case errors.As(err, &api):

@@ -161,13 +161,13 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		switch api.ErrorCode {
 		case codeTooManyRequests:
 			o.trouble = overloaded
-			return o.again(ctx, againWait(o.tries))
+			return o.again(ctx, againWait(50*time.Millisecond, o.tries))
 		case codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
 			// A message with this id, or one on the expected subject, is on its
 			// way through the cluster; the next try learns what became of it. A server
 			// (as of 2.15) that led before may keep an id of then for all of its window.
 			o.trouble = inProcess
-			return o.again(ctx, min(20*time.Millisecond<<min(o.tries-1, 5), 500*time.Millisecond))
+			return o.again(ctx, againWait(20*time.Millisecond, o.tries))
 		case jetstream.JSErrCodeStreamWrongLastSequence:
 			// A server without replicas checks expectations before message ids:
 			// the sequence may be wrong because the message is stored.
@@ -190,7 +190,7 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		if err := c.noResponders(ctx, o); err != nil {
 			return ack, -1, err
 		}
-		wait = againWait(o.tries)
+		wait = againWait(50*time.Millisecond, o.tries)
 	default:
 		o.unanswered++
 		if err := c.p.denied(o.subject); err != nil {
@@ -224,9 +224,10 @@ const (
 	inProcess    = "its message id, or one on its subject, has been in process"
 )
 
-// againWait is the wait after so many tries that were refused for the moment.
-func againWait(tries int) time.Duration {
-	return min(50*time.Millisecond<<min(tries-1, 4), 500*time.Millisecond)
+// againWait is the wait after so many tries that were refused for the moment, first
+// after one.
+func againWait(first time.Duration, tries int) time.Duration {
+	return min(first<<min(tries-1, 5), 500*time.Millisecond)
 }
 
 // noResponders tells a subject without a stream, which is an error, from a
