@@ -260,10 +260,9 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 // failed is the envelope whose expectation failed. The server names none, only the
 // sequence that it has: it is the first that expects another.
 func (b *atomicBatch) failed(o *outgoing, api *jetstream.APIError) *outgoing {
-	var have *SequenceError
 	for i := range b.out {
 		c := &b.out[i]
-		if c.e.expects() && errors.As(c.refusal(api), &have) && !(have.Known && have.Have == have.Want) {
+		if e := c.wrongSequence(api); c.e.expects() && !(e.Known && e.Have == e.Want) {
 			return c
 		}
 	}

@@ -311,15 +311,7 @@ func (o *outgoing) refusal(api *jetstream.APIError) error {
 	var kind error
 	switch api.ErrorCode {
 	case jetstream.JSErrCodeStreamWrongLastSequence, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
-		e := &SequenceError{Subject: o.e.subject, Want: o.e.lastSequence, Err: api}
-		if o.e.set&envLastSubjectSequence != 0 {
-			e.Want = o.e.lastSubjectSequence
-		}
-		if _, have, ok := strings.Cut(api.Description, ": "); ok {
-			n, err := strconv.ParseUint(have, 10, 64)
-			e.Have, e.Known = n, err == nil
-		}
-		return e
+		return o.wrongSequence(api)
 	case codeStreamNotMatch:
 		kind = ErrWrongStream
 	case codeTTLDisabled:
@@ -328,6 +320,18 @@ func (o *outgoing) refusal(api *jetstream.APIError) error {
 		kind = ErrSchedulesNotAllowed
 	}
 	return failure(fmt.Sprintf("publish to %q: refused: %s (%d)", o.e.subject, api.Description, api.ErrorCode), kind, api)
+}
+
+func (o *outgoing) wrongSequence(api *jetstream.APIError) *SequenceError {
+	e := &SequenceError{Subject: o.e.subject, Want: o.e.lastSequence, Err: api}
+	if o.e.set&envLastSubjectSequence != 0 {
+		e.Want = o.e.lastSubjectSequence
+	}
+	if _, have, ok := strings.Cut(api.Description, ": "); ok {
+		n, err := strconv.ParseUint(have, 10, 64)
+		e.Have, e.Known = n, err == nil
+	}
+	return e
 }
 
 // ended is the error of a message that has no ack when its time is over.
