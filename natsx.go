@@ -127,7 +127,7 @@ type delivery struct {
 	route *route
 
 	published atomic.Uint32           // envelopes published with this context so far
-	refused   atomic.Pointer[numbers] // of the call before, when it stored nothing; see call.number
+	refused   atomic.Pointer[numbers] // of the last call, when it stored nothing; see call.number
 	settling  atomic.Int32            // see delivery.renewing
 
 	// The lease on a message of a durable. The times are the engine's.

@@ -20,6 +20,7 @@ type call struct {
 	streams []*jetstream.StreamInfo // looked up for schedules
 	found   map[string]finding      // what the server said of subjects without responders
 	silent  time.Time               // when it last said nothing
+	refused *numbers                // of the handler's call before, when it stored nothing
 	numbers numbers                 // of a handler's envelopes
 }
 
@@ -37,7 +38,11 @@ type finding struct {
 
 func (p *Publisher) newCall(ctx context.Context) call {
 	d := deliveryFrom(ctx)
-	return call{p: p, d: d, carried: carriedFrom(d)}
+	c := call{p: p, d: d, carried: carriedFrom(d)}
+	if d != nil {
+		c.refused = d.refused.Swap(nil)
+	}
+	return c
 }
 
 // number tells where the numbers of n envelopes begin. A handler that is refused
@@ -47,7 +52,7 @@ func (c *call) number(subject string, expects bool, n int) {
 	if c.d == nil {
 		return
 	}
-	if r := c.d.refused.Swap(nil); r != nil && expects && r.subject == subject {
+	if r := c.refused; r != nil && expects && r.subject == subject {
 		// Unless another goroutine of the handler has numbers above.
 		c.d.published.CompareAndSwap(r.to, r.from)
 	}

@@ -144,7 +144,6 @@ type sent struct {
 var errNoAck = fmt.Errorf("no ack in time: %w", context.DeadlineExceeded)
 
 func (b *bulk) run(ctx context.Context, limit time.Duration) {
-	b.number("", false, 0)
 	first, cancel := withLimit(ctx, limit)
 	err := b.p.online(first)
 	cancel()
