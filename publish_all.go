@@ -117,8 +117,7 @@ type bulk struct {
 	inbox   string      // subject of the replies, which ends in the envelope's number
 	header  nats.Header // of the message that is being sent, kept for its memory
 	stream  string      // of the last ack
-	sends   uint64      // of single messages so far
-	heard   uint64      // the latest of them that was answered
+	heard   int         // the furthest envelope that was answered on its own
 	moved   bool        // an envelope was settled, or a batch got on, since the last tick
 	since   time.Time   // when that was so last
 
@@ -138,7 +137,6 @@ type sent struct {
 	alone bool       // it was sent, or is to be, on its own after its batch
 	last  error      // why the last try failed
 	when  time.Time  // of the next try, when no ack comes and there is an id to try it with
-	order uint64     // of its first try on its own among all sends
 }
 
 var errNoAck = fmt.Errorf("no ack in time: %w", context.DeadlineExceeded)
@@ -228,10 +226,6 @@ func (b *bulk) start(ctx context.Context) {
 // send sends a message on its own.
 func (b *bulk) send(ctx context.Context, s *sent) {
 	s.when = time.Now().Add(tryWait(ackWait, s.unanswered))
-	if s.order == 0 {
-		b.sends++
-		s.order = b.sends
-	}
 	if err := b.write(s, b.inbox+strconv.Itoa(s.index)); err != nil {
 		b.failed(ctx, s, err)
 	}
@@ -270,7 +264,7 @@ func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
 		return // of a try before the one that was acknowledged
 	}
 	s := &b.out[b.slot[i]-1]
-	b.heard = max(b.heard, s.order)
+	b.heard = max(b.heard, i)
 	if len(r.Data) == 0 && r.Header.Get("Status") == "503" {
 		b.failed(ctx, s, nats.ErrNoResponders)
 		return
@@ -314,7 +308,7 @@ func (b *bulk) overdue(ctx context.Context, now time.Time) {
 			continue
 		}
 		if s.last == nil {
-			if b.heard < s.order && now.Sub(b.since) < ackWait {
+			if b.heard < s.index && now.Sub(b.since) < ackWait {
 				continue // the server is busy with what came before it
 			}
 			b.retry(ctx, s, errNoAck)
