@@ -348,8 +348,8 @@ func (o *outgoing) ended(cause error) error {
 	if o.trouble != "" {
 		what += ", " + o.trouble
 	}
-	if errors.Is(cause, context.DeadlineExceeded) {
-		return failure(what, ErrTimeout, cause)
+	if !errors.Is(cause, context.DeadlineExceeded) {
+		what += ": " + strings.TrimPrefix(cause.Error(), "natsx: ")
 	}
-	return failure(what+": "+strings.TrimPrefix(cause.Error(), "natsx: "), cause)
+	return endFailure(what, cause)
 }

@@ -47,8 +47,7 @@ var (
 
 // SequenceError is a failed expectation. The message was not stored. Of an atomic
 // batch in which several may have failed, which the server does not tell, it names
-// the first.
-// [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
+// the first. [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
 // [*jetstream.APIError].
 type SequenceError struct {
 	Subject string // of the message
@@ -171,13 +170,14 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 // [context.DeadlineExceeded], or [context.Canceled]; the message may be stored
 // nevertheless, and another call has another id, unless the envelope brings one.
 //
-// A subject that no stream captures is [ErrNoStream] at once, unless somebody
-// subscribes to it: nobody acknowledges then. It takes three
+// A subject that no stream captures is [ErrNoStream] at once, or after three
 // seconds where the JetStream API is not there, or may not be asked for stream
-// names. What the server refuses is returned at once with its
+// names; but where somebody subscribes to it, nobody acknowledges, and it is
+// [ErrTimeout]. What the server refuses is returned at once with its
 // [*jetstream.APIError] in the chain: [ErrWrongSequence], [ErrWrongStream],
 // [ErrTTLNotAllowed], [ErrSchedulesNotAllowed] and whatever else it may be. A
-// message above the server's maximum is [nats.ErrMaxPayload].
+// message above the server's maximum is [nats.ErrMaxPayload], a subject that the
+// user may not publish to [ErrPermission].
 //
 // A delayed envelope (At, After) is stored as a schedule, see [Envelope.At], and
 // the ack is of the schedule.
@@ -347,6 +347,15 @@ type failedError struct {
 
 func (e *failedError) Error() string   { return "natsx: " + e.text }
 func (e *failedError) Unwrap() []error { return e.causes }
+
+// endFailure is [failure] for what the end of a context or a connection has ended:
+// a deadline is an [ErrTimeout] too.
+func endFailure(text string, cause error) error {
+	if errors.Is(cause, context.DeadlineExceeded) {
+		return failure(text, ErrTimeout, cause)
+	}
+	return failure(text, cause)
+}
 
 // failure makes an error of a sentence; causes may have nils.
 func failure(text string, causes ...error) error {

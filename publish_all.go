@@ -2,7 +2,6 @@ package natsx
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -350,10 +349,6 @@ func (b *bulk) abandon(cause error) {
 	}
 	unsent := "not sent: " + strings.TrimPrefix(cause.Error(), "natsx: ")
 	for ; b.next < len(b.es); b.next++ {
-		err := failure(fmt.Sprintf("publish to %q: %s", b.es[b.next].subject, unsent), cause)
-		if errors.Is(cause, context.DeadlineExceeded) {
-			err = failure(fmt.Sprintf("publish to %q: %s", b.es[b.next].subject, unsent), ErrTimeout, cause)
-		}
-		b.fail(b.next, err)
+		b.fail(b.next, endFailure(fmt.Sprintf("publish to %q: %s", b.es[b.next].subject, unsent), cause))
 	}
 }

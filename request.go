@@ -143,7 +143,7 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 // ready lets a request be sent: the connection was up, and ctx has not ended.
 func (p *Publisher) ready(ctx context.Context, m *nats.Msg) error {
 	if err := p.online(ctx); err != nil {
-		return requestError(m.Subject, fmt.Errorf("%s: %w", offline, err))
+		return endFailure(fmt.Sprintf("request %q: %s: %v", m.Subject, offline, err), err)
 	}
 	if err := ctx.Err(); err != nil {
 		return requestError(m.Subject, err)
@@ -183,12 +183,9 @@ func (p *Publisher) requestFailure(m *nats.Msg, err error) error {
 }
 
 func requestError(subject string, err error) error {
+	why := err.Error()
 	if errors.Is(err, context.DeadlineExceeded) {
-		what := fmt.Sprintf("request %q: timeout", subject)
-		if err != context.DeadlineExceeded {
-			what += ": " + err.Error()
-		}
-		return failure(what, ErrTimeout, err)
+		why = "timeout"
 	}
-	return failure(fmt.Sprintf("request %q: %v", subject, err), err)
+	return endFailure(fmt.Sprintf("request %q: %s", subject, why), err)
 }
