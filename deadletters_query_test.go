@@ -59,8 +59,7 @@ func TestOnDeadLetterRefusesWhatIsNoLetter(t *testing.T) {
 func TestDeadLetterPurgeKeepsItsRate(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
-	publishMany(t, nc, 9, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	letterStream(t, nc, 9)
 	began := time.Now()
 	if n, err := DeadLetters("dlq.orders").Limit(6).Rate(50).Purge(testContext(t), nc); n != 6 || err != nil {
 		t.Errorf("got %d, %v, want 6", n, err)
@@ -102,8 +101,7 @@ func TestDeadLetterPurgeKeepsItsRate(t *testing.T) {
 func TestDeadLetterPurgeIsCancelled(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
-	publishMany(t, nc, 5, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	letterStream(t, nc, 5)
 	ctx, cancel := context.WithCancel(testContext(t))
 	defer cancel()
 	var deletions tally
@@ -131,16 +129,13 @@ func TestDeadLetterPurgeIsCancelled(t *testing.T) {
 	if diff := cmp.Diff([]string{"2", "3", "4"}, left); diff != "" {
 		t.Errorf("what is left (-want +got):\n%s", diff)
 	}
-	if n := consumers(t, nc, "DLQ"); n != 0 {
-		t.Errorf("%d consumers are left", n)
-	}
+	noConsumers(t, nc, "DLQ")
 }
 
 func TestRedriveKeepsTheFirstErrors(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
-	publishMany(t, nc, maxRedriveErrors+5, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	letterStream(t, nc, maxRedriveErrors+5)
 	report := redriveAll(t, nc, RedriveReport{Failed: maxRedriveErrors + 5}) // their stream is gone
 	if len(report.Errors) != 100 {
 		t.Fatalf("the report keeps %d errors, want the first hundred", len(report.Errors))
@@ -232,9 +227,7 @@ func TestDeadLettersOfAnotherJetStream(t *testing.T) {
 			if n := stored(t, owner, "DLQ"); n != count-5 {
 				t.Errorf("%d letters are left, want %d", n, count-5)
 			}
-			if n := consumers(t, owner, "DLQ"); n != 0 {
-				t.Errorf("%d consumers are left", n)
-			}
+			noConsumers(t, owner, "DLQ")
 		})
 	}
 }

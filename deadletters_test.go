@@ -39,6 +39,33 @@ func testLetter(durable string, reason Reason, i int) *nats.Msg {
 	}
 }
 
+// letterStream makes a DLQ with so many letters of one durable.
+func letterStream(t testing.TB, nc *nats.Conn, count int) {
+	t.Helper()
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
+	publishMany(t, nc, count, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+}
+
+// wantListed lists the DLQ, fails the test unless it yields the letters 1 to count
+// in order, and calls at with the sequence of each.
+func wantListed(t testing.TB, nc *nats.Conn, count uint64, at func(seq uint64)) {
+	t.Helper()
+	next := uint64(1)
+	for l, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.DLQSequence != next {
+			t.Fatalf("got letter %d, want %d", l.DLQSequence, next)
+		}
+		next++
+		at(l.DLQSequence)
+	}
+	if next != count+1 {
+		t.Errorf("read up to %d, want %d", next-1, count)
+	}
+}
+
 // listed collects a query's letters, and the errors that concern one message.
 func listed(t testing.TB, nc *nats.Conn, q DeadLetterQuery) (found []DeadLetter, foreign []error) {
 	t.Helper()
@@ -186,9 +213,7 @@ func TestDeadLetterFilters(t *testing.T) {
 	} else if got, want := fault.Error(), `natsx: dead letter 12 of stream "DLQ": not a dead letter: Natsx-Dlq-Sequence "-1" is not a sequence`; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	if n := consumers(t, nc, "DLQ"); n != 0 {
-		t.Errorf("%d consumers are left", n)
-	}
+	noConsumers(t, nc, "DLQ")
 }
 
 func TestDeadLetterPurge(t *testing.T) {
@@ -290,8 +315,7 @@ func list0(ctx context.Context, nc *nats.Conn, q DeadLetterQuery) error {
 func TestDeadLettersBreak(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
-	publishMany(t, nc, 1000, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	letterStream(t, nc, 1000)
 	before := nc.NumSubscriptions()
 	n := 0
 	for range DeadLetters("dlq.orders").List(testContext(t), nc) {
@@ -299,9 +323,7 @@ func TestDeadLettersBreak(t *testing.T) {
 			break
 		}
 	}
-	if n := consumers(t, nc, "DLQ"); n != 0 {
-		t.Errorf("%d consumers are left", n)
-	}
+	noConsumers(t, nc, "DLQ")
 	if n := nc.NumSubscriptions(); n > before+1 { // that of requests
 		t.Errorf("%d subscriptions, %d before", n, before)
 	}
@@ -326,29 +348,17 @@ func TestDeadLettersSurviveTheirReader(t *testing.T) {
 	t.Parallel()
 	p := startPhoenix(t)
 	nc := connect(t, p.url())
-	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
-	publishMany(t, nc, 1500, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	letterStream(t, nc, 1500)
 	s := streamNow(t, nc, "DLQ")
-	next := uint64(1)
-	for l, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if l.DLQSequence != next {
-			t.Fatalf("got letter %d, want %d", l.DLQSequence, next)
-		}
-		next++
-		switch l.DLQSequence {
+	wantListed(t, nc, 1500, func(seq uint64) {
+		switch seq {
 		case 300:
 			deleteConsumers(t, s)
 		case 900:
 			p.stop()
 			p.start(t)
 		}
-	}
-	if next != 1501 {
-		t.Errorf("read up to %d, want 1500", next-1)
-	}
+	})
 }
 
 // A reader whose consumer vanishes, and that gets no other, goes on where it was.
@@ -357,24 +367,14 @@ func TestDeadLettersWithoutRoomForAReader(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	s := createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}, MaxConsumers: 1})
 	publishMany(t, nc, 600, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
-	next := uint64(1)
-	for l, err := range DeadLetters("dlq.orders").List(testContext(t), nc) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if l.DLQSequence != next {
-			t.Fatalf("got letter %d, want %d", l.DLQSequence, next)
-		}
-		if next++; next == 300 {
+	wantListed(t, nc, 600, func(seq uint64) {
+		if seq == 299 {
 			deleteConsumers(t, s)
 			if _, err := s.CreateConsumer(testContext(t), jetstream.ConsumerConfig{Durable: "alerts"}); err != nil {
 				t.Error(err)
 			}
 		}
-	}
-	if next != 601 {
-		t.Errorf("read up to %d, want 600", next-1)
-	}
+	})
 }
 
 // A message with headers that cannot be read is no letter, and hides none.
@@ -473,8 +473,7 @@ func TestDeadLettersOnALaggingReplica(t *testing.T) {
 	url := startServer(t).ClientURL()
 	nc := connect(t, url)
 	pulls := startLagging(t, connect(t, url))
-	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.>"}})
-	publishMany(t, nc, 600, func(i int) *nats.Msg { return testLetter("billing", ReasonPanic, i) })
+	letterStream(t, nc, 600)
 	found, _ := listed(t, nc, DeadLetters("dlq.orders").APIPrefix(laggingPrefix))
 	if len(found) != 600 || found[599].DLQSequence != 600 {
 		t.Errorf("got %d letters, want all 600", len(found))
@@ -482,9 +481,7 @@ func TestDeadLettersOnALaggingReplica(t *testing.T) {
 	if pulls.sum() < 2 {
 		t.Errorf("got %d pulls, want the first to find nothing", pulls.sum())
 	}
-	if n := consumers(t, nc, "DLQ"); n != 0 {
-		t.Errorf("%d consumers are left", n)
-	}
+	noConsumers(t, nc, "DLQ")
 }
 
 func FuzzLetterHeaders(f *testing.F) {
@@ -535,19 +532,8 @@ func TestDeadLettersLimitCountsLetters(t *testing.T) {
 		publish(t, nc, testLetter("billing", ReasonPanic, i))
 	}
 	q := DeadLetters("dlq.orders").Limit(2)
-	letters, foreign := 0, 0
-	for _, err := range q.List(testContext(t), nc) {
-		switch {
-		case err == nil:
-			letters++
-		case errors.Is(err, ErrNotALetter):
-			foreign++
-		default:
-			t.Fatal(err)
-		}
-	}
-	if letters != 2 || foreign != 2 {
-		t.Errorf("listed %d letters and %d others, want the first two of both", letters, foreign)
+	if found, foreign := listed(t, nc, q); len(found) != 2 || len(foreign) != 2 {
+		t.Errorf("listed %d letters and %d others, want the first two of both", len(found), len(foreign))
 	}
 	if n, err := q.Purge(testContext(t), nc); n != 2 || err != nil || stored(t, nc, "DLQ") != 6 {
 		t.Errorf("purged %d, %v, %d are left, want 6", n, err, stored(t, nc, "DLQ"))

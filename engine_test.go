@@ -395,6 +395,16 @@ func (o *observed) Observe(ctx context.Context, e Event) {
 	}
 }
 
+// lines tells all events, one a line.
+func (o *observed) lines(line func(Event) string) (all []string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, e := range o.events {
+		all = append(all, line(e))
+	}
+	return all
+}
+
 // observerFunc is an Observer made of a function.
 type observerFunc func(Event)
 
@@ -467,12 +477,7 @@ func TestMiddlewareAndObserverSeeEveryKindOfRoute(t *testing.T) {
 	if diff := cmp.Diff(want, trail); diff != "" {
 		t.Errorf("middleware (-want +got):\n%s", diff)
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	var got []string
-	for _, e := range o.events {
-		got = append(got, fmt.Sprintf("%s %s %s %v", e.Route, e.Durable, e.Outcome, e.Err))
-	}
+	got := o.lines(func(e Event) string { return fmt.Sprintf("%s %s %s %v", e.Route, e.Durable, e.Outcome, e.Err) })
 	wantEvents := []string{"orders.* d discarded no", "core  failed lost", "ask  succeeded <nil>"}
 	if diff := cmp.Diff(wantEvents, got); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,6 +31,40 @@ func answerLate(t *testing.T, nc *nats.Conn, subject string, body func(*nats.Msg
 		t.Fatal(err)
 	}
 	return &seen
+}
+
+// storing are the ways to store an envelope, of which nobody needs the ack.
+func storing(pub *Publisher) map[string]func(context.Context, Envelope) error {
+	return map[string]func(context.Context, Envelope) error{
+		"Publish": func(ctx context.Context, e Envelope) error {
+			_, err := pub.Publish(ctx, e)
+			return err
+		},
+		"PublishAll": func(ctx context.Context, e Envelope) error {
+			_, err := pub.PublishAll(ctx, e, e)
+			return err
+		},
+		"PublishAtomic": func(ctx context.Context, e Envelope) error {
+			_, err := pub.PublishAtomic(ctx, e)
+			return err
+		},
+	}
+}
+
+// asking are the ways to send a request, of which nobody needs the answer.
+func asking(pub *Publisher) map[string]func(context.Context, Envelope) error {
+	return map[string]func(context.Context, Envelope) error{
+		"Request": func(ctx context.Context, e Envelope) error {
+			_, err := pub.Request(ctx, e)
+			return err
+		},
+		"RequestMany": func(ctx context.Context, e Envelope) error {
+			for _, err := range pub.RequestMany(ctx, e) {
+				return err
+			}
+			return errors.New("no answer")
+		},
+	}
 }
 
 const storedFirst = `{"stream":"S","seq":1}`
@@ -223,33 +258,12 @@ func TestPublishBeforeTheFirstConnection(t *testing.T) {
 	}
 	defer nc.Close()
 	pub := NewPublisher(nc)
-	calls := map[string]func(ctx context.Context) error{
-		"Publish": func(ctx context.Context) error {
-			_, err := pub.Publish(ctx, To("s.x"))
-			return err
-		},
-		"PublishAll": func(ctx context.Context) error {
-			_, err := pub.PublishAll(ctx, To("s.x"))
-			return err
-		},
-		"PublishAtomic": func(ctx context.Context) error {
-			_, err := pub.PublishAtomic(ctx, To("s.x"))
-			return err
-		},
-		"Request": func(ctx context.Context) error {
-			_, err := pub.Request(ctx, To("s.x").Header("A", "b"))
-			return err
-		},
-		"RequestMany": func(ctx context.Context) error {
-			for _, err := range pub.RequestMany(ctx, To("s.x").Header("A", "b")) {
-				return err
-			}
-			return errors.New("no answer")
-		},
-	}
+	calls := storing(pub)
+	maps.Copy(calls, asking(pub))
+	e := To("s.x").Header("A", "b")
 	for name, call := range calls {
 		ctx, cancel := context.WithTimeout(testContext(t), 50*time.Millisecond)
-		if err := call(ctx); !errors.Is(err, ErrTimeout) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "never up") {
+		if err := call(ctx, e); !errors.Is(err, ErrTimeout) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "never up") {
 			t.Errorf("%s: got %v, want ErrTimeout that says why", name, err)
 		}
 		cancel()
@@ -257,7 +271,7 @@ func TestPublishBeforeTheFirstConnection(t *testing.T) {
 	var wg sync.WaitGroup
 	for name, call := range calls {
 		wg.Go(func() {
-			if err := call(testContext(t)); err != nil {
+			if err := call(testContext(t), e); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 		})
@@ -277,19 +291,11 @@ func TestEndedContextSendsNothing(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	pub := NewPublisher(nc)
-	many := func() (err error) {
-		for _, err = range pub.RequestMany(ctx, To("x")) {
-			break
-		}
-		return err
-	}
-	_, publish := pub.Publish(ctx, To("x"))
-	_, all := pub.PublishAll(ctx, To("x"))
-	_, atomic := pub.PublishAtomic(ctx, To("x"))
-	_, request := pub.Request(ctx, To("x"))
-	for name, err := range map[string]error{
-		"Publish": publish, "PublishAll": all, "PublishAtomic": atomic, "Request": request, "RequestMany": many(), "Send": pub.Send(ctx, To("x")),
-	} {
+	calls := storing(pub)
+	maps.Copy(calls, asking(pub))
+	calls["Send"] = pub.Send
+	for name, call := range calls {
+		err := call(ctx, To("x"))
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("%s: got %v, want context.Canceled", name, err)
 		}
@@ -398,20 +404,7 @@ func TestPublishToAnOverloadedStream(t *testing.T) {
 	for name, opts := range map[string][]PublisherOption{"ids": nil, "no ids": {WithoutMessageIDs()}} {
 		nc := connect(t, startServer(t).ClientURL())
 		pub := NewPublisher(nc, opts...)
-		for call, do := range map[string]func(ctx context.Context, e Envelope) error{
-			"Publish": func(ctx context.Context, e Envelope) error {
-				_, err := pub.Publish(ctx, e)
-				return err
-			},
-			"PublishAll": func(ctx context.Context, e Envelope) error {
-				_, err := pub.PublishAll(ctx, e, e)
-				return err
-			},
-			"PublishAtomic": func(ctx context.Context, e Envelope) error {
-				_, err := pub.PublishAtomic(ctx, e)
-				return err
-			},
-		} {
+		for call, do := range storing(pub) {
 			t.Run(call+" with "+name, func(t *testing.T) {
 				t.Parallel()
 				var answers atomic.Int64

@@ -619,12 +619,9 @@ func TestMiddlewareAndObserverSeeReplays(t *testing.T) {
 			if diff := cmp.Diff(wantTrail, trail); diff != "" {
 				t.Errorf("middleware (-want +got):\n%s", diff)
 			}
-			o.mu.Lock()
-			defer o.mu.Unlock()
-			var got []string
-			for _, e := range o.events {
-				got = append(got, fmt.Sprintf("%s%s %d %s %v", e.Route, e.Durable, e.Msg.Sequence(), e.Outcome, e.Err))
-			}
+			got := o.lines(func(e Event) string {
+				return fmt.Sprintf("%s%s %d %s %v", e.Route, e.Durable, e.Msg.Sequence(), e.Outcome, e.Err)
+			})
 			want := []string{
 				"history.> 1 succeeded <nil>",
 				"history.> 2 failed boom",

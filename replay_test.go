@@ -54,8 +54,7 @@ func sequences(from, to uint64) []uint64 {
 // noConsumers fails the test when the stream has a consumer.
 func noConsumers(t testing.TB, nc *nats.Conn, stream string) {
 	t.Helper()
-	s := streamNow(t, nc, stream)
-	if n := s.CachedInfo().State.Consumers; n != 0 {
+	if n := consumers(t, nc, stream); n != 0 {
 		t.Errorf("%d consumers left on %s, want none", n, stream)
 	}
 }
