@@ -165,7 +165,7 @@ func (b *atomicBatch) try(ctx context.Context) (ack Ack, at int, err error) {
 			m.Header[batchCommitHeader] = []string{"1"}
 		}
 		// Rather than after the server has staged what comes before it.
-		if int64(m.Size()-len(m.Subject)-len(m.Reply)) > nc.MaxPayload() {
+		if int64(messageSize(m)) > nc.MaxPayload() {
 			return Ack{}, i, nats.ErrMaxPayload
 		}
 		messages[i] = m

@@ -488,16 +488,5 @@ func headerText(text string, most int) string {
 }
 
 // messageSize is what counts against the server's max payload: headers as they
-// go over the wire, and data.
-func messageSize(m *nats.Msg) int {
-	size := len(m.Data)
-	if len(m.Header) > 0 {
-		size += len("NATS/1.0\r\n") + len("\r\n")
-		for k, values := range m.Header {
-			for _, v := range values {
-				size += len(k) + len(": ") + len(v) + len("\r\n")
-			}
-		}
-	}
-	return size
-}
+// go over the wire, and data. It is of a message that is to be sent.
+func messageSize(m *nats.Msg) int { return m.Size() - len(m.Subject) - len(m.Reply) }

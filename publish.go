@@ -293,14 +293,8 @@ func (p *Publisher) localFailure(doing string, m *nats.Msg, err error) error {
 	what := fmt.Sprintf("%s %q: ", doing, m.Subject)
 	switch {
 	case errors.Is(err, nats.ErrMaxPayload):
-		size := len(m.Data)
-		for k, vs := range m.Header {
-			for _, v := range vs {
-				size += len(k) + len(": \r\n") + len(v)
-			}
-		}
 		return failure(fmt.Sprintf("%s%d bytes of payload and headers are above the server's maximum of %d",
-			what, size, p.nc.MaxPayload()), err)
+			what, messageSize(m), p.nc.MaxPayload()), err)
 	case errors.Is(err, nats.ErrConnectionClosed):
 		return failure(what+"connection closed", ErrConnectionClosed, err)
 	}
