@@ -467,7 +467,7 @@ func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
 	}
 	unrefused := now > r.notBefore+int64(10*pullPause)
 	stuck := r.open && !r.pulling && !r.verifying // nobody heard that the connection is back
-	if quiet := int64(lookEvery); r.pulling && now-max(r.arrived, r.asked) > quiet {
+	if r.pulling && now-max(r.arrived, r.asked) > int64(lookEvery) {
 		r.asked = now
 		r.eng.background.Go(r.look)
 	}
