@@ -253,3 +253,31 @@ func TestRefusedEnvelopeKeepsItsID(t *testing.T) {
 		}
 	}
 }
+
+// The number of a refused envelope is used once more, and not ever again.
+func TestNumberIsUsedOnceMoreOnly(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "IN", Subjects: []string{"in.*"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "OUT", Subjects: []string{"out.>"}})
+	pub := NewPublisher(nc)
+	done := make(chan struct{})
+	runBroker(t, NewBroker(nc), Route("in.*").Durable("d").Handle(func(ctx context.Context, m *Msg) error {
+		defer close(done)
+		if _, err := pub.Publish(ctx, To("out.x").ExpectLastSubjectSequence(7)); !errors.Is(err, ErrWrongSequence) {
+			t.Errorf("got %v, want ErrWrongSequence", err)
+		}
+		for seq := range uint64(3) {
+			ack, err := pub.Publish(ctx, To("out.x").ExpectLastSubjectSequence(seq))
+			if err != nil || ack.Sequence != seq+1 {
+				t.Errorf("after %d: got %+v, %v, want the next", seq, ack, err)
+			}
+		}
+		return nil
+	}))
+	publish(t, nc, &nats.Msg{Subject: "in.x"})
+	receive(t, done, "the handler's end")
+	if n := stored(t, nc, "OUT"); n != 3 {
+		t.Errorf("%d are stored, want 3", n)
+	}
+}

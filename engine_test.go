@@ -736,6 +736,27 @@ func TestLookAtTheConsumer(t *testing.T) {
 	}
 }
 
+// A route to which nothing comes for long asks for its consumer.
+func TestQuietRouteLooksAtItsConsumer(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	b := NewBroker(nc)
+	runBroker(t, b, Route("orders.*").Durable("d").Handle(succeed))
+	asked := make(chan *nats.Msg, 10)
+	if _, err := nc.ChanSubscribe("$JS.API.CONSUMER.INFO.ORDERS.d", asked); err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.FlushTimeout(testLimit); err != nil {
+		t.Fatal(err)
+	}
+	r := b.ran.Load().routes[0].(*durableRoute)
+	later := r.eng.now() + int64(lookEvery) + int64(time.Second)
+	r.heard.Store(later) // else it would be verified for its silence
+	r.tick(later, nil)
+	receive(t, asked, "the question")
+}
+
 // Retries of a process that is gone fill MaxAckPending as those of this one do.
 func TestCrowdedRouteShowsInHealth(t *testing.T) {
 	t.Parallel()
