@@ -115,12 +115,22 @@ func poisonUnderKills(t *testing.T, gap time.Duration) {
 	}
 	publishMany(t, nc, messages, build)
 
-	killed, next := 0, 10
+	killed, moved, next := 0, 0, 5
 	strike := func() {
-		if next--; next <= 0 && killed < kills {
-			children[rand.N(fleet)].kill()
+		if next--; next > 0 || killed == kills {
+			return
+		}
+		for _, i := range rand.Perm(fleet) {
+			select {
+			case <-children[i].done:
+				continue // and is not there again yet
+			default:
+			}
+			children[i].kill()
 			killed++
-			next = 5 + rand.N(15)
+			// Soon enough for the others, of which each letter that is left has room for one.
+			next = min(5+rand.N(15), (messages-moved)/max(kills-killed, 1))
+			return
 		}
 	}
 	poll := time.NewTicker(100 * time.Millisecond)
@@ -139,6 +149,7 @@ func poisonUnderKills(t *testing.T, gap time.Duration) {
 				m.Respond(nil)
 			}
 		case <-written:
+			moved = min(moved+1, messages)
 			strike()
 		case <-back:
 			createStream(t, nc, dlq)
