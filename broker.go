@@ -257,24 +257,3 @@ func (b *Broker) forDurable(name string, fn func(*durableRoute) error) error {
 	}
 	return errors.Join(errs...)
 }
-
-// DrainError is a shutdown of [Broker.Run], or of a [Broker.Replay] that was stopped,
-// which took longer than the drain timeout. It is an [ErrDrainTimeout].
-type DrainError struct {
-	Timeout time.Duration // the drain timeout
-	// Abandoned counts the messages that waited, ran or were on their way to the DLQ
-	// at the timeout. What a handler returned within [DrainGrace] holds. Of the others
-	// those of durables are delivered again, those of core routes are gone, requests
-	// were answered with code 503, and those of a replay are not in its report.
-	Abandoned int
-	Running   int // of those, handlers that still ran when Run or Replay returned
-}
-
-// Error gives the counts.
-func (e *DrainError) Error() string {
-	return fmt.Sprintf("natsx: drain timeout: %d messages were not finished within %s, %d handlers still run",
-		e.Abandoned, e.Timeout, e.Running)
-}
-
-// Unwrap gives [ErrDrainTimeout].
-func (e *DrainError) Unwrap() error { return ErrDrainTimeout }

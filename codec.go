@@ -3,7 +3,6 @@ package natsx
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 )
 
 // Codec turns values into payloads and back. A codec is used by many goroutines
@@ -57,15 +56,6 @@ func (c limitedCodec) Unmarshal(data []byte, v any) error {
 	}
 	return c.Codec.Unmarshal(data, v)
 }
-
-// tooLargeError is an ErrTooLarge.
-type tooLargeError struct{ size, most int }
-
-func (e *tooLargeError) Error() string {
-	return fmt.Sprintf("payload of %d bytes is larger than the limit of %d", e.size, e.most)
-}
-
-func (e *tooLargeError) Unwrap() error { return ErrTooLarge }
 
 // JSON adapts a typed function to a [Handler]. A payload that is not JSON of T, an
 // empty one included, is a permanent failure ([*DecodeError]): retrying cannot mend

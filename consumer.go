@@ -409,13 +409,6 @@ func (r *route) api(ctx context.Context, subject string, fn func(context.Context
 	return r.retry(ctx, func(ctx context.Context) error { return r.eng.call(ctx, subject, fn) })
 }
 
-// patience is how long a try waits for an answer of JetStream's API, counted from
-// 0. A request that meets an election is never answered, so the first tries are
-// short; a loaded server needs longer ones.
-func patience(try int) time.Duration {
-	return min(time.Second+time.Duration(min(try, 10))*time.Second/2, apiTimeout)
-}
-
 func (r *route) retry(ctx context.Context, try func(context.Context) error) error {
 	begun := time.Now()
 	pause := 100 * time.Millisecond
@@ -435,34 +428,5 @@ func (r *route) retry(ctx context.Context, try func(context.Context) error) erro
 		if !wait(ctx, pause) {
 			return err
 		}
-	}
-}
-
-func hasCode(err error, code jetstream.ErrorCode) bool {
-	var js jetstream.JetStreamError
-	return errors.As(err, &js) && js.APIError() != nil && js.APIError().ErrorCode == code
-}
-
-func trailingNumber(s string) int {
-	i := len(s)
-	for i > 0 && s[i-1] >= '0' && s[i-1] <= '9' {
-		i--
-	}
-	n, _ := strconv.Atoi(s[i:])
-	return n
-}
-
-// cause is the text of err for the reason of a RouteError.
-func cause(err error) string { return strings.TrimPrefix(err.Error(), "natsx: ") }
-
-// wait pauses and tells whether ctx still lives.
-func wait(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
 	}
 }

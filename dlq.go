@@ -1,7 +1,6 @@
 package natsx
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,59 +8,11 @@ import (
 	"math"
 	"os"
 	"strconv"
-	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
-
-// Reason is why a message is dead.
-type Reason string
-
-// The reasons of a dead letter.
-const (
-	ReasonExhausted   Reason = "exhausted"   // the last retry failed
-	ReasonPermanent   Reason = "permanent"   // the handler returned Permanent
-	ReasonPanic       Reason = "panic"       // the last retry panicked
-	ReasonUndecodable Reason = "undecodable" // the payload did not decode
-	ReasonCrashed     Reason = "crashed"     // no attempt came back
-)
-
-// Headers of a dead letter. Of the original's headers, those that NATS would act
-// on (Nats-*) are kept as Natsx-Orig-*, since they would expire, schedule or
-// deduplicate the letter, and so are those that look like the letter's own.
-const (
-	HeaderDLQSubject   = "Natsx-Dlq-Subject"   // the original's subject
-	HeaderDLQStream    = "Natsx-Dlq-Stream"    // the original's stream
-	HeaderDLQSequence  = "Natsx-Dlq-Sequence"  // the original's sequence in it
-	HeaderDLQDurable   = "Natsx-Dlq-Durable"   // the durable that failed
-	HeaderDLQAttempts  = "Natsx-Dlq-Attempts"  // how often it was tried
-	HeaderDLQReason    = "Natsx-Dlq-Reason"    // a Reason
-	HeaderDLQError     = "Natsx-Dlq-Error"     // the last error's text, at most MaxLetterError bytes
-	HeaderDLQStack     = "Natsx-Dlq-Stack"     // of a panic, at most MaxLetterStack bytes, line feeds as \n
-	HeaderDLQTime      = "Natsx-Dlq-Time"      // of death, RFC 3339 with nanoseconds
-	HeaderDLQPublished = "Natsx-Dlq-Published" // when the original was stored, in the same form
-	HeaderDLQHost      = "Natsx-Dlq-Host"      // where it died
-	// HeaderDLQPointer is "true" on a letter without the payload, which was too
-	// large to be a letter, and missing on others. The original is still in its
-	// stream, for as long as that keeps it; on one with work-queue or interest
-	// retention it stays unsettled and counts against MaxAckPending, until a redrive
-	// or a purge of the letter lets it go.
-	HeaderDLQPointer = "Natsx-Dlq-Pointer"
-)
-
-// Bounds of what of an error a dead letter carries, in bytes.
-const (
-	MaxLetterError = 4096
-	MaxLetterStack = 8192
-)
-
-// smallestLetter is room for the headers of a letter without its original's
-// headers and payload, when no name in it is extremely long.
-const smallestLetter = 2048
 
 const (
 	headerPrefix  = "Natsx-"
@@ -425,67 +376,6 @@ func (b *Broker) textOf(err error) (text string) {
 }
 
 var hostname, _ = os.Hostname()
-
-// originalHeaders are the headers of a message as its letter keeps them. A Status
-// on an empty body is kept under another name too: clients take such a message
-// for a word of the server.
-func originalHeaders(h nats.Header, empty bool) nats.Header {
-	kept := make(nats.Header, len(h))
-	for k, v := range h {
-		switch {
-		case hasPrefixFold(k, "Nats-"):
-			k = origPrefix + k[len("Nats-"):]
-		case hasPrefixFold(k, letterPrefix), hasPrefixFold(k, origPrefix):
-			k = origPrefix + k
-		case empty && strings.EqualFold(k, "Status"):
-			k = origPrefix + k
-		}
-		k = sendableName(k)
-		kept[k] = append(kept[k], v...)
-	}
-	return kept
-}
-
-// sendableName replaces what nats.go would not send in the name of a header. It
-// reads such names, which other clients let through.
-func sendableName(name string) string {
-	if headerNameFault(name) == "" {
-		return name
-	}
-	b := []byte(cmp.Or(name, "_"))
-	for i := range b {
-		if !headerNameByte(b[i]) {
-			b[i] = '_'
-		}
-	}
-	return string(b)
-}
-
-func hasPrefixFold(s, prefix string) bool {
-	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
-}
-
-// headerText makes text fit for a header value of at most most bytes: on one
-// line, with line feeds as \n and without other control characters.
-func headerText(text string, most int) string {
-	text = strings.ToValidUTF8(text, "\uFFFD")
-	text = strings.NewReplacer("\r\n", `\n`, "\n", `\n`, "\t", " ").Replace(text)
-	text = strings.Map(func(c rune) rune {
-		if unicode.IsControl(c) {
-			return ' '
-		}
-		return c
-	}, text)
-	text = strings.TrimSpace(text)
-	if len(text) <= most {
-		return text
-	}
-	cut := most - len("...")
-	for cut > 0 && !utf8.RuneStart(text[cut]) {
-		cut--
-	}
-	return text[:cut] + "..."
-}
 
 // messageSize is what counts against the server's max payload: headers as they
 // go over the wire, and data. It is of a message that is to be sent.

@@ -89,17 +89,6 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 	return e
 }
 
-// apiPrefix begins every subject of JetStream's API; it ends in a dot.
-func apiPrefix(js jetstream.JetStream) string {
-	switch opts := js.Options(); {
-	case opts.APIPrefix != "":
-		return strings.TrimSuffix(opts.APIPrefix, ".") + "."
-	case opts.Domain != "":
-		return "$JS." + opts.Domain + ".API."
-	}
-	return "$JS.API."
-}
-
 // now is the engine's clock: nanoseconds since its start, monotonic.
 func (e *engine) now() int64 { return int64(time.Since(e.base)) }
 

@@ -3,7 +3,6 @@ package natsx
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -57,27 +56,6 @@ type Envelope struct {
 	lastSequence        uint64
 	lastSubjectSequence uint64
 }
-
-// EnvelopeError is one fault of an envelope, found before it was sent.
-type EnvelopeError struct {
-	Subject string // given to [To]
-	Field   string // the setter at fault in lower camel case, or subject
-	Value   string // the value as it was given, quoted when it is a string
-	Reason  string // what is wrong with it
-	Err     error  // the sentinel or the cause
-}
-
-// Error gives the fault on one line that names subject, setter and value.
-func (e *EnvelopeError) Error() string {
-	field := e.Field
-	if field == "subject" {
-		field = "" // it is named anyway
-	}
-	return faultLine(fmt.Sprintf("publish to %q", e.Subject), field, e.Value, e.Reason)
-}
-
-// Unwrap returns the sentinel or cause in Err.
-func (e *EnvelopeError) Unwrap() error { return e.Err }
 
 // To starts an envelope with an empty payload. A subject with a wildcard, an
 // empty token, white space or a control character, or one that starts with $,
@@ -402,59 +380,4 @@ func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, err
 		m.Header.Set(jetstream.MsgTTLHeader, e.ttlText())
 	}
 	return m, nil
-}
-
-// EscapeToken makes one subject token of any text, different for different
-// texts. ASCII letters, digits, - and _ stay as they are; every other byte
-// becomes = and its two hexadecimal digits, and the empty text becomes =. The
-// token is up to three times as long.
-func EscapeToken(s string) string {
-	if s == "" {
-		return "="
-	}
-	plain := 0
-	for plain < len(s) && plainByte(s[plain]) {
-		plain++
-	}
-	if plain == len(s) {
-		return s
-	}
-	const digits = "0123456789ABCDEF"
-	token := append(make([]byte, 0, len(s)+2*(len(s)-plain)), s[:plain]...)
-	for _, c := range []byte(s[plain:]) {
-		if plainByte(c) {
-			token = append(token, c)
-		} else {
-			token = append(token, '=', digits[c>>4], digits[c&15])
-		}
-	}
-	return string(token)
-}
-
-// UnescapeToken returns the text of which [EscapeToken] made the token, and an
-// error that is [ErrInvalidSubject] for a token that it does not make.
-func UnescapeToken(token string) (string, error) {
-	if token == "=" {
-		return "", nil
-	}
-	text := make([]byte, 0, len(token))
-	for i := 0; i < len(token); i++ {
-		c := token[i]
-		if c == '=' && i+2 < len(token) {
-			n, err := strconv.ParseUint(token[i+1:i+3], 16, 8)
-			if err == nil {
-				c = byte(n)
-				i += 2
-			}
-		}
-		text = append(text, c)
-	}
-	if s := string(text); EscapeToken(s) == token {
-		return s, nil
-	}
-	return "", failure(fmt.Sprintf("token %q was not made by EscapeToken", token), ErrInvalidSubject)
-}
-
-func plainByte(c byte) bool {
-	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_'
 }

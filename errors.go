@@ -1,8 +1,11 @@
 package natsx
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 )
 
@@ -215,3 +218,218 @@ var (
 	// ErrAlreadyRun is a second Run of one broker.
 	ErrAlreadyRun = errors.New("natsx: broker was already run")
 )
+
+// PermissionError is a publish or a subscription that the server refused the
+// connection's user. It is an [ErrPermission].
+type PermissionError struct {
+	Operation string // "publish" or "subscribe"
+	Subject   string // as the server named it
+	Err       error  // what nats.go reported
+}
+
+// Error names the operation and the subject.
+func (e *PermissionError) Error() string {
+	return fmt.Sprintf("natsx: permission denied: %s %q", e.Operation, e.Subject)
+}
+
+// Unwrap gives [ErrPermission] and the error of nats.go.
+func (e *PermissionError) Unwrap() []error { return []error{ErrPermission, e.Err} }
+
+// Ends of a replay that is not complete.
+var (
+	// ErrNotReplayable is a stream that cannot be read without taking from it: one
+	// with work-queue retention.
+	ErrNotReplayable = errors.New("natsx: stream cannot be replayed")
+	// ErrBrokerStopped is a replay that ended because the broker's Run did.
+	ErrBrokerStopped = errors.New("natsx: broker was stopped")
+)
+
+// ReplayError is a fault of a replay or what ended it. [ReplaySpec.Validate] joins
+// all faults with [errors.Join], each on a line of its own.
+type ReplayError struct {
+	Replay string // the filter
+	Field  string // the option at fault, by its setter's name in lower camel case; empty for none
+	Value  string // the value as it was given, quoted when it is a string
+	Reason string // what is wrong
+	Err    error  // the sentinel or the cause
+}
+
+// Error gives the fault on one line that names replay and option.
+func (e *ReplayError) Error() string {
+	return faultLine(fmt.Sprintf("replay %q", e.Replay), e.Field, e.Value, e.Reason)
+}
+
+// Unwrap returns the sentinel or cause in Err.
+func (e *ReplayError) Unwrap() error { return e.Err }
+
+// StreamError is one fault of one stream's description. [StreamSpec.Validate]
+// joins all of them with [errors.Join], each on a line of its own.
+type StreamError struct {
+	Stream string // the name given to [Stream]
+	Field  string // the option at fault, by its setter's name in lower camel case
+	Value  string // the value as it was given, quoted when it is a string
+	Reason string // what is wrong with it
+	Err    error  // the sentinel
+}
+
+// Error gives the fault on one line that names the stream and the option.
+func (e *StreamError) Error() string {
+	return faultLine(fmt.Sprintf("stream %q", e.Stream), e.Field, e.Value, e.Reason)
+}
+
+// Unwrap returns the sentinel in Err.
+func (e *StreamError) Unwrap() error { return e.Err }
+
+// EnvelopeError is one fault of an envelope, found before it was sent.
+type EnvelopeError struct {
+	Subject string // given to [To]
+	Field   string // the setter at fault in lower camel case, or subject
+	Value   string // the value as it was given, quoted when it is a string
+	Reason  string // what is wrong with it
+	Err     error  // the sentinel or the cause
+}
+
+// Error gives the fault on one line that names subject, setter and value.
+func (e *EnvelopeError) Error() string {
+	field := e.Field
+	if field == "subject" {
+		field = "" // it is named anyway
+	}
+	return faultLine(fmt.Sprintf("publish to %q", e.Subject), field, e.Value, e.Reason)
+}
+
+// Unwrap returns the sentinel or cause in Err.
+func (e *EnvelopeError) Unwrap() error { return e.Err }
+
+// ErrNotALetter is a message on a DLQ subject that is no dead letter of natsx;
+// see [LetterError].
+var ErrNotALetter = errors.New("natsx: not a dead letter")
+
+// LetterError is what is wrong with one message of a DLQ. The others are not
+// concerned by it.
+type LetterError struct {
+	Subject  string // of the message in the DLQ
+	Stream   string // of the DLQ
+	Sequence uint64 // in that stream
+	Err      error  // the cause, such as [ErrNotALetter]
+}
+
+// Error names the message by stream and sequence.
+func (e *LetterError) Error() string {
+	return fmt.Sprintf("natsx: dead letter %d of stream %q: %s", e.Sequence, e.Stream, cause(e.Err))
+}
+
+// Unwrap returns the cause.
+func (e *LetterError) Unwrap() error { return e.Err }
+
+// DrainError is a shutdown of [Broker.Run], or of a [Broker.Replay] that was stopped,
+// which took longer than the drain timeout. It is an [ErrDrainTimeout].
+type DrainError struct {
+	Timeout time.Duration // the drain timeout
+	// Abandoned counts the messages that waited, ran or were on their way to the DLQ
+	// at the timeout. What a handler returned within [DrainGrace] holds. Of the others
+	// those of durables are delivered again, those of core routes are gone, requests
+	// were answered with code 503, and those of a replay are not in its report.
+	Abandoned int
+	Running   int // of those, handlers that still ran when Run or Replay returned
+}
+
+// Error gives the counts.
+func (e *DrainError) Error() string {
+	return fmt.Sprintf("natsx: drain timeout: %d messages were not finished within %s, %d handlers still run",
+		e.Abandoned, e.Timeout, e.Running)
+}
+
+// Unwrap gives [ErrDrainTimeout].
+func (e *DrainError) Unwrap() error { return ErrDrainTimeout }
+
+// ReplyError is an error that a responder answered with, in the headers of NATS
+// micro (ADR-32): Nats-Service-Error-Code and Nats-Service-Error.
+type ReplyError struct {
+	Code    int    // such as 404; 0 when the code is not a number
+	Message string // what the responder said
+	RawCode string // the code as it was sent; of a foreign service it may be any text
+}
+
+// Error gives code and message.
+func (e *ReplyError) Error() string {
+	return fmt.Sprintf("natsx: reply error %s: %s", e.code(), e.Message)
+}
+
+func (e *ReplyError) code() string {
+	if e.RawCode != "" {
+		return e.RawCode
+	}
+	return strconv.Itoa(e.Code)
+}
+
+// Fail returns an error that a [Responder] answers with: the requester gets it as
+// [*ReplyError], and a client of NATS micro in the headers that it knows. Codes
+// are the application's own; those of HTTP are what most readers expect. An empty
+// message is sent as "error". Every other error of a responder is answered as 500
+// "internal error", but a payload that does not decode as 400, one beyond the limit of
+// a [LimitCodec] as 413 and a passed deadline as 504.
+func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
+
+// failedError is a sentence with the errors that callers branch on.
+type failedError struct {
+	text   string
+	causes []error
+}
+
+func (e *failedError) Error() string { return "natsx: " + e.text }
+
+func (e *failedError) Unwrap() []error { return e.causes }
+
+// endFailure is [failure] for what the end of a context or a connection has ended:
+// a deadline is an [ErrTimeout] too.
+func endFailure(text string, cause error) error {
+	if errors.Is(cause, context.DeadlineExceeded) {
+		return failure(text, ErrTimeout, cause)
+	}
+	return failure(text, cause)
+}
+
+// failure makes an error of a sentence; causes may have nils.
+func failure(text string, causes ...error) error {
+	e := &failedError{text: text}
+	for _, c := range causes {
+		if c != nil {
+			e.causes = append(e.causes, c)
+		}
+	}
+	return e
+}
+
+// is tells whether err's chain has an error of type E.
+func is[E error](err error) bool {
+	_, ok := errors.AsType[E](err)
+	return ok
+}
+
+// cause is the text of err for the reason of a RouteError.
+func cause(err error) string { return strings.TrimPrefix(err.Error(), "natsx: ") }
+
+// joined is errors.Join that leaves a single error as it is.
+func joined(errs []error) error {
+	var only error
+	for _, err := range errs {
+		if err == nil {
+			continue
+		}
+		if only != nil {
+			return errors.Join(errs...)
+		}
+		only = err
+	}
+	return only
+}
+
+// tooLargeError is an ErrTooLarge.
+type tooLargeError struct{ size, most int }
+
+func (e *tooLargeError) Error() string {
+	return fmt.Sprintf("payload of %d bytes is larger than the limit of %d", e.size, e.most)
+}
+
+func (e *tooLargeError) Unwrap() error { return ErrTooLarge }

@@ -5,9 +5,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
-	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -101,98 +98,6 @@ func (m *Msg) origin() *origin {
 		return &noOrigin
 	}
 	return m.from
-}
-
-func subjectToken(subject string, i int) string {
-	if i < 0 {
-		return ""
-	}
-	for ; i > 0; i-- {
-		dot := strings.IndexByte(subject, '.')
-		if dot < 0 {
-			return ""
-		}
-		subject = subject[dot+1:]
-	}
-	token, _, _ := strings.Cut(subject, ".")
-	return token
-}
-
-// delivery is a message in the hands of a handler. It is also the handler's
-// context, which saves an allocation for each message.
-type delivery struct {
-	context.Context
-	msg   Msg       // the handler's, who may change it
-	raw   *nats.Msg // as it came, for its dead letter
-	route *route
-
-	published atomic.Uint32           // envelopes published with this context so far
-	refused   atomic.Pointer[numbers] // of the last call, when it stored nothing; see call.number
-	settling  atomic.Int32            // see delivery.renewing
-
-	// The lease on a message of a durable. The times are the engine's.
-	lease      atomic.Int64 // when it ends; only ever moved to later
-	renew      int64        // when it is to be renewed
-	prev, next *delivery    // in the route's list of leases
-	key        string       // of its order; see keyedQueue
-
-	// The attempt, written by the worker that runs it.
-	outcome  Outcome
-	began    int64 // when it was started or given up, engine time
-	ended    int64 // when the handler had returned, engine time
-	err      error
-	due      int64       // of its retry or of its replay, or when a requester waits no more; engine time
-	answer   []byte      // of a responder
-	answered atomic.Bool // the request was replied to
-
-	// A dead letter on its way; see durableRoute.bury.
-	held   bool  // the DLQ did not take it yet
-	stored bool  // the letter is in the DLQ
-	form   uint8 // of the letter; see durableRoute.letter
-	letter *nats.Msg
-}
-
-// The states of delivery.settling.
-const (
-	inHand int32 = iota
-	inRenewal
-	inSettlement
-)
-
-// renewing sends an in-progress ack, unless the settling of d has begun: the
-// server would take it for a new lease and forget the delay of a nak.
-func (d *delivery) renewing(send func(*delivery)) bool {
-	if !d.settling.CompareAndSwap(inHand, inRenewal) {
-		return false
-	}
-	send(d)
-	d.settling.Store(inHand)
-	return true
-}
-
-// claim ends the renewals of d. It waits for one that is being written.
-func (d *delivery) claim() {
-	for !d.settling.CompareAndSwap(inHand, inSettlement) && d.settling.Load() != inSettlement {
-		runtime.Gosched()
-	}
-}
-
-// took is how long the handler ran.
-func (d *delivery) took() time.Duration { return time.Duration(d.ended - d.began) }
-
-type deliveryKey struct{}
-
-// Value finds the delivery itself and else asks the parent.
-func (d *delivery) Value(key any) any {
-	if key == (deliveryKey{}) {
-		return d
-	}
-	return d.Context.Value(key)
-}
-
-func deliveryFrom(ctx context.Context) *delivery {
-	d, _ := ctx.Value(deliveryKey{}).(*delivery)
-	return d
 }
 
 // MsgFrom returns the message that is handled with ctx, or nil when ctx is not,

@@ -332,32 +332,3 @@ func pause(ctx context.Context, d time.Duration) {
 	case <-ctx.Done():
 	}
 }
-
-// failedError is a sentence with the errors that callers branch on.
-type failedError struct {
-	text   string
-	causes []error
-}
-
-func (e *failedError) Error() string   { return "natsx: " + e.text }
-func (e *failedError) Unwrap() []error { return e.causes }
-
-// endFailure is [failure] for what the end of a context or a connection has ended:
-// a deadline is an [ErrTimeout] too.
-func endFailure(text string, cause error) error {
-	if errors.Is(cause, context.DeadlineExceeded) {
-		return failure(text, ErrTimeout, cause)
-	}
-	return failure(text, cause)
-}
-
-// failure makes an error of a sentence; causes may have nils.
-func failure(text string, causes ...error) error {
-	e := &failedError{text: text}
-	for _, c := range causes {
-		if c != nil {
-			e.causes = append(e.causes, c)
-		}
-	}
-	return e
-}

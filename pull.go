@@ -9,14 +9,6 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// pull is a request for a batch of messages; an empty one is none.
-type pull struct {
-	batch   int
-	token   uint64 // last token of its reply subject, to tell its status messages
-	sent    int64  // engine time
-	expires int64  // engine time
-}
-
 // status handles a word of the server about a pull: a heartbeat, its end or a
 // refusal.
 func (r *durableRoute) status(m *nats.Msg, now int64) {
@@ -80,9 +72,6 @@ func (r *durableRoute) status(m *nats.Msg, now int64) {
 // errCrowded is the trouble of a route whose waiting retries leave the server no
 // room for new messages.
 var errCrowded = errors.New("natsx: messages that wait for their retry fill MaxAckPending")
-
-// pullError is a pull that the server did not take.
-type pullError struct{ code, text string }
 
 func (e *pullError) Error() string { return "natsx: pull refused: " + e.code + " " + e.text }
 

@@ -2,9 +2,6 @@ package natsx
 
 import (
 	"context"
-	"crypto/hmac"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -14,13 +11,6 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
-)
-
-// Headers of a redriven message, beside its original ones.
-const (
-	HeaderRedriveTo    = "Natsx-Redrive-To"    // the durable that it is for
-	HeaderRedriveCount = "Natsx-Redrive-Count" // how often it was redriven
-	HeaderRedriveToken = "Natsx-Redrive-Token" // proves the other two
 )
 
 const (
@@ -42,53 +32,6 @@ const (
 	codeClusterNotLeader jetstream.ErrorCode = 10009
 )
 
-// redriveProof is what the headers of a redriven message prove.
-type redriveProof struct {
-	durable string // that it is for
-	dlq     string // stream of its letter
-	stored  int64  // when the letter was stored there, Unix nanoseconds
-	seq     uint64 // of the letter there
-	count   int    // redrives so far
-}
-
-// redriveID is the message id of a letter's copy. The time tells the letter from
-// one of the same sequence in a stream that was made anew.
-func redriveID(l *DeadLetter) string {
-	return fmt.Sprintf("redrive/%s@%d/%d", l.DLQStream, l.DLQTime.UnixNano(), l.DLQSequence)
-}
-
-// redriveToken authenticates a copy. Its key is made of what the API of JetStream
-// tells about the stream: a publisher without access to that cannot make a token,
-// and since it covers the rest of the message, cannot use one for another message.
-func redriveToken(stream string, created int64, durable, subject, id, count string, data []byte) string {
-	key := sha256.Sum256(fmt.Appendf(nil, "natsx redrive %d %s", created, stream))
-	mac := hmac.New(sha256.New, key[:])
-	for _, part := range []string{durable, subject, id, count} {
-		fmt.Fprintf(mac, "%d:%s", len(part), part)
-	}
-	body := sha256.Sum256(data)
-	mac.Write(body[:])
-	return hex.EncodeToString(mac.Sum(nil))
-}
-
-// proveRedrive tells whether a message of the stream is what a redrive made.
-func proveRedrive(stream string, created int64, subject string, h nats.Header, data []byte) (redriveProof, bool) {
-	to, count, id := h.Get(HeaderRedriveTo), h.Get(HeaderRedriveCount), h.Get(nats.MsgIdHdr)
-	token := redriveToken(stream, created, to, subject, id, count, data)
-	if !hmac.Equal([]byte(token), []byte(h.Get(HeaderRedriveToken))) {
-		return redriveProof{}, false
-	}
-	p := redriveProof{durable: to, count: redriveCount(h)}
-	rest, ok := strings.CutPrefix(id, "redrive/")
-	name, rest, ok1 := strings.Cut(rest, "@")
-	stored, seq, ok2 := strings.Cut(rest, "/")
-	nanos, ok3 := parseUint(stored)
-	p.dlq, p.stored = name, int64(nanos)
-	var ok4 bool
-	p.seq, ok4 = parseUint(seq)
-	return p, ok && ok1 && ok2 && ok3 && ok4
-}
-
 // redriveHeaders is what proves the redrives of a message that its durable's route
 // gives up, as the message's letter keeps it in every form: without it the count
 // would begin anew.
@@ -105,14 +48,6 @@ func (r *durableRoute) redriveHeaders(raw *nats.Msg) nats.Header {
 		kept[name] = h[name]
 	}
 	return originalHeaders(kept, false)
-}
-
-func redriveCount(h nats.Header) int {
-	n, err := strconv.Atoi(h.Get(HeaderRedriveCount))
-	if err != nil || n < 0 {
-		return 0
-	}
-	return n
 }
 
 // redriven judges a message with the header of a redrive before its handler runs.

@@ -21,15 +21,6 @@ const (
 	progressEvery = 100 * time.Millisecond
 )
 
-// Ends of a replay that is not complete.
-var (
-	// ErrNotReplayable is a stream that cannot be read without taking from it: one
-	// with work-queue retention.
-	ErrNotReplayable = errors.New("natsx: stream cannot be replayed")
-	// ErrBrokerStopped is a replay that ended because the broker's Run did.
-	ErrBrokerStopped = errors.New("natsx: broker was stopped")
-)
-
 const (
 	replayStream option = 1 << iota
 	replayFromSequence
@@ -250,24 +241,6 @@ func (f *ReplayFailure) Error() string {
 
 // Unwrap returns the handler's error.
 func (f *ReplayFailure) Unwrap() error { return f.Err }
-
-// ReplayError is a fault of a replay or what ended it. [ReplaySpec.Validate] joins
-// all faults with [errors.Join], each on a line of its own.
-type ReplayError struct {
-	Replay string // the filter
-	Field  string // the option at fault, by its setter's name in lower camel case; empty for none
-	Value  string // the value as it was given, quoted when it is a string
-	Reason string // what is wrong
-	Err    error  // the sentinel or the cause
-}
-
-// Error gives the fault on one line that names replay and option.
-func (e *ReplayError) Error() string {
-	return faultLine(fmt.Sprintf("replay %q", e.Replay), e.Field, e.Value, e.Reason)
-}
-
-// Unwrap returns the sentinel or cause in Err.
-func (e *ReplayError) Unwrap() error { return e.Err }
 
 func (s ReplaySpec) fault(field, value, reason string, err error) *ReplayError {
 	return &ReplayError{Replay: s.replay.filter, Field: field, Value: value, Reason: reason, Err: err}

@@ -118,12 +118,6 @@ type replay struct {
 	report    ReplayReport
 }
 
-// pullLimits are the server's on pulls of this consumer; 0 is none.
-type pullLimits struct {
-	batch, bytes int
-	expires      time.Duration
-}
-
 func newReplay(ctx context.Context, e *engine, want ReplaySpec) *replay {
 	r := &replay{
 		want: want, started: time.Now(),
@@ -206,21 +200,6 @@ func (r *replay) result(cut error) (ReplayReport, error) {
 	}
 	errs = append(errs, cut)
 	return rep, joined(errs)
-}
-
-// joined is errors.Join that leaves a single error as it is.
-func joined(errs []error) error {
-	var only error
-	for _, err := range errs {
-		if err == nil {
-			continue
-		}
-		if only != nil {
-			return errors.Join(errs...)
-		}
-		only = err
-	}
-	return only
 }
 
 func (r *replay) limited() bool {
@@ -354,13 +333,6 @@ func (r *replay) stopAt(seq uint64) {
 
 // tell has supervise look.
 func (r *replay) tell() { notify(r.wake) }
-
-func notify(ch chan struct{}) {
-	select {
-	case ch <- struct{}{}:
-	default:
-	}
-}
 
 // admit passes a message that is due towards the pool. The pool is locked.
 func (r *replay) admit(d *delivery) {

@@ -3,7 +3,6 @@ package natsx
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -16,34 +15,6 @@ import (
 // duration. It is a duration and not a time so that it needs no common clock; it
 // counts from the arrival of the request.
 const timeoutHeader = "Natsx-Timeout"
-
-// ReplyError is an error that a responder answered with, in the headers of NATS
-// micro (ADR-32): Nats-Service-Error-Code and Nats-Service-Error.
-type ReplyError struct {
-	Code    int    // such as 404; 0 when the code is not a number
-	Message string // what the responder said
-	RawCode string // the code as it was sent; of a foreign service it may be any text
-}
-
-// Error gives code and message.
-func (e *ReplyError) Error() string {
-	return fmt.Sprintf("natsx: reply error %s: %s", e.code(), e.Message)
-}
-
-func (e *ReplyError) code() string {
-	if e.RawCode != "" {
-		return e.RawCode
-	}
-	return strconv.Itoa(e.Code)
-}
-
-// Fail returns an error that a [Responder] answers with: the requester gets it as
-// [*ReplyError], and a client of NATS micro in the headers that it knows. Codes
-// are the application's own; those of HTTP are what most readers expect. An empty
-// message is sent as "error". Every other error of a responder is answered as 500
-// "internal error", but a payload that does not decode as 400, one beyond the limit of
-// a [LimitCodec] as 413 and a passed deadline as 504.
-func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
 
 // replyFor is what a requester is told of err, which is not nil. It is internal
 // when that is less than err says, so that err is to be logged.

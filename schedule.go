@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -88,8 +87,4 @@ func (c *call) streamOf(ctx context.Context, subject string) (*jetstream.StreamI
 	info := s.CachedInfo()
 	c.streams = append(c.streams, info)
 	return info, nil
-}
-
-func captures(info *jetstream.StreamInfo, subject string) bool {
-	return slices.ContainsFunc(info.Config.Subjects, func(s string) bool { return subjectMatches(s, subject) })
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"runtime/debug"
-	"strconv"
 	"time"
 )
 
@@ -66,12 +65,6 @@ func decide(r RouteBuilder, attempt int, err error, spread float64) settlement {
 	}
 	low, high := r.backoff()
 	return settlement{action: actNak, delay: backoffDelay(low, high, attempt, spread), outcome: Retried}
-}
-
-// is tells whether err's chain has an error of type E.
-func is[E error](err error) bool {
-	_, ok := errors.AsType[E](err)
-	return ok
 }
 
 // backoffDelay is the delay before retry k (from 1): low*2^(k-1) spread by ±20 %
@@ -136,87 +129,3 @@ func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
 	}
 	return fmt.Errorf("natsx: handler did not return within %s: %w: %w", timeout, context.DeadlineExceeded, err)
 }
-
-// ackInfo is what the reply subject of a delivered message tells.
-type ackInfo struct {
-	stream      string
-	consumer    string
-	delivered   uint64
-	sequence    uint64
-	consumerSeq uint64
-	time        int64  // Unix nanoseconds
-	pending     uint64 // messages that the consumer had left
-}
-
-// parseDelivery reads an ack subject of either form (ADR-15, and the form with domain
-// and account hash of the server's js_ack_fc_v2):
-//
-//	$JS.ACK.<stream>.<consumer>.<delivered>.<sseq>.<cseq>.<time>.<pending>
-//	$JS.ACK.<domain>.<hash>.<stream>.<consumer>.<delivered>.<sseq>.<cseq>.<time>.<pending>[.<more>]
-func parseDelivery(reply string) (a ackInfo, ok bool) {
-	const prefix = "$JS.ACK."
-	if len(reply) <= len(prefix) || reply[:len(prefix)] != prefix {
-		return a, false
-	}
-	var dots [12]int
-	n := 0
-	for i := len(prefix); i < len(reply); i++ {
-		if reply[i] == '.' {
-			if n == len(dots) {
-				return a, false
-			}
-			dots[n] = i
-			n++
-		}
-	}
-	first := 0 // index of the dot that ends the stream's token
-	start := len(prefix)
-	switch {
-	case n == 6:
-	case n >= 8:
-		first = 2
-		start = dots[1] + 1
-	default:
-		return a, false
-	}
-	a.stream = reply[start:dots[first]]
-	a.consumer = reply[dots[first]+1 : dots[first+1]]
-	var okDelivered, okSeq, okHere, okTime, okPending bool
-	a.delivered, okDelivered = parseUint(reply[dots[first+1]+1 : dots[first+2]])
-	a.sequence, okSeq = parseUint(reply[dots[first+2]+1 : dots[first+3]])
-	a.consumerSeq, okHere = parseUint(reply[dots[first+3]+1 : dots[first+4]])
-	var nanos uint64
-	nanos, okTime = parseUint(reply[dots[first+4]+1 : dots[first+5]])
-	a.time = int64(nanos)
-	end := len(reply)
-	if n > first+6 {
-		end = dots[first+6]
-	}
-	a.pending, okPending = parseUint(reply[dots[first+5]+1 : end])
-	return a, okDelivered && okSeq && okHere && okTime && okPending && a.stream != "" && a.consumer != "" && nanos <= math.MaxInt64
-}
-
-func parseUint(s string) (v uint64, ok bool) {
-	if s == "" || len(s) > 19 {
-		return 0, false
-	}
-	for i := range len(s) {
-		c := s[i] - '0'
-		if c > 9 {
-			return 0, false
-		}
-		v = v*10 + uint64(c)
-	}
-	return v, true
-}
-
-var (
-	ackAck        = []byte("+ACK")
-	ackInProgress = []byte("+WPI")
-)
-
-func ackNak(delay time.Duration) []byte {
-	return append(strconv.AppendInt([]byte(`-NAK {"delay":`), int64(delay), 10), '}')
-}
-
-func ackTerm(reason string) []byte { return []byte("+TERM " + reason) }

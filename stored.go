@@ -3,7 +3,6 @@ package natsx
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -29,141 +28,9 @@ const (
 	codeNoMessage        jetstream.ErrorCode = 10037
 )
 
-// storedMsg is a message as its stream keeps it.
-type storedMsg struct {
-	subject string
-	seq     uint64
-	time    time.Time
-	header  nats.Header
-	data    []byte
-}
-
-// store reads and deletes the messages of streams. Single messages come from the
-// stream's leader, which no direct get from a replica that lags behind does.
-type store struct {
-	nc     *nats.Conn
-	js     jetstream.JetStream
-	prefix string // of JetStream's API, with its last dot
-}
-
 // store is the one that the engine's routes and replays read.
 func (e *engine) store() *store {
 	return &store{nc: e.nc, js: e.js, prefix: e.apiPrefix}
-}
-
-// getRequest asks for one message: Seq alone, the first on NextFor from Seq or
-// StartTime on, or the last on LastFor. A server before 2.11 takes no notice of
-// StartTime.
-type getRequest struct {
-	Seq       uint64     `json:"seq,omitempty"`
-	StartTime *time.Time `json:"start_time,omitempty"`
-	NextFor   string     `json:"next_by_subj,omitempty"`
-	LastFor   string     `json:"last_by_subj,omitempty"`
-}
-
-// get returns nil without an error when there is no such message.
-func (s *store) get(ctx context.Context, stream string, req getRequest) (*storedMsg, error) {
-	var r struct {
-		Message *struct {
-			Subject string    `json:"subject"`
-			Seq     uint64    `json:"seq"`
-			Header  []byte    `json:"hdrs"`
-			Data    []byte    `json:"data"`
-			Time    time.Time `json:"time"`
-		} `json:"message"`
-	}
-	switch err := s.ask(ctx, "STREAM.MSG.GET."+stream, req, &r); {
-	case hasCode(err, codeNoMessage):
-		return nil, nil
-	case err != nil:
-		return nil, err
-	case r.Message == nil:
-		return nil, errors.New("natsx: the server answered without a message")
-	}
-	m := &storedMsg{subject: r.Message.Subject, seq: r.Message.Seq, time: r.Message.Time, data: r.Message.Data}
-	if len(r.Message.Header) > 0 {
-		// The server stores any header block. One that cannot be read is none, as in
-		// a message that nats.go delivers.
-		m.header, _ = nats.DecodeHeadersMsg(r.Message.Header)
-	}
-	return m, nil
-}
-
-func (s *store) streamInfo(ctx context.Context, name string) (*jetstream.StreamInfo, error) {
-	var info jetstream.StreamInfo
-	if err := s.ask(ctx, "STREAM.INFO."+name, struct{}{}, &info); err != nil {
-		return nil, err
-	}
-	return &info, nil
-}
-
-// remove deletes a message. One that is gone already is no error.
-func (s *store) remove(ctx context.Context, stream string, seq uint64) error {
-	err := s.ask(ctx, "STREAM.MSG.DELETE."+stream, struct {
-		Seq     uint64 `json:"seq"`
-		NoErase bool   `json:"no_erase"`
-	}{seq, true}, &struct{}{})
-	if err == nil || hasCode(err, codeStreamNotFound) {
-		return err
-	}
-	// The server has several ways to say that it was not there.
-	if m, gone := s.get(ctx, stream, getRequest{Seq: seq}); m == nil && gone == nil {
-		return nil
-	}
-	return err
-}
-
-// ask makes one request of JetStream's API, again while the failure passes by
-// itself.
-func (s *store) ask(ctx context.Context, operation string, request, response any) error {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return err
-	}
-	return again(ctx, func(ctx context.Context) error { return s.askOnce(ctx, operation, body, response) })
-}
-
-// again calls fn until its failure does not pass by itself, ctx ends or
-// readPatience is over.
-func again(ctx context.Context, fn func(context.Context) error) error {
-	begun := time.Now()
-	pause := 50 * time.Millisecond
-	for tries := 0; ; pause = min(2*pause, time.Second) {
-		limited, cancel := context.WithTimeout(ctx, patience(tries))
-		err := fn(limited)
-		cancel()
-		tries++
-		if err == nil || ctx.Err() != nil || !passes(err) || hasCode(err, codeStreamNotFound) || time.Since(begun) > readPatience {
-			return err
-		}
-		if !wait(ctx, pause) {
-			return err
-		}
-	}
-}
-
-func (s *store) askOnce(ctx context.Context, operation string, body []byte, response any) error {
-	var m *nats.Msg
-	err := requestWith(ctx, s.nc, s.prefix+operation, func(ctx context.Context) (err error) {
-		m, err = s.nc.RequestWithContext(ctx, s.prefix+operation, body)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("natsx: %s: %w", operation, err)
-	}
-	var refused struct {
-		Error *jetstream.APIError `json:"error"`
-	}
-	if err := json.Unmarshal(m.Data, &refused); err != nil {
-		return fmt.Errorf("natsx: %s: %w", operation, err)
-	}
-	if refused.Error != nil {
-		return fmt.Errorf("natsx: %s: %w", operation, refused.Error)
-	}
-	if err := json.Unmarshal(m.Data, response); err != nil {
-		return fmt.Errorf("natsx: %s: %w", operation, err)
-	}
-	return nil
 }
 
 // span is a part of a stream: the messages on a filter, up to a last sequence.
@@ -263,15 +130,6 @@ func (r *reader) run(ctx context.Context, yield func(*storedMsg, error) bool) er
 		}
 		wait(ctx, pause)
 	}
-}
-
-// inactiveThreshold is that of a consumer which is to have want, or what the stream
-// allows, when that is less.
-func inactiveThreshold(stream *jetstream.StreamConfig, want time.Duration) time.Duration {
-	if most := stream.ConsumerLimits.InactiveThreshold; most > 0 {
-		return min(want, most)
-	}
-	return want
 }
 
 func (r *reader) open(ctx context.Context) error {

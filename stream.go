@@ -279,24 +279,6 @@ func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
 }
 
-// StreamError is one fault of one stream's description. [StreamSpec.Validate]
-// joins all of them with [errors.Join], each on a line of its own.
-type StreamError struct {
-	Stream string // the name given to [Stream]
-	Field  string // the option at fault, by its setter's name in lower camel case
-	Value  string // the value as it was given, quoted when it is a string
-	Reason string // what is wrong with it
-	Err    error  // the sentinel
-}
-
-// Error gives the fault on one line that names the stream and the option.
-func (e *StreamError) Error() string {
-	return faultLine(fmt.Sprintf("stream %q", e.Stream), e.Field, e.Value, e.Reason)
-}
-
-// Unwrap returns the sentinel in Err.
-func (e *StreamError) Unwrap() error { return e.Err }
-
 // Validate reports every fault of the description as joined [*StreamError]s,
 // without a server.
 func (s StreamSpec) Validate() error {

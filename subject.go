@@ -2,9 +2,13 @@ package natsx
 
 import (
 	"fmt"
+	"slices"
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 // filterFault tells why a subject may not be subscribed to, or nothing. A
@@ -143,4 +147,78 @@ func subjectsOverlap(a, b string) bool {
 		}
 		a, b = aRest, bRest
 	}
+}
+
+// EscapeToken makes one subject token of any text, different for different
+// texts. ASCII letters, digits, - and _ stay as they are; every other byte
+// becomes = and its two hexadecimal digits, and the empty text becomes =. The
+// token is up to three times as long.
+func EscapeToken(s string) string {
+	if s == "" {
+		return "="
+	}
+	plain := 0
+	for plain < len(s) && plainByte(s[plain]) {
+		plain++
+	}
+	if plain == len(s) {
+		return s
+	}
+	const digits = "0123456789ABCDEF"
+	token := append(make([]byte, 0, len(s)+2*(len(s)-plain)), s[:plain]...)
+	for _, c := range []byte(s[plain:]) {
+		if plainByte(c) {
+			token = append(token, c)
+		} else {
+			token = append(token, '=', digits[c>>4], digits[c&15])
+		}
+	}
+	return string(token)
+}
+
+// UnescapeToken returns the text of which [EscapeToken] made the token, and an
+// error that is [ErrInvalidSubject] for a token that it does not make.
+func UnescapeToken(token string) (string, error) {
+	if token == "=" {
+		return "", nil
+	}
+	text := make([]byte, 0, len(token))
+	for i := 0; i < len(token); i++ {
+		c := token[i]
+		if c == '=' && i+2 < len(token) {
+			n, err := strconv.ParseUint(token[i+1:i+3], 16, 8)
+			if err == nil {
+				c = byte(n)
+				i += 2
+			}
+		}
+		text = append(text, c)
+	}
+	if s := string(text); EscapeToken(s) == token {
+		return s, nil
+	}
+	return "", failure(fmt.Sprintf("token %q was not made by EscapeToken", token), ErrInvalidSubject)
+}
+
+func plainByte(c byte) bool {
+	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_'
+}
+
+func subjectToken(subject string, i int) string {
+	if i < 0 {
+		return ""
+	}
+	for ; i > 0; i-- {
+		dot := strings.IndexByte(subject, '.')
+		if dot < 0 {
+			return ""
+		}
+		subject = subject[dot+1:]
+	}
+	token, _, _ := strings.Cut(subject, ".")
+	return token
+}
+
+func captures(info *jetstream.StreamInfo, subject string) bool {
+	return slices.ContainsFunc(info.Config.Subjects, func(s string) bool { return subjectMatches(s, subject) })
 }

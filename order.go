@@ -1,5 +1,7 @@
 package natsx
 
+import "fmt"
+
 // keyedQueue lets deliveries with one key through one after another, in the order
 // they came, while those of other keys go on. It holds a key only while a delivery
 // of it is in hand, so it is no larger than what is in hand. It has no lock.
@@ -75,4 +77,45 @@ func (k OrderKey) fault() (reason string, err error) {
 		return headerNameFault(k.name), ErrInvalidName
 	}
 	return "", nil
+}
+
+// OrderKey tells which part of a message [ReplayBuilder.OrderedBy] compares.
+type OrderKey struct {
+	kind  orderKind
+	index int
+	name  string
+}
+
+type orderKind uint8
+
+const (
+	orderNone orderKind = iota
+	orderSubject
+	orderToken
+	orderHeader
+)
+
+// SubjectKey orders by the whole subject.
+func SubjectKey() OrderKey { return OrderKey{kind: orderSubject} }
+
+// SubjectToken orders by the i-th token of the subject, counted from 0; below zero is
+// [ErrOutOfRange]. Messages whose subject has no such token share a key.
+func SubjectToken(i int) OrderKey { return OrderKey{kind: orderToken, index: i} }
+
+// HeaderKey orders by the first value of a header, whose name is compared as it is
+// written: case counts (ADR-4). Messages without it, or with an empty value, share a
+// key. A name that is no HTTP token is [ErrInvalidName].
+func HeaderKey(name string) OrderKey { return OrderKey{kind: orderHeader, name: name} }
+
+// String gives the key as it was made, such as SubjectToken(1).
+func (k OrderKey) String() string {
+	switch k.kind {
+	case orderSubject:
+		return "SubjectKey()"
+	case orderToken:
+		return fmt.Sprintf("SubjectToken(%d)", k.index)
+	case orderHeader:
+		return fmt.Sprintf("HeaderKey(%q)", k.name)
+	}
+	return "OrderKey{}"
 }

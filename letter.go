@@ -1,0 +1,295 @@
+package natsx
+
+import (
+	"cmp"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/nats-io/nats.go"
+)
+
+// Reason is why a message is dead.
+type Reason string
+
+// The reasons of a dead letter.
+const (
+	ReasonExhausted   Reason = "exhausted"   // the last retry failed
+	ReasonPermanent   Reason = "permanent"   // the handler returned Permanent
+	ReasonPanic       Reason = "panic"       // the last retry panicked
+	ReasonUndecodable Reason = "undecodable" // the payload did not decode
+	ReasonCrashed     Reason = "crashed"     // no attempt came back
+)
+
+// Headers of a dead letter. Of the original's headers, those that NATS would act
+// on (Nats-*) are kept as Natsx-Orig-*, since they would expire, schedule or
+// deduplicate the letter, and so are those that look like the letter's own.
+const (
+	HeaderDLQSubject   = "Natsx-Dlq-Subject"   // the original's subject
+	HeaderDLQStream    = "Natsx-Dlq-Stream"    // the original's stream
+	HeaderDLQSequence  = "Natsx-Dlq-Sequence"  // the original's sequence in it
+	HeaderDLQDurable   = "Natsx-Dlq-Durable"   // the durable that failed
+	HeaderDLQAttempts  = "Natsx-Dlq-Attempts"  // how often it was tried
+	HeaderDLQReason    = "Natsx-Dlq-Reason"    // a Reason
+	HeaderDLQError     = "Natsx-Dlq-Error"     // the last error's text, at most MaxLetterError bytes
+	HeaderDLQStack     = "Natsx-Dlq-Stack"     // of a panic, at most MaxLetterStack bytes, line feeds as \n
+	HeaderDLQTime      = "Natsx-Dlq-Time"      // of death, RFC 3339 with nanoseconds
+	HeaderDLQPublished = "Natsx-Dlq-Published" // when the original was stored, in the same form
+	HeaderDLQHost      = "Natsx-Dlq-Host"      // where it died
+	// HeaderDLQPointer is "true" on a letter without the payload, which was too
+	// large to be a letter, and missing on others. The original is still in its
+	// stream, for as long as that keeps it; on one with work-queue or interest
+	// retention it stays unsettled and counts against MaxAckPending, until a redrive
+	// or a purge of the letter lets it go.
+	HeaderDLQPointer = "Natsx-Dlq-Pointer"
+)
+
+// Bounds of what of an error a dead letter carries, in bytes.
+const (
+	MaxLetterError = 4096
+	MaxLetterStack = 8192
+)
+
+// smallestLetter is room for the headers of a letter without its original's
+// headers and payload, when no name in it is extremely long.
+const smallestLetter = 2048
+
+// DeadLetter is a message that a durable gave up, as the DLQ keeps it.
+type DeadLetter struct {
+	Subject   string      // the original's subject
+	Stream    string      // the original's stream
+	Sequence  uint64      // the original's sequence in it
+	Durable   string      // the durable that failed
+	Attempts  int         // how often it was tried
+	Reason    Reason      // why it is dead
+	Error     string      // the last error's text
+	Stack     string      // of a panic
+	Time      time.Time   // of death, by the clock of Host
+	Published time.Time   // when the original was stored
+	Host      string      // where it died
+	Header    nats.Header // of the original, as far as the letter had room for it
+	Data      []byte      // the original's payload, none when Pointer
+	// Pointer tells that the payload was too large for a letter. The original
+	// is still in its stream.
+	Pointer bool
+	// Redrives is how often the original was redriven before, by its own word:
+	// [DeadLetterQuery.Redrive] proves it.
+	Redrives int
+
+	DLQSubject  string    // where the letter lies
+	DLQStream   string    // its stream
+	DLQSequence uint64    // its sequence in it
+	DLQTime     time.Time // when it was stored there
+
+	header nats.Header // of the letter
+}
+
+// parseLetter reads a message of a DLQ. With an error it is not a letter, and what
+// could be read of it is there nevertheless.
+func parseLetter(stream string, m *storedMsg) (DeadLetter, error) {
+	h := m.header
+	l := DeadLetter{
+		Subject:  h.Get(HeaderDLQSubject),
+		Stream:   h.Get(HeaderDLQStream),
+		Durable:  h.Get(HeaderDLQDurable),
+		Reason:   Reason(h.Get(HeaderDLQReason)),
+		Error:    h.Get(HeaderDLQError),
+		Stack:    strings.ReplaceAll(h.Get(HeaderDLQStack), `\n`, "\n"),
+		Host:     h.Get(HeaderDLQHost),
+		Header:   restoredHeaders(h, len(m.data) == 0),
+		Data:     m.data,
+		Pointer:  h.Get(HeaderDLQPointer) != "",
+		Redrives: redriveCount(h),
+
+		DLQSubject: m.subject, DLQStream: stream, DLQSequence: m.seq, DLQTime: m.time,
+		header: h,
+	}
+	var faults []string
+	fault := func(name, reason string) {
+		if reason != "" {
+			faults = append(faults, fmt.Sprintf("%s %q %s", name, h.Get(name), reason))
+		}
+	}
+	// Other clients publish to subjects that natsx does not: a letter of such a
+	// message is one all the same.
+	if l.Subject == "" {
+		fault(HeaderDLQSubject, "must not be empty")
+	}
+	fault(HeaderDLQStream, nameFault(l.Stream))
+	fault(HeaderDLQDurable, nameFault(l.Durable))
+	if l.Reason == "" {
+		fault(HeaderDLQReason, "must not be empty")
+	}
+	var ok bool
+	if l.Sequence, ok = parseUint(h.Get(HeaderDLQSequence)); !ok || l.Sequence == 0 {
+		fault(HeaderDLQSequence, "is not a sequence")
+	}
+	var err error
+	if l.Attempts, err = strconv.Atoi(h.Get(HeaderDLQAttempts)); err != nil || l.Attempts < 0 {
+		fault(HeaderDLQAttempts, "is not a number of attempts")
+	}
+	if l.Time, err = time.Parse(time.RFC3339Nano, h.Get(HeaderDLQTime)); err != nil {
+		fault(HeaderDLQTime, "is not a time")
+	}
+	if l.Published, err = time.Parse(time.RFC3339Nano, h.Get(HeaderDLQPublished)); err != nil {
+		fault(HeaderDLQPublished, "is not a time")
+	}
+	if len(faults) > 0 {
+		return l, &LetterError{Subject: m.subject, Stream: stream, Sequence: m.seq,
+			Err: fmt.Errorf("%w: %s", ErrNotALetter, strings.Join(faults, ", "))}
+	}
+	return l, nil
+}
+
+// restoredHeaders undoes originalHeaders.
+func restoredHeaders(h nats.Header, empty bool) nats.Header {
+	restored := nats.Header{}
+	for k, v := range h {
+		switch {
+		case hasPrefixFold(k, origPrefix):
+			k = k[len(origPrefix):]
+			if !hasPrefixFold(k, headerPrefix) && !(empty && strings.EqualFold(k, "Status")) {
+				k = "Nats-" + k
+			}
+		case hasPrefixFold(k, letterPrefix), hasPrefixFold(k, "Nats-"):
+			continue // the letter's own
+		}
+		restored[k] = append(restored[k], v...)
+	}
+	return restored
+}
+
+// originalHeaders are the headers of a message as its letter keeps them. A Status
+// on an empty body is kept under another name too: clients take such a message
+// for a word of the server.
+func originalHeaders(h nats.Header, empty bool) nats.Header {
+	kept := make(nats.Header, len(h))
+	for k, v := range h {
+		switch {
+		case hasPrefixFold(k, "Nats-"):
+			k = origPrefix + k[len("Nats-"):]
+		case hasPrefixFold(k, letterPrefix), hasPrefixFold(k, origPrefix):
+			k = origPrefix + k
+		case empty && strings.EqualFold(k, "Status"):
+			k = origPrefix + k
+		}
+		k = sendableName(k)
+		kept[k] = append(kept[k], v...)
+	}
+	return kept
+}
+
+// sendableName replaces what nats.go would not send in the name of a header. It
+// reads such names, which other clients let through.
+func sendableName(name string) string {
+	if headerNameFault(name) == "" {
+		return name
+	}
+	b := []byte(cmp.Or(name, "_"))
+	for i := range b {
+		if !headerNameByte(b[i]) {
+			b[i] = '_'
+		}
+	}
+	return string(b)
+}
+
+func hasPrefixFold(s, prefix string) bool {
+	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
+}
+
+// headerText makes text fit for a header value of at most most bytes: on one
+// line, with line feeds as \n and without other control characters.
+func headerText(text string, most int) string {
+	text = strings.ToValidUTF8(text, "\uFFFD")
+	text = strings.NewReplacer("\r\n", `\n`, "\n", `\n`, "\t", " ").Replace(text)
+	text = strings.Map(func(c rune) rune {
+		if unicode.IsControl(c) {
+			return ' '
+		}
+		return c
+	}, text)
+	text = strings.TrimSpace(text)
+	if len(text) <= most {
+		return text
+	}
+	cut := most - len("...")
+	for cut > 0 && !utf8.RuneStart(text[cut]) {
+		cut--
+	}
+	return text[:cut] + "..."
+}
+
+// Headers of a redriven message, beside its original ones.
+const (
+	HeaderRedriveTo    = "Natsx-Redrive-To"    // the durable that it is for
+	HeaderRedriveCount = "Natsx-Redrive-Count" // how often it was redriven
+	HeaderRedriveToken = "Natsx-Redrive-Token" // proves the other two
+)
+
+// redriveProof is what the headers of a redriven message prove.
+type redriveProof struct {
+	durable string // that it is for
+	dlq     string // stream of its letter
+	stored  int64  // when the letter was stored there, Unix nanoseconds
+	seq     uint64 // of the letter there
+	count   int    // redrives so far
+}
+
+// redriveID is the message id of a letter's copy. The time tells the letter from
+// one of the same sequence in a stream that was made anew.
+func redriveID(l *DeadLetter) string {
+	return fmt.Sprintf("redrive/%s@%d/%d", l.DLQStream, l.DLQTime.UnixNano(), l.DLQSequence)
+}
+
+// redriveToken authenticates a copy. Its key is made of what the API of JetStream
+// tells about the stream: a publisher without access to that cannot make a token,
+// and since it covers the rest of the message, cannot use one for another message.
+func redriveToken(stream string, created int64, durable, subject, id, count string, data []byte) string {
+	key := sha256.Sum256(fmt.Appendf(nil, "natsx redrive %d %s", created, stream))
+	mac := hmac.New(sha256.New, key[:])
+	for _, part := range []string{durable, subject, id, count} {
+		fmt.Fprintf(mac, "%d:%s", len(part), part)
+	}
+	body := sha256.Sum256(data)
+	mac.Write(body[:])
+	return hex.EncodeToString(mac.Sum(nil))
+}
+
+// proveRedrive tells whether a message of the stream is what a redrive made.
+func proveRedrive(stream string, created int64, subject string, h nats.Header, data []byte) (redriveProof, bool) {
+	to, count, id := h.Get(HeaderRedriveTo), h.Get(HeaderRedriveCount), h.Get(nats.MsgIdHdr)
+	token := redriveToken(stream, created, to, subject, id, count, data)
+	if !hmac.Equal([]byte(token), []byte(h.Get(HeaderRedriveToken))) {
+		return redriveProof{}, false
+	}
+	p := redriveProof{durable: to, count: redriveCount(h)}
+	rest, ok := strings.CutPrefix(id, "redrive/")
+	name, rest, ok1 := strings.Cut(rest, "@")
+	stored, seq, ok2 := strings.Cut(rest, "/")
+	nanos, ok3 := parseUint(stored)
+	p.dlq, p.stored = name, int64(nanos)
+	var ok4 bool
+	p.seq, ok4 = parseUint(seq)
+	return p, ok && ok1 && ok2 && ok3 && ok4
+}
+
+func redriveCount(h nats.Header) int {
+	n, err := strconv.Atoi(h.Get(HeaderRedriveCount))
+	if err != nil || n < 0 {
+		return 0
+	}
+	return n
+}
+
+// pointsTo tells whether m is the original of l and not a message of a stream
+// that was made anew.
+func (l *DeadLetter) pointsTo(m *storedMsg) bool {
+	return m.seq == l.Sequence && m.subject == l.Subject && m.time.Equal(l.Published)
+}
