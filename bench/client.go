@@ -8,7 +8,6 @@ import (
 	"os"
 	"runtime"
 	"runtime/pprof"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -27,7 +26,9 @@ type figure struct {
 	Elapsed   time.Duration // from the first message handled to the last one settled
 	ClientCPU time.Duration
 	ServerCPU time.Duration
-	Mallocs   uint64
+	Mallocs   uint64        // heap objects that the client allocated
+	Bytes     uint64        // heap bytes that the client allocated
+	MaxRSS    int64         // of the client, in bytes
 	P50, P99  time.Duration // of requests
 	Others    float64       // share of the cores that other processes took meanwhile
 }
@@ -207,74 +208,4 @@ func (j *job) stored() error {
 		return fmt.Errorf("the stream holds %d of %d messages", got, j.n)
 	}
 	return st.Purge(j.ctx)
-}
-
-// A meter reads what a run costs client and server.
-type meter struct {
-	at             time.Time
-	client, server time.Duration
-	machine        time.Duration // of all processes
-	mallocs        uint64
-}
-
-func readMeter(nc *nats.Conn) (meter, error) {
-	answer, err := nc.Request(cpuSubject, nil, time.Minute)
-	if err != nil {
-		return meter{}, fmt.Errorf("CPU time of the server: %w", err)
-	}
-	ns, err := strconv.ParseInt(string(answer.Data), 10, 64)
-	if err != nil {
-		return meter{}, err
-	}
-	var mem runtime.MemStats
-	runtime.ReadMemStats(&mem)
-	return meter{
-		at: time.Now(), client: cpuTime(), server: time.Duration(ns),
-		machine: machineTime(), mallocs: mem.Mallocs,
-	}, nil
-}
-
-func (m *meter) start(nc *nats.Conn) error {
-	var err error
-	*m, err = readMeter(nc)
-	return err
-}
-
-func (m *meter) stop(nc *nats.Conn) (figure, error) {
-	end, err := readMeter(nc)
-	f := figure{
-		ClientCPU: end.client - m.client,
-		ServerCPU: end.server - m.server,
-		Mallocs:   end.mallocs - m.mallocs,
-	}
-	others := end.machine - m.machine - f.ClientCPU - f.ServerCPU
-	f.Others = max(share(others, end.at.Sub(m.at)), 0)
-	return f, err
-}
-
-// share is what part of the machine's cores a CPU time is.
-func share(cpu, elapsed time.Duration) float64 {
-	return float64(cpu) / float64(elapsed) / float64(runtime.NumCPU())
-}
-
-// machineTime is the CPU time that all processes have used since boot, in steps
-// of 10 ms, and 0 where the system does not tell.
-func machineTime() time.Duration {
-	text, err := os.ReadFile("/proc/stat")
-	if err != nil {
-		return 0
-	}
-	line, _, _ := strings.Cut(string(text), "\n")
-	var ticks int64
-	for i, field := range strings.Fields(line) { // cpu user nice system idle iowait irq softirq steal guest guest_nice
-		if i == 0 || i == 4 || i == 5 || i > 8 {
-			continue
-		}
-		n, err := strconv.ParseInt(field, 10, 64)
-		if err != nil {
-			return 0
-		}
-		ticks += n
-	}
-	return time.Duration(ticks) * 10 * time.Millisecond
 }

@@ -15,6 +15,8 @@ type section struct {
 	does  work
 	sleep time.Duration // of the handler
 	peers []peer        // ratios are to the first
+
+	columns []column // rateColumns when there are none
 }
 
 // work is what the runs of a section do with the stream: what it must hold
@@ -60,13 +62,13 @@ var sections = []section{
 		{name: "orbit.go fast ingest, defaults", run: fastIngest(0, 0)},
 		{name: "orbit.go fast ingest, flow 1,000 x 4", run: fastIngest(1000, 4)},
 	}},
-	{name: "request-1", title: "Request-reply, 1 requester, 128 B", share: 0.05, size: 128, does: requesting, peers: []peer{
+	{name: "request-1", title: "Request-reply, 1 requester, 128 B", share: 0.05, size: 128, does: requesting, columns: requestColumns, peers: []peer{
 		{name: "nats.go Request, micro", run: microRequests(1)},
 		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(1, natsRequester)},
 		{name: natsxPrefix + " Reply and Request", run: natsxRequests(1, natsxRequester)},
 		{name: natsxPrefix + " Reply and Request, deadline told", run: natsxRequests(1, natsxDeadlineRequester)},
 	}},
-	{name: "request-64", title: "Request-reply, 64 requesters, 128 B", share: 0.5, size: 128, does: requesting, peers: []peer{
+	{name: "request-64", title: "Request-reply, 64 requesters, 128 B", share: 0.5, size: 128, does: requesting, columns: requestColumns, peers: []peer{
 		{name: "nats.go Request, micro", run: microRequests(64)},
 		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(64, natsRequester)},
 		{name: natsxPrefix + " Reply and Request", run: natsxRequests(64, natsxRequester)},

@@ -156,12 +156,3 @@ func prepare(url string, s section, n int) error {
 	}
 	return nil
 }
-
-// cpuTime is the user and system time that this process has used.
-func cpuTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		panic(err) // only for a bad argument
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
