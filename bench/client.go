@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,9 @@ import (
 // benchmark instead of hanging it.
 const timeLimit = 5 * time.Minute
 
+// pollEvery is the pause between two looks at what the server has to get done.
+const pollEvery = 10 * time.Millisecond
+
 // A figure is what one run of one peer measured.
 type figure struct {
 	N         int
@@ -31,21 +35,30 @@ type figure struct {
 	MaxRSS    int64         // of the client, in bytes
 	P50, P99  time.Duration // of requests
 	Others    float64       // share of the cores that other processes took meanwhile
+
+	Settled       time.Duration // from the first message handled until none waits for an ack
+	Repeats       int64         // messages handled again
+	SlowConsumers int64         // connections that the server closed since they fell behind
 }
 
 // A job is a run in progress: what a peer is given to do its work with.
 type job struct {
 	ctx   context.Context
+	fail  context.CancelCauseFunc // ends ctx
 	nc    *nats.Conn
 	js    jetstream.JetStream
 	url   string
-	n     int
+	n     int  // messages to handle
+	all   bool // of the stream
 	size  int
 	sleep time.Duration
 
 	count atomic.Int64
 	began atomic.Int64  // Unix nanoseconds of the first message
 	done  chan struct{} // closed at the n-th message
+
+	seen    [][]atomic.Bool // by route and number; nil when each message must come once
+	repeats atomic.Int64
 
 	meter  meter
 	result figure
@@ -65,6 +78,8 @@ func runClient(arg string) (err error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeLimit)
 	defer cancel()
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
 	nc, err := connect(o.URL)
 	if err != nil {
 		return err
@@ -74,9 +89,15 @@ func runClient(arg string) (err error) {
 	if err != nil {
 		return err
 	}
-	j := &job{ctx: ctx, nc: nc, js: js, url: o.URL, n: o.N, size: s.size, sleep: s.sleep, done: make(chan struct{})}
-	if p.share > 0 {
+	j := &job{
+		ctx: ctx, fail: fail, nc: nc, js: js, url: o.URL,
+		n: o.N, all: p.share == 0, size: s.size, sleep: s.sleep, done: make(chan struct{}),
+	}
+	if !j.all {
 		j.n = max(int(p.share*float64(o.N)), 1)
+	}
+	if s.does == draining {
+		j.seen = [][]atomic.Bool{make([]atomic.Bool, o.N)}
 	}
 	if isNatsx && o.CPUProfile != "" {
 		file, err := os.Create(o.CPUProfile)
@@ -100,8 +121,8 @@ func runClient(arg string) (err error) {
 		}
 	}
 	switch s.does {
-	case consuming:
-		err = j.settled(j.n == o.N)
+	case consuming, draining:
+		err = j.settled()
 	case publishing, fastPublishing:
 		err = j.stored()
 	}
@@ -129,30 +150,84 @@ func writeAllocs(name string) error {
 func (j *job) start() error { return j.meter.start(j.nc) }
 
 // handle is the handler of every consuming peer.
-func (j *job) handle() {
+func (j *job) handle(data []byte) { j.handleRoute(0, data) }
+
+// handleRoute is the handler of a peer that has several consumers of the stream.
+func (j *job) handleRoute(route int, data []byte) {
 	if j.sleep > 0 {
 		time.Sleep(j.sleep)
 	}
-	switch j.count.Add(1) {
-	case 1:
+	if j.seen != nil && !j.seen[route][binary.BigEndian.Uint64(data)].CompareAndSwap(false, true) {
+		j.repeats.Add(1)
+		return
+	}
+	count := j.count.Add(1)
+	if count == 1 {
 		j.began.Store(time.Now().UnixNano())
-	case int64(j.n):
+	}
+	if count == int64(j.n) {
 		close(j.done)
 	}
 }
 
 // finish waits for the n-th message, has the server read the last settlement,
-// and takes the figure. A run of a single message has no duration.
+// and takes the figure.
 func (j *job) finish() error {
 	select {
 	case <-j.done:
 	case <-j.ctx.Done():
-		return fmt.Errorf("%d of %d messages: %w", j.count.Load(), j.n, j.ctx.Err())
+		return fmt.Errorf("%d of %d messages: %w", j.count.Load(), j.n, context.Cause(j.ctx))
 	}
-	if err := j.nc.Flush(); err != nil {
+	if err := j.flush(); err != nil {
 		return err
 	}
-	return j.stop(time.Since(time.Unix(0, j.began.Load())))
+	if err := j.stop(j.elapsed()); err != nil || j.seen == nil || !j.all {
+		return err
+	}
+	return j.finishRepeats()
+}
+
+// elapsed is the time since the first message.
+func (j *job) elapsed() time.Duration { return time.Since(time.Unix(0, j.began.Load())) }
+
+// flush tries again where a connection may be lost.
+func (j *job) flush() error {
+	for {
+		err := j.nc.Flush()
+		if err == nil || j.seen == nil || j.ctx.Err() != nil {
+			return err
+		}
+		time.Sleep(pollEvery)
+	}
+}
+
+// finishRepeats lets the peer handle what comes again since its ack was lost.
+func (j *job) finishRepeats() error {
+	for {
+		switch pending, err := j.ackPending(); {
+		case j.ctx.Err() != nil:
+			return fmt.Errorf("%d messages wait for an ack: %w", pending, context.Cause(j.ctx))
+		case err == nil && pending == 0:
+			j.result.Repeats, j.result.Settled = j.repeats.Load(), j.elapsed()
+			return nil
+		}
+		time.Sleep(pollEvery)
+	}
+}
+
+// ackPending counts what the consumers of the stream have not settled.
+func (j *job) ackPending() (pending int, err error) {
+	ctx, cancel := context.WithTimeout(j.ctx, 5*time.Second) // the answer may be lost
+	defer cancel()
+	st, err := j.js.Stream(ctx, benchStream)
+	if err != nil {
+		return 0, err
+	}
+	consumers := st.ListConsumers(ctx)
+	for info := range consumers.Info() {
+		pending += info.NumAckPending
+	}
+	return pending, consumers.Err()
 }
 
 // stop takes the figure of a run that took its own time.
@@ -170,14 +245,14 @@ func (j *job) stop(elapsed time.Duration) error {
 // settled checks that the run did its work, and leaves the stream as it was:
 // when all of the stream was consumed, nothing waits for an ack, nothing came
 // twice, and the last ack arrives without help.
-func (j *job) settled(all bool) error {
+func (j *job) settled() error {
 	st, err := j.js.Stream(j.ctx, benchStream)
 	if err != nil {
 		return err
 	}
 	names := st.ConsumerNames(j.ctx)
 	for name := range names.Name() {
-		for all {
+		for j.all {
 			c, err := st.Consumer(j.ctx, name)
 			if err != nil {
 				return err
@@ -189,7 +264,7 @@ func (j *job) settled(all bool) error {
 			if info.NumAckPending == 0 {
 				break
 			}
-			time.Sleep(10 * time.Millisecond)
+			time.Sleep(pollEvery)
 		}
 		if err := st.DeleteConsumer(j.ctx, name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
 			return err

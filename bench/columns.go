@@ -31,6 +31,11 @@ var (
 		value("p99 ms", "%.2f", figure.p99Millis),
 		ratio("p99 ratio", figure.p99Millis),
 	})
+	drainColumns = slices.Concat(rateColumns, []column{
+		value("settled s", "%.2f", figure.settledSeconds),
+		most("repeats", "%.0f", func(f figure) float64 { return float64(f.Repeats) }),
+		most("slow consumers", "%.0f", func(f figure) float64 { return float64(f.SlowConsumers) }),
+	})
 )
 
 // value is the median over the rounds.
@@ -65,6 +70,8 @@ func (f figure) rssMB() float64         { return float64(f.MaxRSS) / 1e6 }
 func (f figure) othersPercent() float64 { return 100 * f.Others }
 func (f figure) p50Millis() float64     { return micros(f.P50) / 1000 }
 func (f figure) p99Millis() float64     { return micros(f.P99) / 1000 }
+
+func (f figure) settledSeconds() float64 { return f.Settled.Seconds() }
 
 func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
 

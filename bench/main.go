@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"regexp"
@@ -66,7 +67,7 @@ func measure() error {
 		if !sectionRE.MatchString(s.name) {
 			continue
 		}
-		o := order{Section: i, N: max(int(s.share*float64(*n)), 1), CPUProfile: *cpuProfile, MemProfile: *memProfile}
+		o := order{Section: i, N: max(int(math.Round(s.share*float64(*n))), 1), CPUProfile: *cpuProfile, MemProfile: *memProfile}
 		results, err := s.measure(o, *rounds, *calm, peerRE)
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)

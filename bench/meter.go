@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"runtime"
@@ -15,24 +16,25 @@ import (
 // A meter reads what a run costs client and server.
 type meter struct {
 	at             time.Time
-	client, server time.Duration
-	machine        time.Duration // of all processes
+	client         time.Duration // of CPU
+	server         serverState
+	machine        time.Duration // of CPU, of all processes
 	mallocs, bytes uint64
 }
 
 func readMeter(nc *nats.Conn) (meter, error) {
-	answer, err := nc.Request(cpuSubject, nil, time.Minute)
+	answer, err := nc.Request(stateSubject, nil, time.Minute)
 	if err != nil {
-		return meter{}, fmt.Errorf("CPU time of the server: %w", err)
+		return meter{}, fmt.Errorf("state of the server: %w", err)
 	}
-	ns, err := strconv.ParseInt(string(answer.Data), 10, 64)
-	if err != nil {
+	var server serverState
+	if err := json.Unmarshal(answer.Data, &server); err != nil {
 		return meter{}, err
 	}
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
 	return meter{
-		at: time.Now(), client: cpuTime(), server: time.Duration(ns),
+		at: time.Now(), client: cpuTime(), server: server,
 		machine: machineTime(), mallocs: mem.Mallocs, bytes: mem.TotalAlloc,
 	}, nil
 }
@@ -47,10 +49,12 @@ func (m *meter) stop(nc *nats.Conn) (figure, error) {
 	end, err := readMeter(nc)
 	f := figure{
 		ClientCPU: end.client - m.client,
-		ServerCPU: end.server - m.server,
+		ServerCPU: end.server.CPU - m.server.CPU,
 		Mallocs:   end.mallocs - m.mallocs,
 		Bytes:     end.bytes - m.bytes,
 		MaxRSS:    maxRSS(),
+
+		SlowConsumers: end.server.SlowConsumers - m.server.SlowConsumers,
 	}
 	others := end.machine - m.machine - f.ClientCPU - f.ServerCPU
 	f.Others = max(share(others, end.at.Sub(m.at)), 0)

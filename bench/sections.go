@@ -25,6 +25,7 @@ type work int
 
 const (
 	consuming      work = iota // the stream holds the messages; each run settles all
+	draining                   // the same, but a message may come again and a connection may be lost
 	reading                    // the stream holds the messages; a run leaves them
 	publishing                 // each run stores the messages
 	fastPublishing             // the same, in a stream that allows batch ingest
@@ -41,6 +42,10 @@ type peer struct {
 var sections = []section{
 	{name: "consume-128B", title: "Consuming, handler does nothing, 128 B", share: 1, size: 128, peers: consumers},
 	{name: "consume-1KiB", title: "Consuming, handler does nothing, 1 KiB", share: 1, size: 1024, peers: consumers},
+	{name: "consume-10KiB", title: "Consuming, handler does nothing, 10 KiB", share: 0.1, size: 10 << 10, does: draining, columns: drainColumns, peers: consumers},
+	{name: "consume-100KiB", title: "Consuming, handler does nothing, 100 KiB", share: 0.02, size: 100 << 10, does: draining, columns: drainColumns, peers: consumers},
+	{name: "backlog-10KiB", title: "A backlog of 10 KiB, one route, default settings", share: 0.24576, size: 10 << 10, does: draining, columns: drainColumns, peers: backlogs(1)},
+	{name: "backlog-10KiB-2", title: "A backlog of 10 KiB, two routes, default settings", share: 0.24576, size: 10 << 10, does: draining, columns: drainColumns, peers: backlogs(2)},
 	{name: "consume-sleep", title: "Consuming, handler sleeps 1 ms, 64 workers", share: 0.25, size: 128, sleep: time.Millisecond, peers: sleepers},
 	{name: "publish-sync", title: "Publishing one at a time, 128 B", share: 0.05, size: 128, does: publishing, peers: []peer{
 		{name: "nats.go Publish", run: publishSync},
@@ -90,6 +95,14 @@ var consumers = []peer{
 	{name: "watermill-nats jetstream, async acks", run: watermillJetStream(true), share: 0.5},
 	{name: "watermill-nats nats, async acks", run: watermillNATS(true), share: 0.5},
 	{name: "watermill-nats jetstream, its default", run: watermillJetStream(false), share: 0.03},
+}
+
+// backlogs have each of so many durables handle all of the stream.
+func backlogs(routes int) []peer {
+	return []peer{
+		{name: "nats.go Consume, defaults", run: backlog(consumeRoutes, routes)},
+		{name: natsxPrefix + ", defaults", run: backlog(natsxRoutes, routes)},
+	}
 }
 
 var sleepers = []peer{
