@@ -60,8 +60,9 @@ type job struct {
 	seen    [][]atomic.Bool // by route and number; nil when each message must come once
 	repeats atomic.Int64
 
-	meter  meter
-	result figure
+	helpers []*helper
+	before  usage // when the measured time began
+	result  figure
 }
 
 // runClient is the client process: it runs one figure and prints it.
@@ -112,7 +113,7 @@ func runClient(arg string) (err error) {
 			err = errors.Join(err, file.Close())
 		}()
 	}
-	if err := p.run(j); err != nil {
+	if err := j.besideBurners(s.burners, p.run); err != nil {
 		return err
 	}
 	if isNatsx && o.MemProfile != "" {
@@ -147,7 +148,10 @@ func writeAllocs(name string) error {
 
 // start begins to measure what the run costs. The clock itself starts with the
 // first message, which keeps a peer's set-up out of its rate.
-func (j *job) start() error { return j.meter.start(j.nc) }
+func (j *job) start() (err error) {
+	j.before, err = j.read()
+	return err
+}
 
 // handle is the handler of every consuming peer.
 func (j *job) handle(data []byte) { j.handleRoute(0, data) }
@@ -232,10 +236,11 @@ func (j *job) ackPending() (pending int, err error) {
 
 // stop takes the figure of a run that took its own time.
 func (j *job) stop(elapsed time.Duration) error {
-	f, err := j.meter.stop(j.nc)
+	end, err := j.read()
 	if err != nil {
 		return err
 	}
+	f := end.since(j.before)
 	f.N, f.Elapsed = j.n, elapsed
 	f.P50, f.P99 = j.result.P50, j.result.P99
 	j.result = f

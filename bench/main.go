@@ -25,6 +25,8 @@ func main() {
 		err = serve(os.Args[2])
 	case len(os.Args) == 3 && os.Args[1] == "client":
 		err = runClient(os.Args[2])
+	case len(os.Args) == 3 && os.Args[1] == "helper":
+		err = runHelper(os.Args[2])
 	default:
 		err = measure()
 	}

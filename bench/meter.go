@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -9,56 +10,52 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/nats-io/nats.go"
 )
 
-// A meter reads what a run costs client and server.
-type meter struct {
+// A usage is what was used until one moment.
+type usage struct {
 	at             time.Time
-	client         time.Duration // of CPU
+	client         time.Duration // of CPU, as the next ones
+	helpers        time.Duration
+	machine        time.Duration // of all processes
 	server         serverState
-	machine        time.Duration // of CPU, of all processes
 	mallocs, bytes uint64
 }
 
-func readMeter(nc *nats.Conn) (meter, error) {
-	answer, err := nc.Request(stateSubject, nil, time.Minute)
+func (j *job) read() (usage, error) {
+	answer, err := j.nc.Request(stateSubject, nil, time.Minute)
 	if err != nil {
-		return meter{}, fmt.Errorf("state of the server: %w", err)
+		return usage{}, fmt.Errorf("state of the server: %w", err)
 	}
 	var server serverState
 	if err := json.Unmarshal(answer.Data, &server); err != nil {
-		return meter{}, err
+		return usage{}, err
 	}
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
-	return meter{
-		at: time.Now(), client: cpuTime(), server: server,
-		machine: machineTime(), mallocs: mem.Mallocs, bytes: mem.TotalAlloc,
-	}, nil
-}
-
-func (m *meter) start(nc *nats.Conn) error {
-	var err error
-	*m, err = readMeter(nc)
-	return err
-}
-
-func (m *meter) stop(nc *nats.Conn) (figure, error) {
-	end, err := readMeter(nc)
-	f := figure{
-		ClientCPU: end.client - m.client,
-		ServerCPU: end.server.CPU - m.server.CPU,
-		Mallocs:   end.mallocs - m.mallocs,
-		Bytes:     end.bytes - m.bytes,
-		MaxRSS:    maxRSS(),
-
-		SlowConsumers: end.server.SlowConsumers - m.server.SlowConsumers,
+	u := usage{
+		at: time.Now(), client: cpuTime(), machine: machineTime(),
+		server: server, mallocs: mem.Mallocs, bytes: mem.TotalAlloc,
 	}
-	others := end.machine - m.machine - f.ClientCPU - f.ServerCPU
-	f.Others = max(share(others, end.at.Sub(m.at)), 0)
-	return f, err
+	for _, h := range j.helpers {
+		u.helpers += processTime(h.cmd.Process.Pid)
+	}
+	return u, nil
+}
+
+// since is what was used after an earlier moment.
+func (u usage) since(before usage) figure {
+	f := figure{
+		ClientCPU:     u.client - before.client,
+		ServerCPU:     u.server.CPU - before.server.CPU,
+		SlowConsumers: u.server.SlowConsumers - before.server.SlowConsumers,
+		Mallocs:       u.mallocs - before.mallocs,
+		Bytes:         u.bytes - before.bytes,
+		MaxRSS:        maxRSS(),
+	}
+	others := u.machine - before.machine - f.ClientCPU - f.ServerCPU - (u.helpers - before.helpers)
+	f.Others = max(share(others, u.at.Sub(before.at)), 0)
+	return f
 }
 
 // share is what part of the machine's cores a CPU time is.
@@ -86,6 +83,23 @@ func machineTime() time.Duration {
 		ticks += n
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond
+}
+
+// processTime is the CPU time that a process has used, in steps of 10 ms, and 0 where
+// the system does not tell.
+func processTime(pid int) time.Duration {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	// pid (command) state, 10 more, utime stime
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 13 {
+		return 0
+	}
+	user, _ := strconv.ParseInt(fields[11], 10, 64)
+	system, _ := strconv.ParseInt(fields[12], 10, 64)
+	return time.Duration(user+system) * 10 * time.Millisecond
 }
 
 // maxRSS is the most memory in bytes that this process has had resident, and 0 where

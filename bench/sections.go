@@ -17,6 +17,7 @@ type section struct {
 	peers []peer        // ratios are to the first
 
 	columns []column // rateColumns when there are none
+	burners int      // goroutines of another process that burn CPU meanwhile
 }
 
 // work is what the runs of a section do with the stream: what it must hold
@@ -47,6 +48,8 @@ var sections = []section{
 	{name: "backlog-10KiB", title: "A backlog of 10 KiB, one route, default settings", share: 0.24576, size: 10 << 10, does: draining, columns: drainColumns, peers: backlogs(1)},
 	{name: "backlog-10KiB-2", title: "A backlog of 10 KiB, two routes, default settings", share: 0.24576, size: 10 << 10, does: draining, columns: drainColumns, peers: backlogs(2)},
 	{name: "consume-sleep", title: "Consuming, handler sleeps 1 ms, 64 workers", share: 0.25, size: 128, sleep: time.Millisecond, peers: sleepers},
+	{name: "busy-1", title: "Consuming, handler does nothing, 128 B, beside 1 goroutine that burns CPU", share: 1, size: 128, burners: 1, peers: besides},
+	{name: "busy-2", title: "Consuming, handler does nothing, 128 B, beside 2 goroutines that burn CPU", share: 1, size: 128, burners: 2, peers: besides},
 	{name: "publish-sync", title: "Publishing one at a time, 128 B", share: 0.05, size: 128, does: publishing, peers: []peer{
 		{name: "nats.go Publish", run: publishSync},
 		{name: "Publish with a message id", run: publishSyncID},
@@ -107,6 +110,13 @@ func backlogs(routes int) []peer {
 
 var sleepers = []peer{
 	{name: "hand-written pull, 64 workers", run: pullPool},
+	{name: natsxPrefix + ", Retry, DLQ, 64 workers", run: natsxConsume},
+}
+
+// besides are for a machine that is busy with other things.
+var besides = []peer{
+	{name: "hand-written pull, 64 workers", run: pullPool},
+	{name: "nats.go Consume, defaults", run: consumeDefaults},
 	{name: natsxPrefix + ", Retry, DLQ, 64 workers", run: natsxConsume},
 }
 
