@@ -39,6 +39,7 @@ type figure struct {
 	Settled       time.Duration // from the first message handled until none waits for an ack
 	Repeats       int64         // messages handled again
 	SlowConsumers int64         // connections that the server closed since they fell behind
+	Waited        float64       // share of its time that the publisher waited for the client
 }
 
 // A job is a run in progress: what a peer is given to do its work with.
@@ -153,17 +154,18 @@ func (j *job) start() (err error) {
 	return err
 }
 
-// handle is the handler of every consuming peer.
-func (j *job) handle(data []byte) { j.handleRoute(0, data) }
+// handle is the handler of every consuming peer. It returns which of the messages it
+// was, or 0 for one that came again.
+func (j *job) handle(data []byte) int64 { return j.handleRoute(0, data) }
 
 // handleRoute is the handler of a peer that has several consumers of the stream.
-func (j *job) handleRoute(route int, data []byte) {
+func (j *job) handleRoute(route int, data []byte) int64 {
 	if j.sleep > 0 {
 		time.Sleep(j.sleep)
 	}
 	if j.seen != nil && !j.seen[route][binary.BigEndian.Uint64(data)].CompareAndSwap(false, true) {
 		j.repeats.Add(1)
-		return
+		return 0
 	}
 	count := j.count.Add(1)
 	if count == 1 {
@@ -172,6 +174,7 @@ func (j *job) handleRoute(route int, data []byte) {
 	if count == int64(j.n) {
 		close(j.done)
 	}
+	return count
 }
 
 // finish waits for the n-th message, has the server read the last settlement,

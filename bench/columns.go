@@ -31,6 +31,7 @@ var (
 		value("p99 ms", "%.2f", figure.p99Millis),
 		ratio("p99 ratio", figure.p99Millis),
 	})
+	coreColumns  = slices.Concat(rateColumns, []column{value("waiting", "%.0f %%", figure.waitedPercent)})
 	drainColumns = slices.Concat(rateColumns, []column{
 		value("settled s", "%.2f", figure.settledSeconds),
 		most("repeats", "%.0f", func(f figure) float64 { return float64(f.Repeats) }),
@@ -72,6 +73,8 @@ func (f figure) p50Millis() float64     { return micros(f.P50) / 1000 }
 func (f figure) p99Millis() float64     { return micros(f.P99) / 1000 }
 
 func (f figure) settledSeconds() float64 { return f.Settled.Seconds() }
+
+func (f figure) waitedPercent() float64 { return 100 * f.Waited }
 
 func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
 

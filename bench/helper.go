@@ -19,7 +19,10 @@ type task struct {
 
 // helperKinds are what helpers do until stop is closed; they return what to tell the
 // client.
-var helperKinds = map[string]func(t task, stop <-chan struct{}) (any, error){"burn": burn}
+var helperKinds = map[string]func(t task, stop <-chan struct{}) (any, error){
+	"burn":         burn,
+	"publish-core": publishCore,
+}
 
 // runHelper is the helper process, which ends when its standard input closes.
 func runHelper(arg string) error {

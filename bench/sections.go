@@ -30,7 +30,7 @@ const (
 	reading                    // the stream holds the messages; a run leaves them
 	publishing                 // each run stores the messages
 	fastPublishing             // the same, in a stream that allows batch ingest
-	requesting                 // there is no stream
+	passing                    // the stream is not used
 )
 
 // A peer is one way to do the job of a section.
@@ -70,17 +70,22 @@ var sections = []section{
 		{name: "orbit.go fast ingest, defaults", run: fastIngest(0, 0)},
 		{name: "orbit.go fast ingest, flow 1,000 x 4", run: fastIngest(1000, 4)},
 	}},
-	{name: "request-1", title: "Request-reply, 1 requester, 128 B", share: 0.05, size: 128, does: requesting, columns: requestColumns, peers: []peer{
+	{name: "request-1", title: "Request-reply, 1 requester, 128 B", share: 0.05, size: 128, does: passing, columns: requestColumns, peers: []peer{
 		{name: "nats.go Request, micro", run: microRequests(1)},
 		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(1, natsRequester)},
 		{name: natsxPrefix + " Reply and Request", run: natsxRequests(1, natsxRequester)},
 		{name: natsxPrefix + " Reply and Request, deadline told", run: natsxRequests(1, natsxDeadlineRequester)},
 	}},
-	{name: "request-64", title: "Request-reply, 64 requesters, 128 B", share: 0.5, size: 128, does: requesting, columns: requestColumns, peers: []peer{
+	{name: "request-64", title: "Request-reply, 64 requesters, 128 B", share: 0.5, size: 128, does: passing, columns: requestColumns, peers: []peer{
 		{name: "nats.go Request, micro", run: microRequests(64)},
 		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(64, natsRequester)},
 		{name: natsxPrefix + " Reply and Request", run: natsxRequests(64, natsxRequester)},
 		{name: natsxPrefix + " Reply and Request, deadline told", run: natsxRequests(64, natsxDeadlineRequester)},
+	}},
+	{name: "core", title: "Core subscription, handler does nothing, 128 B", share: 10, size: 128, does: passing, columns: coreColumns, peers: []peer{
+		{name: "nats.go Subscribe", run: coreRun(coreSubscribe)},
+		{name: "the same with 64 workers", run: coreRun(coreSubscribePool)},
+		{name: natsxPrefix + ", 64 workers", run: coreRun(natsxCore)},
 	}},
 	{name: "replay", title: "Reading a stream in order, as fast as possible, 128 B", share: 1, size: 128, does: reading, peers: []peer{
 		{name: "nats.go ordered consumer", run: orderedConsumer},
