@@ -39,20 +39,26 @@ type figure struct {
 	Settled       time.Duration // from the first message handled until none waits for an ack
 	Repeats       int64         // messages handled again
 	SlowConsumers int64         // connections that the server closed since they fell behind
-	Waited        float64       // share of its time that the publisher waited for the client
+	Goroutines    int           // that the peer added
+	Heap          uint64        // bytes in use after a collection
+	IdleClient    float64       // CPU time of the client in the window, in cores
+	IdleServer    float64
+	Pulls         int     // requests for messages
+	Waited        float64 // share of its time that the publisher waited for the client
 }
 
 // A job is a run in progress: what a peer is given to do its work with.
 type job struct {
-	ctx   context.Context
-	fail  context.CancelCauseFunc // ends ctx
-	nc    *nats.Conn
-	js    jetstream.JetStream
-	url   string
-	n     int  // messages to handle
-	all   bool // of the stream
-	size  int
-	sleep time.Duration
+	ctx    context.Context
+	fail   context.CancelCauseFunc // ends ctx
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	url    string
+	n      int  // messages to handle
+	all    bool // of the stream
+	size   int
+	sleep  time.Duration
+	window time.Duration
 
 	count atomic.Int64
 	began atomic.Int64  // Unix nanoseconds of the first message
@@ -93,7 +99,7 @@ func runClient(arg string) (err error) {
 	}
 	j := &job{
 		ctx: ctx, fail: fail, nc: nc, js: js, url: o.URL,
-		n: o.N, all: p.share == 0, size: s.size, sleep: s.sleep, done: make(chan struct{}),
+		n: o.N, all: p.share == 0, size: s.size, sleep: s.sleep, window: o.Window, done: make(chan struct{}),
 	}
 	if !j.all {
 		j.n = max(int(p.share*float64(o.N)), 1)
@@ -125,6 +131,8 @@ func runClient(arg string) (err error) {
 	switch s.does {
 	case consuming, draining:
 		err = j.settled()
+	case trickling:
+		err = j.emptied()
 	case publishing, fastPublishing:
 		err = j.stored()
 	}
@@ -279,6 +287,33 @@ func (j *job) settled() error {
 		}
 	}
 	return names.Err()
+}
+
+// emptied checks that the run settled what was published, and makes the stream anew,
+// without messages and consumers.
+func (j *job) emptied() error {
+	for {
+		pending, err := j.ackPending()
+		if err != nil {
+			return err
+		}
+		if got := j.count.Load(); got > int64(j.n) {
+			return fmt.Errorf("handled %d messages, of which %d were published", got, j.n)
+		}
+		if pending == 0 {
+			break
+		}
+		time.Sleep(pollEvery)
+	}
+	st, err := j.js.Stream(j.ctx, benchStream)
+	if err != nil {
+		return err
+	}
+	if err := j.js.DeleteStream(j.ctx, benchStream); err != nil {
+		return err
+	}
+	_, err = j.js.CreateStream(j.ctx, st.CachedInfo().Config)
+	return err
 }
 
 // stored checks that the run stored its messages, once each, and removes them.

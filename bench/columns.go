@@ -31,7 +31,31 @@ var (
 		value("p99 ms", "%.2f", figure.p99Millis),
 		ratio("p99 ratio", figure.p99Millis),
 	})
-	coreColumns  = slices.Concat(rateColumns, []column{value("waiting", "%.0f %%", figure.waitedPercent)})
+	coreColumns = slices.Concat(rateColumns, []column{value("waiting", "%.0f %%", figure.waitedPercent)})
+	idleColumns = []column{
+		value("ready s", "%.2f", figure.seconds),
+		ratio("ratio", figure.seconds),
+		spread(figure.seconds),
+		value("goroutines", "%.2f", figure.goroutines),
+		value("heap MB", "%.1f", func(f figure) float64 { return float64(f.Heap) / 1e6 }),
+		value("RSS MB", "%.0f", figure.rssMB),
+		value("idle client %", "%.2f", func(f figure) float64 { return 100 * f.IdleClient }),
+		value("idle server %", "%.2f", func(f figure) float64 { return 100 * f.IdleServer }),
+		most("others", "%.0f %%", figure.othersPercent),
+	}
+	trickleColumns = []column{
+		value("per s", "%.0f", figure.rate),
+		value("pulls", "%.3f", func(f figure) float64 { return float64(f.Pulls) / float64(f.N) }),
+		value("server µs", "%.2f", figure.serverMicros),
+		ratio("ratio", figure.serverMicros),
+		spread(figure.serverMicros),
+		value("client µs", "%.2f", figure.clientMicros),
+		ratio("ratio", figure.clientMicros),
+		value("allocs", "%.1f", figure.allocs),
+		value("bytes", "%.0f", figure.bytes),
+		value("RSS MB", "%.0f", figure.rssMB),
+		most("others", "%.0f %%", figure.othersPercent),
+	}
 	drainColumns = slices.Concat(rateColumns, []column{
 		value("settled s", "%.2f", figure.settledSeconds),
 		most("repeats", "%.0f", func(f figure) float64 { return float64(f.Repeats) }),
@@ -72,6 +96,8 @@ func (f figure) othersPercent() float64 { return 100 * f.Others }
 func (f figure) p50Millis() float64     { return micros(f.P50) / 1000 }
 func (f figure) p99Millis() float64     { return micros(f.P99) / 1000 }
 
+func (f figure) seconds() float64        { return f.Elapsed.Seconds() }
+func (f figure) goroutines() float64     { return float64(f.Goroutines) / float64(f.N) }
 func (f figure) settledSeconds() float64 { return f.Settled.Seconds() }
 
 func (f figure) waitedPercent() float64 { return 100 * f.Waited }

@@ -22,6 +22,7 @@ type task struct {
 var helperKinds = map[string]func(t task, stop <-chan struct{}) (any, error){
 	"burn":         burn,
 	"publish-core": publishCore,
+	"trickle":      publishTrickle,
 }
 
 // runHelper is the helper process, which ends when its standard input closes.

@@ -18,6 +18,9 @@ import (
 // calmLimit is how long -calm waits for each figure.
 const calmLimit = 10 * time.Minute
 
+// standardN is -n unless it is said, for which the sections' shares are made.
+const standardN = 200_000
+
 func main() {
 	var err error
 	switch {
@@ -38,7 +41,7 @@ func main() {
 
 func measure() error {
 	rounds := flag.Int("rounds", 7, "rounds of each section; every peer runs once in each")
-	n := flag.Int("n", 200_000, "messages of one run; slow jobs take a fixed share of it")
+	n := flag.Int("n", standardN, "messages of one run; slow jobs take a fixed share of it")
 	match := flag.String("run", "", "regular expression that chooses `sections` by name")
 	only := flag.String("peers", "", "regular expression that chooses `peers` by name; the first of a section always runs")
 	quick := flag.Bool("quick", false, "one round of 2,000 messages, to see that everything works")
@@ -69,7 +72,11 @@ func measure() error {
 		if !sectionRE.MatchString(s.name) {
 			continue
 		}
-		o := order{Section: i, N: max(int(math.Round(s.share*float64(*n))), 1), CPUProfile: *cpuProfile, MemProfile: *memProfile}
+		o := order{
+			Section: i, N: max(int(math.Round(s.share*float64(*n))), 1),
+			Window:     time.Duration(float64(s.window) * float64(*n) / standardN),
+			CPUProfile: *cpuProfile, MemProfile: *memProfile,
+		}
 		results, err := s.measure(o, *rounds, *calm, peerRE)
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
@@ -113,6 +120,7 @@ func (s section) measure(o order, rounds int, calm float64, only *regexp.Regexp)
 type order struct {
 	URL                    string
 	Section, Peer, N       int
+	Window                 time.Duration
 	CPUProfile, MemProfile string
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"os"
@@ -14,7 +15,7 @@ func report(w io.Writer, s section, n int, results [][]figure) {
 	if columns == nil {
 		columns = rateColumns
 	}
-	fmt.Fprintf(w, "\n### %s (`%s`, %s messages, load %s)\n\n", s.title, s.name, grouped(n), loadAverage())
+	fmt.Fprintf(w, "\n### %s (`%s`, %s %s, load %s)\n\n", s.title, s.name, grouped(n), cmp.Or(s.unit, "messages"), loadAverage())
 	head := []string{""}
 	for _, c := range columns {
 		head = append(head, c.head)

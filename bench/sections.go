@@ -3,6 +3,8 @@ package main
 import (
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"github.com/natsx/natsx"
 )
 
@@ -11,13 +13,16 @@ type section struct {
 	name  string  // what -run matches
 	title string  // what the table is headed with
 	share float64 // of -n: the messages of one run
+	unit  string  // of the share, if not messages
 	size  int     // of a message in bytes
 	does  work
 	sleep time.Duration // of the handler
 	peers []peer        // ratios are to the first
 
-	columns []column // rateColumns when there are none
-	burners int      // goroutines of another process that burn CPU meanwhile
+	columns []column              // rateColumns when there are none
+	burners int                   // goroutines of another process that burn CPU meanwhile
+	window  time.Duration         // that an idle run is watched for
+	storage jetstream.StorageType // of the stream
 }
 
 // work is what the runs of a section do with the stream: what it must hold
@@ -30,6 +35,7 @@ const (
 	reading                    // the stream holds the messages; a run leaves them
 	publishing                 // each run stores the messages
 	fastPublishing             // the same, in a stream that allows batch ingest
+	trickling                  // the stream is empty and takes routeSubjects; each run settles what it publishes
 	passing                    // the stream is not used
 )
 
@@ -50,6 +56,12 @@ var sections = []section{
 	{name: "consume-sleep", title: "Consuming, handler sleeps 1 ms, 64 workers", share: 0.25, size: 128, sleep: time.Millisecond, peers: sleepers},
 	{name: "busy-1", title: "Consuming, handler does nothing, 128 B, beside 1 goroutine that burns CPU", share: 1, size: 128, burners: 1, peers: besides},
 	{name: "busy-2", title: "Consuming, handler does nothing, 128 B, beside 2 goroutines that burn CPU", share: 1, size: 128, burners: 2, peers: besides},
+	{name: "idle", title: "Durable routes without messages, on one connection", share: 0.005, unit: "routes", does: trickling, window: 20 * time.Second, columns: idleColumns, peers: []peer{
+		{name: "nats.go Consume, defaults", run: idle(consumeRoutes)},
+		{name: natsxPrefix + ", defaults", run: idle(natsxRoutes)},
+	}},
+	{name: "trickle", title: "200 durable routes with 400 messages a second together, 128 B", share: 0.02, size: 128, does: trickling, columns: trickleColumns, peers: tricklers},
+	{name: "trickle-memory", title: "200 durable routes with 400 messages a second together, 128 B, memory storage", share: 0.02, size: 128, does: trickling, storage: jetstream.MemoryStorage, columns: trickleColumns, peers: tricklers},
 	{name: "publish-sync", title: "Publishing one at a time, 128 B", share: 0.05, size: 128, does: publishing, peers: []peer{
 		{name: "nats.go Publish", run: publishSync},
 		{name: "Publish with a message id", run: publishSyncID},
@@ -111,6 +123,11 @@ func backlogs(routes int) []peer {
 		{name: "nats.go Consume, defaults", run: backlog(consumeRoutes, routes)},
 		{name: natsxPrefix + ", defaults", run: backlog(natsxRoutes, routes)},
 	}
+}
+
+var tricklers = []peer{
+	{name: "nats.go Consume, defaults", run: trickle(consumeRoutes)},
+	{name: natsxPrefix + ", defaults", run: trickle(natsxRoutes)},
 }
 
 var sleepers = []peer{

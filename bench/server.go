@@ -130,14 +130,18 @@ func prepare(url string, s section, n int) error {
 		return err
 	}
 	defer nc.Close()
-	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(min(asyncPending, pendingBytes/s.size)))
+	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(min(asyncPending, pendingBytes/max(s.size, 1))))
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeLimit)
 	defer cancel()
+	subjects := []string{benchSubject}
+	if s.does == trickling {
+		subjects = []string{routeSubjects}
+	}
 	for _, cfg := range []jetstream.StreamConfig{
-		{Name: benchStream, Subjects: []string{benchSubject}, AllowBatchPublish: s.does == fastPublishing},
+		{Name: benchStream, Subjects: subjects, Storage: s.storage, AllowBatchPublish: s.does == fastPublishing},
 		{Name: dlqStream, Subjects: []string{dlqSubject}, Discard: jetstream.DiscardNew},
 	} {
 		if _, err := js.CreateStream(ctx, cfg); err != nil {
