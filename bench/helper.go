@@ -17,8 +17,7 @@ type task struct {
 	N, Size int
 }
 
-// helperKinds are what helpers do until stop is closed; they return what to tell the
-// client.
+// helperKinds are what helpers do until stop is closed; they return their report.
 var helperKinds = map[string]func(t task, stop <-chan struct{}) (any, error){
 	"burn":         burn,
 	"publish-core": publishCore,
@@ -36,11 +35,11 @@ func runHelper(arg string) error {
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		close(stop)
 	}()
-	told, err := helperKinds[t.Kind](t, stop)
+	report, err := helperKinds[t.Kind](t, stop)
 	if err != nil {
 		return err
 	}
-	return json.NewEncoder(os.Stdout).Encode(told)
+	return json.NewEncoder(os.Stdout).Encode(report)
 }
 
 // A helper is a process beside the client, which does what must not count as the
@@ -82,13 +81,13 @@ func (j *job) startHelper(t task) (*helper, error) {
 	return h, nil
 }
 
-// stop ends the helper and reads what it tells, if anything.
-func (h *helper) stop(told any) error {
-	_ = h.stdin.Close() // fails when the helper has ended, which the next line tells
-	if err := <-h.ended; err != nil || told == nil {
+// stop ends the helper and decodes its report, unless that is nil.
+func (h *helper) stop(report any) error {
+	_ = h.stdin.Close() // fails when the helper has ended, as the next line finds
+	if err := <-h.ended; err != nil || report == nil {
 		return err
 	}
-	return json.Unmarshal(h.stdout.Bytes(), told)
+	return json.Unmarshal(h.stdout.Bytes(), report)
 }
 
 // besideBurners calls fn while another process keeps so many cores busy.

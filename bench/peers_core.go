@@ -14,11 +14,11 @@ import (
 
 const (
 	coreSubject = "core.msg"
-	// coreHandled is where the client says that coreStep more messages were handled.
+	// coreHandled receives a message whenever coreStep more messages were handled.
 	coreHandled = "core.handled"
 	coreStep    = 1_024
-	// coreLead is how many messages are on their way at most: less than any buffer
-	// holds, so that none is dropped.
+	// coreLead is how many messages are on their way at most: far below the pending
+	// limits of client and server, so that none is dropped.
 	coreLead = 16 * coreStep
 	// corePatience is how long the publisher waits for a step.
 	corePatience = 20 * time.Second
@@ -27,7 +27,7 @@ const (
 // A core is a job whose messages another process publishes.
 type core struct {
 	*job
-	handled *nats.Conn // to tell the publisher, beside the peer's own
+	handled *nats.Conn // to the publisher, apart from the peer's own
 }
 
 // coreRun gives run, which subscribes and has the messages published, what it needs.
@@ -107,8 +107,8 @@ func natsxCore(c core) error {
 		}))
 }
 
-// publishCore publishes as fast as the client handles, and tells for what share of
-// its time it waited for the client.
+// publishCore publishes as fast as the client handles, and reports for what share
+// of its time it waited for the client.
 func publishCore(t task, stop <-chan struct{}) (any, error) {
 	nc, err := connect(t.URL)
 	if err != nil {

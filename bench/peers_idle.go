@@ -90,7 +90,7 @@ func trickle(run router) func(*job) error {
 }
 
 // publishTrickle publishes at an even pace to routes in random order, the same in each
-// run, and tells how many pulls there were meanwhile.
+// run, and reports how many pulls there were meanwhile.
 func publishTrickle(t task, stop <-chan struct{}) (any, error) {
 	nc, err := connect(t.URL)
 	if err != nil {
