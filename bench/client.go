@@ -2,13 +2,13 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"runtime"
 	"runtime/pprof"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -24,30 +24,49 @@ const timeLimit = 5 * time.Minute
 // A figure is what one run of one peer measured.
 type figure struct {
 	N         int
-	Elapsed   time.Duration // from the first message handled to the last one settled
+	Elapsed   time.Duration // from the first message handled to the last one settled, or of a start
 	ClientCPU time.Duration
 	ServerCPU time.Duration
-	Mallocs   uint64
+	Mallocs   uint64        // heap objects that the client allocated
+	Bytes     uint64        // heap bytes that the client allocated
+	MaxRSS    int64         // of the client, in bytes
 	P50, P99  time.Duration // of requests
 	Others    float64       // share of the cores that other processes took meanwhile
+
+	Settled       time.Duration // from the first message handled until none waits for an ack
+	Repeats       int64         // messages handled again
+	SlowConsumers int64         // connections that the server closed since they fell behind
+	Goroutines    int           // that the peer added
+	Heap          uint64        // bytes in use after a collection, while idle
+	IdleClient    float64       // cores that the client used while idle
+	IdleServer    float64       // cores that the server used meanwhile
+	Pulls         int           // requests for messages
+	Waited        float64       // share of its time that the publisher waited for the client
 }
 
 // A job is a run in progress: what a peer is given to do its work with.
 type job struct {
-	ctx   context.Context
-	nc    *nats.Conn
-	js    jetstream.JetStream
-	url   string
-	n     int
-	size  int
-	sleep time.Duration
+	ctx    context.Context
+	fail   context.CancelCauseFunc // ends ctx
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	url    string
+	n      int  // messages to handle
+	all    bool // of the stream
+	size   int
+	sleep  time.Duration
+	window time.Duration
 
 	count atomic.Int64
 	began atomic.Int64  // Unix nanoseconds of the first message
 	done  chan struct{} // closed at the n-th message
 
-	meter  meter
-	result figure
+	seen    [][]atomic.Bool // by route and number; nil when each message must come once
+	repeats atomic.Int64
+
+	helpers []*helper
+	before  usage // when the measured time began
+	result  figure
 }
 
 // runClient is the client process: it runs one figure and prints it.
@@ -64,6 +83,8 @@ func runClient(arg string) (err error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeLimit)
 	defer cancel()
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
 	nc, err := connect(o.URL)
 	if err != nil {
 		return err
@@ -73,9 +94,15 @@ func runClient(arg string) (err error) {
 	if err != nil {
 		return err
 	}
-	j := &job{ctx: ctx, nc: nc, js: js, url: o.URL, n: o.N, size: s.size, sleep: s.sleep, done: make(chan struct{})}
-	if p.share > 0 {
+	j := &job{
+		ctx: ctx, fail: fail, nc: nc, js: js, url: o.URL,
+		n: o.N, all: p.share == 0, size: s.size, sleep: s.sleep, window: o.Window, done: make(chan struct{}),
+	}
+	if !j.all {
 		j.n = max(int(p.share*float64(o.N)), 1)
+	}
+	if s.does == draining {
+		j.seen = [][]atomic.Bool{make([]atomic.Bool, o.N)}
 	}
 	if isNatsx && o.CPUProfile != "" {
 		file, err := os.Create(o.CPUProfile)
@@ -90,7 +117,7 @@ func runClient(arg string) (err error) {
 			err = errors.Join(err, file.Close())
 		}()
 	}
-	if err := p.run(j); err != nil {
+	if err := j.besideBurners(s.burners, p.run); err != nil {
 		return err
 	}
 	if isNatsx && o.MemProfile != "" {
@@ -99,8 +126,10 @@ func runClient(arg string) (err error) {
 		}
 	}
 	switch s.does {
-	case consuming:
-		err = j.settled(j.n == o.N)
+	case consuming, draining:
+		err = j.settled()
+	case trickling:
+		err = j.emptied()
 	case publishing, fastPublishing:
 		err = j.stored()
 	}
@@ -125,156 +154,74 @@ func writeAllocs(name string) error {
 
 // start begins to measure what the run costs. The clock itself starts with the
 // first message, which keeps a peer's set-up out of its rate.
-func (j *job) start() error { return j.meter.start(j.nc) }
+func (j *job) start() (err error) {
+	j.before, err = j.read()
+	return err
+}
 
-// handle is the handler of every consuming peer.
-func (j *job) handle() {
+// handle is the handler of every consuming peer. It returns which of the messages it
+// was, or 0 for one that came again.
+func (j *job) handle(data []byte) int64 { return j.handleRoute(0, data) }
+
+// handleRoute is the handler of a peer that has several consumers of the stream.
+func (j *job) handleRoute(route int, data []byte) int64 {
 	if j.sleep > 0 {
 		time.Sleep(j.sleep)
 	}
-	switch j.count.Add(1) {
-	case 1:
+	if j.seen != nil && !j.seen[route][binary.BigEndian.Uint64(data)].CompareAndSwap(false, true) {
+		j.repeats.Add(1)
+		return 0
+	}
+	count := j.count.Add(1)
+	if count == 1 {
 		j.began.Store(time.Now().UnixNano())
-	case int64(j.n):
+	}
+	if count == int64(j.n) {
 		close(j.done)
 	}
+	return count
 }
 
 // finish waits for the n-th message, has the server read the last settlement,
-// and takes the figure. A run of a single message has no duration.
+// and takes the figure.
 func (j *job) finish() error {
 	select {
 	case <-j.done:
 	case <-j.ctx.Done():
-		return fmt.Errorf("%d of %d messages: %w", j.count.Load(), j.n, j.ctx.Err())
+		return fmt.Errorf("%d of %d messages: %w", j.count.Load(), j.n, context.Cause(j.ctx))
 	}
-	if err := j.nc.Flush(); err != nil {
+	if err := j.flush(); err != nil {
 		return err
 	}
-	return j.stop(time.Since(time.Unix(0, j.began.Load())))
+	if err := j.stop(j.elapsed()); err != nil || j.seen == nil || !j.all {
+		return err
+	}
+	return j.finishRepeats()
+}
+
+// elapsed is the time since the first message.
+func (j *job) elapsed() time.Duration { return time.Since(time.Unix(0, j.began.Load())) }
+
+// flush tries again where a connection may be lost.
+func (j *job) flush() error {
+	for {
+		err := j.nc.Flush()
+		if err == nil || j.seen == nil || j.ctx.Err() != nil {
+			return err
+		}
+		time.Sleep(pollEvery)
+	}
 }
 
 // stop takes the figure of a run that took its own time.
 func (j *job) stop(elapsed time.Duration) error {
-	f, err := j.meter.stop(j.nc)
+	end, err := j.read()
 	if err != nil {
 		return err
 	}
+	f := end.since(j.before)
 	f.N, f.Elapsed = j.n, elapsed
 	f.P50, f.P99 = j.result.P50, j.result.P99
 	j.result = f
 	return nil
-}
-
-// settled checks that the run did its work, and leaves the stream as it was:
-// when all of the stream was consumed, nothing waits for an ack, nothing came
-// twice, and the last ack arrives without help.
-func (j *job) settled(all bool) error {
-	st, err := j.js.Stream(j.ctx, benchStream)
-	if err != nil {
-		return err
-	}
-	names := st.ConsumerNames(j.ctx)
-	for name := range names.Name() {
-		for all {
-			c, err := st.Consumer(j.ctx, name)
-			if err != nil {
-				return err
-			}
-			info := c.CachedInfo()
-			if got := j.count.Load(); got != int64(j.n) || info.NumPending > 0 {
-				return fmt.Errorf("handled %d of %d messages, %d never delivered", got, j.n, info.NumPending)
-			}
-			if info.NumAckPending == 0 {
-				break
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-		if err := st.DeleteConsumer(j.ctx, name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
-			return err
-		}
-	}
-	return names.Err()
-}
-
-// stored checks that the run stored its messages, once each, and removes them.
-func (j *job) stored() error {
-	st, err := j.js.Stream(j.ctx, benchStream)
-	if err != nil {
-		return err
-	}
-	if got := st.CachedInfo().State.Msgs; got != uint64(j.n) {
-		return fmt.Errorf("the stream holds %d of %d messages", got, j.n)
-	}
-	return st.Purge(j.ctx)
-}
-
-// A meter reads what a run costs client and server.
-type meter struct {
-	at             time.Time
-	client, server time.Duration
-	machine        time.Duration // of all processes
-	mallocs        uint64
-}
-
-func readMeter(nc *nats.Conn) (meter, error) {
-	answer, err := nc.Request(cpuSubject, nil, time.Minute)
-	if err != nil {
-		return meter{}, fmt.Errorf("CPU time of the server: %w", err)
-	}
-	ns, err := strconv.ParseInt(string(answer.Data), 10, 64)
-	if err != nil {
-		return meter{}, err
-	}
-	var mem runtime.MemStats
-	runtime.ReadMemStats(&mem)
-	return meter{
-		at: time.Now(), client: cpuTime(), server: time.Duration(ns),
-		machine: machineTime(), mallocs: mem.Mallocs,
-	}, nil
-}
-
-func (m *meter) start(nc *nats.Conn) error {
-	var err error
-	*m, err = readMeter(nc)
-	return err
-}
-
-func (m *meter) stop(nc *nats.Conn) (figure, error) {
-	end, err := readMeter(nc)
-	f := figure{
-		ClientCPU: end.client - m.client,
-		ServerCPU: end.server - m.server,
-		Mallocs:   end.mallocs - m.mallocs,
-	}
-	others := end.machine - m.machine - f.ClientCPU - f.ServerCPU
-	f.Others = max(share(others, end.at.Sub(m.at)), 0)
-	return f, err
-}
-
-// share is what part of the machine's cores a CPU time is.
-func share(cpu, elapsed time.Duration) float64 {
-	return float64(cpu) / float64(elapsed) / float64(runtime.NumCPU())
-}
-
-// machineTime is the CPU time that all processes have used since boot, in steps
-// of 10 ms, and 0 where the system does not tell.
-func machineTime() time.Duration {
-	text, err := os.ReadFile("/proc/stat")
-	if err != nil {
-		return 0
-	}
-	line, _, _ := strings.Cut(string(text), "\n")
-	var ticks int64
-	for i, field := range strings.Fields(line) { // cpu user nice system idle iowait irq softirq steal guest guest_nice
-		if i == 0 || i == 4 || i == 5 || i > 8 {
-			continue
-		}
-		n, err := strconv.ParseInt(field, 10, 64)
-		if err != nil {
-			return 0
-		}
-		ticks += n
-	}
-	return time.Duration(ticks) * 10 * time.Millisecond
 }

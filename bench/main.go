@@ -7,110 +7,19 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"regexp"
 	"runtime"
 	"time"
-
-	"github.com/natsx/natsx"
 )
-
-// A section compares peers at one job. Each figure is one run of one peer.
-type section struct {
-	name  string  // what -run matches
-	title string  // what the table is headed with
-	share float64 // of -n: the messages of one run
-	size  int     // of a message in bytes
-	does  work
-	sleep time.Duration // of the handler
-	peers []peer        // ratios are to the first
-}
-
-// work is what the runs of a section do with the stream: what it must hold
-// before, and what is checked after each run.
-type work int
-
-const (
-	consuming      work = iota // the stream holds the messages; each run settles all
-	reading                    // the stream holds the messages; a run leaves them
-	publishing                 // each run stores the messages
-	fastPublishing             // the same, in a stream that allows batch ingest
-	requesting                 // there is no stream
-)
-
-// A peer is one way to do the job of a section.
-type peer struct {
-	name  string
-	share float64 // of the section's messages, for the slow; 0 is all
-	run   func(*job) error
-}
-
-var sections = []section{
-	{name: "consume-128B", title: "Consuming, handler does nothing, 128 B", share: 1, size: 128, peers: consumers},
-	{name: "consume-1KiB", title: "Consuming, handler does nothing, 1 KiB", share: 1, size: 1024, peers: consumers},
-	{name: "consume-sleep", title: "Consuming, handler sleeps 1 ms, 64 workers", share: 0.25, size: 128, sleep: time.Millisecond, peers: sleepers},
-	{name: "publish-sync", title: "Publishing one at a time, 128 B", share: 0.05, size: 128, does: publishing, peers: []peer{
-		{name: "nats.go Publish", run: publishSync},
-		{name: "Publish with a message id", run: publishSyncID},
-		{name: natsxPrefix + " Publish", run: natsxPublish},
-	}},
-	{name: "publish-async", title: "Publishing many at once, 128 B", share: 1, size: 128, does: publishing, peers: []peer{
-		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
-		{name: "the same with message ids", run: publishAsyncID},
-		{name: natsxPrefix + " PublishAll", run: natsxPublishAll()},
-		{name: natsxPrefix + " PublishAll without message ids", run: natsxPublishAll(natsx.WithoutMessageIDs())},
-	}},
-	{name: "publish-fast", title: "Publishing many at once, 128 B, the stream allows batch ingest", share: 1, size: 128, does: fastPublishing, peers: []peer{
-		{name: "nats.go PublishAsync, 4,000 pending", run: publishAsync},
-		{name: natsxPrefix + " PublishAll", run: natsxPublishAll()},
-		{name: natsxPrefix + " PublishAll, WithFastIngest", run: natsxPublishAll(natsx.WithFastIngest())},
-		{name: natsxPrefix + " PublishAll without message ids", run: natsxPublishAll(natsx.WithoutMessageIDs())},
-		{name: natsxPrefix + " PublishAll, WithFastIngest, without message ids", run: natsxPublishAll(natsx.WithFastIngest(), natsx.WithoutMessageIDs())},
-		{name: "orbit.go fast ingest, defaults", run: fastIngest(0, 0)},
-		{name: "orbit.go fast ingest, flow 1,000 x 4", run: fastIngest(1000, 4)},
-	}},
-	{name: "request-1", title: "Request-reply, 1 requester, 128 B", share: 0.05, size: 128, does: requesting, peers: []peer{
-		{name: "nats.go Request, micro", run: microRequests(1)},
-		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(1, natsRequester)},
-		{name: natsxPrefix + " Reply and Request", run: natsxRequests(1, natsxRequester)},
-		{name: natsxPrefix + " Reply and Request, deadline told", run: natsxRequests(1, natsxDeadlineRequester)},
-	}},
-	{name: "request-64", title: "Request-reply, 64 requesters, 128 B", share: 0.5, size: 128, does: requesting, peers: []peer{
-		{name: "nats.go Request, micro", run: microRequests(64)},
-		{name: natsxPrefix + " Reply, nats.go Request", run: natsxRequests(64, natsRequester)},
-		{name: natsxPrefix + " Reply and Request", run: natsxRequests(64, natsxRequester)},
-		{name: natsxPrefix + " Reply and Request, deadline told", run: natsxRequests(64, natsxDeadlineRequester)},
-	}},
-	{name: "replay", title: "Reading a stream in order, as fast as possible, 128 B", share: 1, size: 128, does: reading, peers: []peer{
-		{name: "nats.go ordered consumer", run: orderedConsumer},
-		{name: natsxPrefix + " Replay", run: natsxReplay(">")},
-		{name: natsxPrefix + " Replay, by subject", run: natsxReplay(benchSubject)},
-	}},
-}
-
-var consumers = []peer{
-	{name: "nats.go Consume, defaults", run: consumeDefaults},
-	{name: "Consume, 5,000 pulled, MaxAckPending 20,000", run: consumeDeep},
-	{name: "hand-written pull, 5,000 / 20,000", run: pull},
-	{name: "the same with 64 workers", run: pullPool},
-	{name: natsxPrefix + ", Retry, DLQ, 64 workers", run: natsxConsume},
-	{name: "watermill-nats jetstream, async acks", run: watermillJetStream(true), share: 0.5},
-	{name: "watermill-nats nats, async acks", run: watermillNATS(true), share: 0.5},
-	{name: "watermill-nats jetstream, its default", run: watermillJetStream(false), share: 0.03},
-}
-
-var sleepers = []peer{
-	{name: "hand-written pull, 64 workers", run: pullPool},
-	{name: natsxPrefix + ", Retry, DLQ, 64 workers", run: natsxConsume},
-}
 
 // calmLimit is how long -calm waits for each figure.
 const calmLimit = 10 * time.Minute
 
-// natsxPrefix begins the names of the peers that -cpuprofile and -memprofile
-// are for.
-const natsxPrefix = "natsx"
+// standardN is -n unless it is said, for which the sections' shares are made.
+const standardN = 200_000
 
 func main() {
 	var err error
@@ -119,6 +28,8 @@ func main() {
 		err = serve(os.Args[2])
 	case len(os.Args) == 3 && os.Args[1] == "client":
 		err = runClient(os.Args[2])
+	case len(os.Args) == 3 && os.Args[1] == "helper":
+		err = runHelper(os.Args[2])
 	default:
 		err = measure()
 	}
@@ -130,7 +41,7 @@ func main() {
 
 func measure() error {
 	rounds := flag.Int("rounds", 7, "rounds of each section; every peer runs once in each")
-	n := flag.Int("n", 200_000, "messages of one run; slow jobs take a fixed share of it")
+	n := flag.Int("n", standardN, "messages of one run; slow jobs take a fixed share of it")
 	match := flag.String("run", "", "regular expression that chooses `sections` by name")
 	only := flag.String("peers", "", "regular expression that chooses `peers` by name; the first of a section always runs")
 	quick := flag.Bool("quick", false, "one round of 2,000 messages, to see that everything works")
@@ -161,7 +72,11 @@ func measure() error {
 		if !sectionRE.MatchString(s.name) {
 			continue
 		}
-		o := order{Section: i, N: max(int(s.share*float64(*n)), 1), CPUProfile: *cpuProfile, MemProfile: *memProfile}
+		o := order{
+			Section: i, N: max(int(math.Round(s.share*float64(*n))), 1),
+			Window:     time.Duration(float64(s.window) * float64(*n) / standardN),
+			CPUProfile: *cpuProfile, MemProfile: *memProfile,
+		}
 		results, err := s.measure(o, *rounds, *calm, peerRE)
 		if err != nil {
 			return fmt.Errorf("%s: %w", s.name, err)
@@ -205,6 +120,7 @@ func (s section) measure(o order, rounds int, calm float64, only *regexp.Regexp)
 type order struct {
 	URL                    string
 	Section, Peer, N       int
+	Window                 time.Duration
 	CPUProfile, MemProfile string
 }
 

@@ -13,9 +13,13 @@ import (
 
 const (
 	deepPull       = 5_000
+	deepPullBytes  = 32 << 20 // half of what the server lets wait for a client
 	deepAckPending = 20_000
 	workers        = 64
 )
+
+// deep is how many messages a deep pull asks for.
+func (j *job) deep() int { return min(deepPull, deepPullBytes/j.size) }
 
 // consumeDefaults is what most programs do: Consume with its defaults.
 func consumeDefaults(j *job) error {
@@ -25,7 +29,7 @@ func consumeDefaults(j *job) error {
 func consumeDeep(j *job) error {
 	return consume(j, jetstream.ConsumerConfig{
 		Durable: "raw", AckPolicy: jetstream.AckExplicitPolicy, MaxAckPending: deepAckPending,
-	}, jetstream.PullMaxMessages(deepPull))
+	}, jetstream.PullMaxMessages(j.deep()))
 }
 
 func consume(j *job, cfg jetstream.ConsumerConfig, opts ...jetstream.PullConsumeOpt) error {
@@ -39,7 +43,7 @@ func consume(j *job, cfg jetstream.ConsumerConfig, opts ...jetstream.PullConsume
 	cc, err := c.Consume(func(m jetstream.Msg) {
 		// Acked first: the handler of the last message ends the run.
 		_ = m.Ack()
-		j.handle()
+		j.handle(m.Data())
 	}, opts...)
 	if err != nil {
 		return err
@@ -75,12 +79,12 @@ var ackBody = []byte("+ACK")
 
 func (j *job) settle(m *nats.Msg) {
 	if j.sleep > 0 {
-		j.handle()
+		j.handle(m.Data)
 		_ = j.nc.Publish(m.Reply, ackBody)
 		return
 	}
 	_ = j.nc.Publish(m.Reply, ackBody)
-	j.handle()
+	j.handle(m.Data)
 }
 
 func pullInto(j *job, deliver func(*nats.Msg)) error {
@@ -91,6 +95,7 @@ func pullInto(j *job, deliver func(*nats.Msg)) error {
 	}
 	next := "$JS.API.CONSUMER.MSG.NEXT." + benchStream + ".pull"
 	inbox := j.nc.NewInbox()
+	deep := int64(j.deep())
 	var wanted atomic.Int64 // asked for and not yet received
 	ask := func(n int64) error {
 		body, err := json.Marshal(struct {
@@ -112,8 +117,8 @@ func pullInto(j *job, deliver func(*nats.Msg)) error {
 			deliver(m)
 			left = wanted.Add(-1)
 		}
-		if left <= deepPull/2 {
-			_ = ask(deepPull - left)
+		if left <= deep/2 {
+			_ = ask(deep - left)
 		}
 	})
 	if err != nil {
@@ -125,7 +130,7 @@ func pullInto(j *job, deliver func(*nats.Msg)) error {
 	if err := j.start(); err != nil {
 		return err
 	}
-	if err := ask(deepPull); err != nil {
+	if err := ask(deep); err != nil {
 		return err
 	}
 	if err := j.finish(); err != nil {

@@ -18,23 +18,35 @@ func natsxConsume(j *job) error {
 	broker := natsx.NewBroker(j.nc, natsx.WithWorkers(workers), quiet)
 	route := natsx.Route(benchSubject).Stream(benchStream).Durable("natsx").
 		Retry(5).Backoff(time.Second, time.Minute).DLQ(dlqSubject).
-		Handle(func(context.Context, *natsx.Msg) error {
-			j.handle()
+		Handle(func(_ context.Context, m *natsx.Msg) error {
+			j.handle(m.Data)
 			return nil
 		})
 	if err := j.start(); err != nil {
 		return err
 	}
+	return natsxRun(j, broker, j.finish, route)
+}
+
+// natsxRun runs the routes until fn has returned, which it calls once they
+// receive.
+func natsxRun(j *job, broker *natsx.Broker, fn func() error, routes ...natsx.Spec) error {
 	ctx, cancel := context.WithCancel(j.ctx)
 	defer cancel()
 	ended := make(chan error, 1)
-	go func() { ended <- broker.Run(ctx, route) }()
+	go func() {
+		err := broker.Run(ctx, routes...)
+		if err != nil {
+			j.fail(err)
+		}
+		ended <- err
+	}()
 	select {
 	case err := <-ended:
 		return err
-	case <-j.done:
+	case <-broker.Ready():
 	}
-	if err := j.finish(); err != nil {
+	if err := fn(); err != nil {
 		return err
 	}
 	cancel()
@@ -83,24 +95,10 @@ func natsxRequests(requesters int, request func(*job) func([]byte) ([]byte, erro
 			return err
 		}
 		defer nc.Close()
-		broker := natsx.NewBroker(nc, natsx.WithWorkers(workers), quiet)
-		ctx, cancel := context.WithCancel(j.ctx)
-		defer cancel()
-		ended := make(chan error, 1)
-		go func() {
-			ended <- broker.Run(ctx, natsx.Route(requestSubject).Queue("q").Reply(
+		return natsxRun(j, natsx.NewBroker(nc, natsx.WithWorkers(workers), quiet),
+			func() error { return j.requests(requesters, request(j)) },
+			natsx.Route(requestSubject).Queue("q").Reply(
 				func(_ context.Context, m *natsx.Msg) ([]byte, error) { return m.Data, nil }))
-		}()
-		select {
-		case err := <-ended:
-			return err
-		case <-broker.Ready():
-		}
-		if err := j.requests(requesters, request(j)); err != nil {
-			return err
-		}
-		cancel()
-		return <-ended
 	}
 }
 

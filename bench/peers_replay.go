@@ -18,7 +18,7 @@ func orderedConsumer(j *job) error {
 	if err := j.start(); err != nil {
 		return err
 	}
-	cc, err := c.Consume(func(jetstream.Msg) { j.handle() })
+	cc, err := c.Consume(func(m jetstream.Msg) { j.handle(m.Data()) })
 	if err != nil {
 		return err
 	}
@@ -31,8 +31,8 @@ func natsxReplay(filter string) func(*job) error {
 	return func(j *job) error {
 		broker := natsx.NewBroker(j.nc, natsx.WithWorkers(workers))
 		var told natsx.ReplayProgress
-		replay := natsx.Replay(filter).Stream(benchStream).Handle(func(context.Context, *natsx.Msg) error {
-			j.handle()
+		replay := natsx.Replay(filter).Stream(benchStream).Handle(func(_ context.Context, m *natsx.Msg) error {
+			j.handle(m.Data)
 			return nil
 		}).Progress(func(p natsx.ReplayProgress) { told = p })
 		if err := j.start(); err != nil {

@@ -63,7 +63,7 @@ func watermillRun(j *job, sub message.Subscriber) error {
 	go func() {
 		for m := range messages {
 			m.Ack()
-			j.handle()
+			j.handle(m.Payload)
 		}
 	}()
 	return j.finish()

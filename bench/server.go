@@ -3,13 +3,14 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"os/signal"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -19,8 +20,14 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// cpuSubject is where the server process answers with the CPU time it has used.
-const cpuSubject = "bench-server.cpu"
+// stateSubject is where the server process answers with its serverState.
+const stateSubject = "bench-server.state"
+
+// A serverState is what the server process has counted since its start.
+type serverState struct {
+	CPU           time.Duration
+	SlowConsumers int64
+}
 
 // serve is the server process: nats-server with its files in dir, until its
 // standard input closes, which it does when the parent ends in any way.
@@ -41,9 +48,10 @@ func serve(dir string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := nc.Subscribe(cpuSubject, func(m *nats.Msg) {
+	if _, err := nc.Subscribe(stateSubject, func(m *nats.Msg) {
 		// An answer that is lost shows as the client's timeout.
-		_ = m.Respond([]byte(strconv.FormatInt(int64(cpuTime()), 10)))
+		state, _ := json.Marshal(serverState{CPU: cpuTime(), SlowConsumers: s.NumSlowConsumers()})
+		_ = m.Respond(state)
 	}); err != nil {
 		return err
 	}
@@ -112,6 +120,9 @@ const (
 	dlqSubject   = "dlq.bench"
 )
 
+// pendingBytes bounds what is on its way into the stream.
+const pendingBytes = 16 << 20
+
 // prepare makes the streams of a section and stores its messages.
 func prepare(url string, s section, n int) error {
 	nc, err := connect(url)
@@ -119,25 +130,30 @@ func prepare(url string, s section, n int) error {
 		return err
 	}
 	defer nc.Close()
-	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(asyncPending))
+	js, err := jetstream.New(nc, jetstream.WithPublishAsyncMaxPending(min(asyncPending, pendingBytes/max(s.size, 1))))
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeLimit)
 	defer cancel()
+	subjects := []string{benchSubject}
+	if s.does == trickling {
+		subjects = []string{routeSubjects}
+	}
 	for _, cfg := range []jetstream.StreamConfig{
-		{Name: benchStream, Subjects: []string{benchSubject}, AllowBatchPublish: s.does == fastPublishing},
+		{Name: benchStream, Subjects: subjects, Storage: s.storage, AllowBatchPublish: s.does == fastPublishing},
 		{Name: dlqStream, Subjects: []string{dlqSubject}, Discard: jetstream.DiscardNew},
 	} {
 		if _, err := js.CreateStream(ctx, cfg); err != nil {
 			return err
 		}
 	}
-	if s.does != consuming && s.does != reading {
+	if s.does != consuming && s.does != draining && s.does != reading {
 		return nil
 	}
-	payload := make([]byte, s.size)
-	for range n {
+	for i := range n {
+		payload := make([]byte, s.size)
+		binary.BigEndian.PutUint64(payload, uint64(i))
 		if _, err := js.PublishAsync(benchSubject, payload, jetstream.WithStallWait(time.Minute)); err != nil {
 			return err
 		}
@@ -155,13 +171,4 @@ func prepare(url string, s section, n int) error {
 		return fmt.Errorf("the stream holds %d of %d messages", got, n)
 	}
 	return nil
-}
-
-// cpuTime is the user and system time that this process has used.
-func cpuTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		panic(err) // only for a bad argument
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
