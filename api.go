@@ -14,6 +14,13 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
+const (
+	// apiTimeout is the longest wait for an answer of JetStream's API.
+	apiTimeout = 5 * time.Second
+	// readPatience is how long a tool goes on without an answer.
+	readPatience = 30 * time.Second
+)
+
 var violation = regexp.MustCompile(`(?i)permissions violation for (publish|subscription) to "([^"]+)"`)
 
 // permissionError reads the subject out of an asynchronous error of the
@@ -31,28 +38,6 @@ func permissionError(err error) *PermissionError {
 		op = "subscribe"
 	}
 	return &PermissionError{Operation: op, Subject: m[2], Err: err}
-}
-
-// requestWith runs fn, which makes a request on subject, within apiTimeout. A
-// permission that the user lacks ends it at once: the server refuses such a
-// request with an asynchronous error only.
-func requestWith(ctx context.Context, nc *nats.Conn, subject string, fn func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
-	ctx, refuse := context.WithCancelCause(ctx)
-	defer refuse(nil)
-	w := watchAsync(nc, func(_ *nats.Subscription, err error) {
-		denied := permissionError(err)
-		if denied != nil && (denied.Subject == subject || denied.Operation == "subscribe" && strings.HasPrefix(denied.Subject, inboxPrefix(nc))) {
-			refuse(denied)
-		}
-	})
-	defer w.stop()
-	err := fn(ctx)
-	if err != nil && errors.Is(context.Cause(ctx), ErrPermission) {
-		return context.Cause(ctx)
-	}
-	return err
 }
 
 // inboxPrefix begins every inbox of nc; it ends in a dot.
@@ -124,30 +109,9 @@ func (h *asyncHub) handle(nc *nats.Conn, sub *nats.Subscription, err error) {
 	}
 }
 
-// patience is how long a try waits for an answer of JetStream's API, counted from
-// 0. A request that meets an election is never answered, so the first tries are
-// short; a loaded server needs longer ones.
+// patience is how long a try waits for an answer of JetStream's API, counted from 0.
 func patience(try int) time.Duration {
 	return min(time.Second+time.Duration(min(try, 10))*time.Second/2, apiTimeout)
-}
-
-// wait pauses and tells whether ctx still lives.
-func wait(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
-func notify(ch chan struct{}) {
-	select {
-	case ch <- struct{}{}:
-	default:
-	}
 }
 
 // apiPrefix begins every subject of JetStream's API; it ends in a dot.
@@ -161,8 +125,8 @@ func apiPrefix(js jetstream.JetStream) string {
 	return "$JS.API."
 }
 
-// passes tells whether the cause of err goes away by itself.
-func passes(err error) bool {
+// transient reports whether the cause of err goes away by itself.
+func transient(err error) bool {
 	for _, refusal := range []error{ErrPermission, ErrConnectionClosed} {
 		if errors.Is(err, refusal) {
 			return false
@@ -181,39 +145,15 @@ func passes(err error) bool {
 	if !errors.As(err, &api) {
 		return false
 	}
-	const (
-		clusterNoPeers     = 10005
-		clusterNotLeader   = 10009
-		clusterRequired    = 10010
-		insufficient       = 10023
-		noAccount          = 10035
-		clusterUnsupported = 10036
-	)
 	switch api.ErrorCode {
-	case clusterNotLeader:
+	case codeClusterNotLeader, codeClusterNoLeader, codeStreamOffline, codeConsumerOffline:
 		return true
-	case clusterNoPeers: // for now, when servers are on their way back
+	case codeClusterNoPeers: // for now, when servers are on their way back
 		return strings.Contains(api.Description, "peer offline")
-	case clusterRequired, insufficient, noAccount, clusterUnsupported, jetstream.JSErrCodeJetStreamNotEnabledForAccount:
+	case codeClusterRequired, codeInsufficientResources, codeNoAccount, codeClusterUnsupported, codeNotEnabledOnAccount, codeNotEnabled:
 		return false
 	}
 	return api.Code == 503
-}
-
-// streamsFor returns the names of all streams with a subject that overlaps
-// subject, which may hold wildcards. Without any it returns none and no error.
-func streamsFor(ctx context.Context, js jetstream.JetStream, subject string) ([]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
-	defer cancel()
-	lister := js.StreamNames(ctx, jetstream.WithStreamListSubject(subject))
-	var names []string
-	for name := range lister.Name() {
-		names = append(names, name)
-	}
-	if err := lister.Err(); err != nil {
-		return nil, fmt.Errorf("natsx: look up the stream of %q: %w", subject, err)
-	}
-	return names, nil
 }
 
 // closedCause puts natsx's sentinel before the errors of a connection that is
@@ -236,12 +176,169 @@ type storedMsg struct {
 	data    []byte
 }
 
-// store reads and deletes the messages of streams. Single messages come from the
-// stream's leader, which no direct get from a replica that lags behind does.
-type store struct {
+// api is the client of JetStream's API of one account, domain or prefix, for all that
+// natsx asks. It owns waiting and trying again. Single messages it gets from the
+// stream's leader, which no direct get from a replica that lags behind does. It is
+// safe for concurrent use.
+type api struct {
 	nc     *nats.Conn
 	js     jetstream.JetStream
-	prefix string // of JetStream's API, with its last dot
+	prefix string        // of all subjects, with its last dot
+	turns  chan struct{} // full while as many as its capacity ask in turn
+
+	mu     sync.Mutex
+	recent map[string]recentStream // by name
+}
+
+// recentStream is what was last asked about a stream.
+type recentStream struct {
+	info *jetstream.StreamInfo
+	at   time.Time
+}
+
+// askAtOnce bounds how many routes ask for something at the same time.
+const askAtOnce = 16
+
+func newAPI(nc *nats.Conn, js jetstream.JetStream) *api {
+	return &api{nc: nc, js: js, prefix: apiPrefix(js), turns: make(chan struct{}, askAtOnce), recent: map[string]recentStream{}}
+}
+
+// retry is how something is tried again while its failure is transient.
+type retry struct {
+	limit  time.Duration        // in all, 0 for as long as the context lives
+	told   func(error)          // of every failure that another try follows, may be nil
+	enough func(err error) bool // whether a transient failure is not worth another try, may be nil
+}
+
+// do calls try until it succeeds or its failure is not transient. A request that
+// meets an election is never answered, so the first tries are short; a loaded server
+// needs longer ones.
+func (r retry) do(ctx context.Context, try func(context.Context) error) error {
+	begun := time.Now()
+	pause := backoff{first: 50 * time.Millisecond, most: 2 * time.Second}
+	for tries := 0; ; tries++ {
+		limited, cancel := context.WithTimeout(ctx, patience(tries))
+		err := try(limited)
+		cancel()
+		if err == nil || ctx.Err() != nil || !transient(err) || r.enough != nil && r.enough(err) ||
+			r.limit > 0 && time.Since(begun) > r.limit {
+			return err
+		}
+		if r.told != nil {
+			r.told(err)
+		}
+		if !pause.wait(ctx) {
+			return err
+		}
+	}
+}
+
+// once makes one call of the API, on prefix and operation, within apiTimeout. A
+// permission that the user lacks ends it at once: the server refuses such a request
+// with an asynchronous error only.
+func (a *api) once(ctx context.Context, operation string, fn func(context.Context) error) error {
+	return requestWith(ctx, a.nc, a.prefix+operation, fn)
+}
+
+// inTurn calls fn while not too many others are in it.
+func (a *api) inTurn(ctx context.Context, fn func() error) error {
+	select {
+	case a.turns <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-a.turns }()
+	return fn()
+}
+
+// recentStreamInfo is streamInfo that may be as old as age, for many who ask for one
+// stream.
+func (a *api) recentStreamInfo(ctx context.Context, name string, age time.Duration) (*jetstream.StreamInfo, error) {
+	a.mu.Lock()
+	known := a.recent[name]
+	if time.Since(known.at) < age && known.info != nil {
+		a.mu.Unlock()
+		return known.info, nil
+	}
+	// Whoever asks meanwhile takes what is known.
+	known.at = time.Now()
+	a.recent[name] = known
+	a.mu.Unlock()
+	info, err := a.streamInfo(ctx, name)
+	if err == nil {
+		a.mu.Lock()
+		a.recent[name] = recentStream{info, time.Now()}
+		a.mu.Unlock()
+	}
+	return info, err
+}
+
+// streamNames returns the names of all streams with a subject that overlaps subject,
+// which may hold wildcards. Without any it returns none and no error.
+func (a *api) streamNames(ctx context.Context, subject string) (names []string, err error) {
+	err = a.once(ctx, "STREAM.NAMES", func(ctx context.Context) error {
+		names = nil
+		lister := a.js.StreamNames(ctx, jetstream.WithStreamListSubject(subject))
+		for name := range lister.Name() {
+			names = append(names, name)
+		}
+		return lister.Err()
+	})
+	return names, err
+}
+
+func (a *api) streamInfo(ctx context.Context, name string) (info *jetstream.StreamInfo, err error) {
+	err = a.once(ctx, "STREAM.INFO."+name, func(ctx context.Context) error {
+		s, err := a.js.Stream(ctx, name)
+		if err == nil {
+			info = s.CachedInfo()
+		}
+		return err
+	})
+	return info, err
+}
+
+func (a *api) consumerInfo(ctx context.Context, stream, name string) (info *jetstream.ConsumerInfo, err error) {
+	err = a.once(ctx, "CONSUMER.INFO."+stream+"."+name, func(ctx context.Context) error {
+		c, err := a.js.Consumer(ctx, stream, name)
+		if err == nil {
+			info = c.CachedInfo()
+		}
+		return err
+	})
+	return info, err
+}
+
+// createConsumer creates a consumer, or returns one that has these settings already.
+func (a *api) createConsumer(ctx context.Context, stream string, cfg jetstream.ConsumerConfig) (*jetstream.ConsumerInfo, error) {
+	return a.putConsumer(ctx, stream, cfg, a.js.CreateConsumer)
+}
+
+// updateConsumer changes a consumer that exists.
+func (a *api) updateConsumer(ctx context.Context, stream string, cfg jetstream.ConsumerConfig) (*jetstream.ConsumerInfo, error) {
+	return a.putConsumer(ctx, stream, cfg, a.js.UpdateConsumer)
+}
+
+func (a *api) putConsumer(ctx context.Context, stream string, cfg jetstream.ConsumerConfig,
+	put func(context.Context, string, jetstream.ConsumerConfig) (jetstream.Consumer, error)) (info *jetstream.ConsumerInfo, err error) {
+	operation := "CONSUMER.CREATE." + stream + "." + cfg.Name
+	if cfg.FilterSubject != "" {
+		operation += "." + cfg.FilterSubject
+	}
+	err = a.once(ctx, operation, func(ctx context.Context) error {
+		c, err := put(ctx, stream, cfg)
+		if err == nil {
+			info = c.CachedInfo()
+		}
+		return err
+	})
+	return info, err
+}
+
+func (a *api) deleteConsumer(ctx context.Context, stream, name string) error {
+	return a.once(ctx, "CONSUMER.DELETE."+stream+"."+name, func(ctx context.Context) error {
+		return a.js.DeleteConsumer(ctx, stream, name)
+	})
 }
 
 // getRequest asks for one message: Seq alone, the first on NextFor from Seq or
@@ -255,7 +352,7 @@ type getRequest struct {
 }
 
 // get returns nil without an error when there is no such message.
-func (s *store) get(ctx context.Context, stream string, req getRequest) (*storedMsg, error) {
+func (a *api) get(ctx context.Context, stream string, req getRequest) (*storedMsg, error) {
 	var r struct {
 		Message *struct {
 			Subject string    `json:"subject"`
@@ -265,7 +362,7 @@ func (s *store) get(ctx context.Context, stream string, req getRequest) (*stored
 			Time    time.Time `json:"time"`
 		} `json:"message"`
 	}
-	switch err := s.ask(ctx, "STREAM.MSG.GET."+stream, req, &r); {
+	switch err := a.ask(ctx, "STREAM.MSG.GET."+stream, req, &r); {
 	case hasCode(err, codeNoMessage):
 		return nil, nil
 	case err != nil:
@@ -282,17 +379,9 @@ func (s *store) get(ctx context.Context, stream string, req getRequest) (*stored
 	return m, nil
 }
 
-func (s *store) streamInfo(ctx context.Context, name string) (*jetstream.StreamInfo, error) {
-	var info jetstream.StreamInfo
-	if err := s.ask(ctx, "STREAM.INFO."+name, struct{}{}, &info); err != nil {
-		return nil, err
-	}
-	return &info, nil
-}
-
 // remove deletes a message. One that is gone already is no error.
-func (s *store) remove(ctx context.Context, stream string, seq uint64) error {
-	err := s.ask(ctx, "STREAM.MSG.DELETE."+stream, struct {
+func (a *api) remove(ctx context.Context, stream string, seq uint64) error {
+	err := a.ask(ctx, "STREAM.MSG.DELETE."+stream, struct {
 		Seq     uint64 `json:"seq"`
 		NoErase bool   `json:"no_erase"`
 	}{seq, true}, &struct{}{})
@@ -300,61 +389,52 @@ func (s *store) remove(ctx context.Context, stream string, seq uint64) error {
 		return err
 	}
 	// The server has several ways to say that it was not there.
-	if m, gone := s.get(ctx, stream, getRequest{Seq: seq}); m == nil && gone == nil {
+	if m, gone := a.get(ctx, stream, getRequest{Seq: seq}); m == nil && gone == nil {
 		return nil
 	}
 	return err
 }
 
-// ask makes one request of JetStream's API, again while the failure passes by
-// itself.
-func (s *store) ask(ctx context.Context, operation string, request, response any) error {
+// ask makes one request of the API, again while the failure is transient, for
+// readPatience at most.
+func (a *api) ask(ctx context.Context, operation string, request, response any) error {
 	body, err := json.Marshal(request)
 	if err != nil {
 		return err
 	}
-	return again(ctx, func(ctx context.Context) error { return s.askOnce(ctx, operation, body, response) })
+	missing := func(err error) bool { return hasCode(err, codeStreamNotFound) }
+	return retry{limit: readPatience, enough: missing}.do(ctx, func(ctx context.Context) error { return a.askOnce(ctx, operation, body, response) })
 }
 
-// again calls fn until its failure does not pass by itself, ctx ends or
-// readPatience is over.
-func again(ctx context.Context, fn func(context.Context) error) error {
-	begun := time.Now()
-	pause := 50 * time.Millisecond
-	for tries := 0; ; pause = min(2*pause, time.Second) {
-		limited, cancel := context.WithTimeout(ctx, patience(tries))
-		err := fn(limited)
-		cancel()
-		tries++
-		if err == nil || ctx.Err() != nil || !passes(err) || hasCode(err, codeStreamNotFound) || time.Since(begun) > readPatience {
-			return err
-		}
-		if !wait(ctx, pause) {
-			return err
-		}
+// askStreamInfo is streamInfo with the patience of ask.
+func (a *api) askStreamInfo(ctx context.Context, name string) (*jetstream.StreamInfo, error) {
+	var info jetstream.StreamInfo
+	if err := a.ask(ctx, "STREAM.INFO."+name, struct{}{}, &info); err != nil {
+		return nil, err
 	}
+	return &info, nil
 }
 
-func (s *store) askOnce(ctx context.Context, operation string, body []byte, response any) error {
+func (a *api) askOnce(ctx context.Context, operation string, body []byte, response any) error {
 	var m *nats.Msg
-	err := requestWith(ctx, s.nc, s.prefix+operation, func(ctx context.Context) (err error) {
-		m, err = s.nc.RequestWithContext(ctx, s.prefix+operation, body)
+	err := a.once(ctx, operation, func(ctx context.Context) (err error) {
+		m, err = a.nc.RequestWithContext(ctx, a.prefix+operation, body)
 		return err
 	})
-	if err != nil {
-		return fmt.Errorf("natsx: %s: %w", operation, err)
-	}
 	var refused struct {
 		Error *jetstream.APIError `json:"error"`
 	}
-	if err := json.Unmarshal(m.Data, &refused); err != nil {
-		return fmt.Errorf("natsx: %s: %w", operation, err)
+	if err == nil {
+		err = json.Unmarshal(m.Data, &refused)
 	}
-	if refused.Error != nil {
-		return fmt.Errorf("natsx: %s: %w", operation, refused.Error)
+	if err == nil && refused.Error != nil {
+		err = refused.Error
 	}
-	if err := json.Unmarshal(m.Data, response); err != nil {
-		return fmt.Errorf("natsx: %s: %w", operation, err)
+	if err == nil {
+		err = json.Unmarshal(m.Data, response)
+	}
+	if err != nil {
+		return failure(operation+": "+cause(err), err)
 	}
 	return nil
 }
@@ -366,4 +446,26 @@ func inactiveThreshold(stream *jetstream.StreamConfig, want time.Duration) time.
 		return min(want, most)
 	}
 	return want
+}
+
+// requestWith runs fn, which makes a request on subject, within apiTimeout. A
+// permission that the user lacks ends it at once: the server refuses such a
+// request with an asynchronous error only.
+func requestWith(ctx context.Context, nc *nats.Conn, subject string, fn func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
+	defer cancel()
+	ctx, refuse := context.WithCancelCause(ctx)
+	defer refuse(nil)
+	w := watchAsync(nc, func(_ *nats.Subscription, err error) {
+		denied := permissionError(err)
+		if denied != nil && (denied.Subject == subject || denied.Operation == "subscribe" && strings.HasPrefix(denied.Subject, inboxPrefix(nc))) {
+			refuse(denied)
+		}
+	})
+	defer w.stop()
+	err := fn(ctx)
+	if err != nil && errors.Is(context.Cause(ctx), ErrPermission) {
+		return context.Cause(ctx)
+	}
+	return err
 }

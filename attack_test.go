@@ -14,37 +14,43 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// TestRefusedPullsShowInHealth lowers a limit of the consumer under a running
-// route: the route says so, tries again, and goes on once the limit is lifted.
-func TestRefusedPullsShowInHealth(t *testing.T) {
+// TestLoweredPullLimitsAreFollowed lowers the limits on pulls under a running route,
+// which goes on within them.
+func TestLoweredPullLimitsAreFollowed(t *testing.T) {
 	t.Parallel()
-	nc := connect(t, startServer(t).ClientURL())
-	orders(t, nc)
-	var handled tally
-	b := NewBroker(nc)
-	runBroker(t, b, Route("orders.*").Durable("d").AckWait(time.Second).Handle(func(_ context.Context, m *Msg) error {
-		handled.add(string(m.Data))
-		return nil
-	}))
-	limit := func(d time.Duration) {
-		t.Helper()
-		cfg := consumerInfo(t, nc, "ORDERS", "d").Config
-		cfg.MaxRequestExpires = d
-		if _, err := jetStream(t, nc).UpdateConsumer(testContext(t), "ORDERS", cfg); err != nil {
-			t.Fatal(err)
-		}
+	for _, tt := range []struct {
+		name  string
+		lower func(*jetstream.ConsumerConfig)
+	}{
+		{"expires", func(c *jetstream.ConsumerConfig) { c.MaxRequestExpires = 100 * time.Millisecond }},
+		{"batch", func(c *jetstream.ConsumerConfig) { c.MaxRequestBatch = 1 }},
+		{"bytes", func(c *jetstream.ConsumerConfig) { c.MaxRequestMaxBytes = 200 }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			nc := connect(t, startServer(t).ClientURL())
+			orders(t, nc)
+			var handled tally
+			b := NewBroker(nc)
+			runBroker(t, b, Route("orders.*").Durable("d").Handle(func(_ context.Context, m *Msg) error {
+				handled.add(string(m.Data))
+				return nil
+			}))
+			cfg := consumerInfo(t, nc, "ORDERS", "d").Config
+			tt.lower(&cfg)
+			if _, err := jetStream(t, nc).UpdateConsumer(testContext(t), "ORDERS", cfg); err != nil {
+				t.Fatal(err)
+			}
+			// More than the pulls that wait already bring.
+			const count = 2 * DefaultWorkers
+			publishMany(t, nc, count, numbered("orders.x"))
+			eventually(t, "all are handled", func() bool { return handled.sum() == count })
+			handled.wantOnce(t, count)
+			if err := b.Health(); err != nil {
+				t.Errorf("Health: %v", err)
+			}
+		})
 	}
-	limit(5 * time.Second)
-	// More than the pulls that wait already bring.
-	const count = 2 * DefaultWorkers
-	publishMany(t, nc, count, numbered("orders.x"))
-	eventually(t, "Health tells of the refusal", func() bool {
-		err := b.Health()
-		return err != nil && strings.Contains(err.Error(), "pull refused: 409 Exceeded MaxRequestExpires of 5s")
-	})
-	limit(0)
-	eventually(t, "all are handled", func() bool { return handled.sum() == count })
-	handled.wantOnce(t, count)
 }
 
 // TestMessageLargerThanAPullMayBring has a consumer whose pulls are limited to
@@ -138,11 +144,11 @@ func TestConsumerRecreatedDuringAPause(t *testing.T) {
 	if _, err := js.CreateConsumer(testContext(t), "ORDERS", cfg); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.Resume("d"); err != nil {
-		t.Fatal(err)
+	if err := r.Resume("d"); !errors.Is(err, ErrConsumerDeleted) {
+		t.Errorf("Resume: %v, want ErrConsumerDeleted", err)
 	}
 	if err := r.wait(t); !errors.Is(err, ErrConsumerDeleted) {
-		t.Errorf("got %v, want ErrConsumerDeleted", err)
+		t.Errorf("Run: %v, want ErrConsumerDeleted", err)
 	}
 	handled.wantOnce(t, 3)
 }
@@ -224,7 +230,7 @@ func TestPausesBurnNoAttempt(t *testing.T) {
 			if handled.add(string(m.Data)) == count {
 				close(all)
 			}
-			return work(ctx, time.Millisecond)
+			return busyFor(ctx, time.Millisecond)
 		}))
 		pausing.Go(func() {
 			for range 30 {
@@ -316,14 +322,16 @@ func TestNoPullOutlivesAPause(t *testing.T) {
 }
 
 // TestPullsOfAnIdleRoute reads the pulls that a route sends: brief ones for as many
-// messages as it has workers while messages come, and one for one message else.
+// messages as it has workers while messages may come, and else a long one that no
+// message fits, which the server ends when there is one.
 func TestPullsOfAnIdleRoute(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
 	orders(t, nc)
 	type request struct {
-		Batch   int
-		Expires time.Duration
+		Batch    int
+		MaxBytes int `json:"max_bytes"`
+		Expires  time.Duration
 	}
 	pulls := make(chan request, 64)
 	if _, err := nc.Subscribe("$JS.API.CONSUMER.MSG.NEXT.ORDERS.d", func(m *nats.Msg) {
@@ -335,28 +343,30 @@ func TestPullsOfAnIdleRoute(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	runBroker(t, NewBroker(nc, WithWorkers(8)), Route("orders.*").Durable("d").Handle(succeed))
-	brief := func() {
-		t.Helper()
-		for {
-			if p := receive(t, pulls, "a pull"); p.Batch > 1 {
-				if p.Expires != briefPull {
-					t.Errorf("a pull for %d stays %v, want %v", p.Batch, p.Expires, briefPull)
-				}
-				return
+	handled := make(chan int, 1)
+	runBroker(t, NewBroker(nc, WithWorkers(8)), Route("orders.*").Durable("d").Handle(func(_ context.Context, m *Msg) error {
+		handled <- m.Attempt()
+		return nil
+	}))
+	bell := request{Batch: 1, MaxBytes: 1, Expires: bellStay}
+	for range 2 {
+		brief := 0
+		for p := receive(t, pulls, "a pull"); p != bell; p = receive(t, pulls, "a pull") {
+			if p.Expires == time.Millisecond {
+				continue // the anchor
+			}
+			if brief++; p.Batch != 8 && p.Batch != 7 || p.Expires < leastStay || p.Expires > mostStay {
+				t.Errorf("got the pull %+v, want one for the workers that stays for a moment", p)
 			}
 		}
-	}
-	brief()
-	for stayed := briefPull; stayed < 2*time.Second; {
-		p := receive(t, pulls, "a pull")
-		if p.Batch != 1 && p.Expires != briefPull || p.Batch == 1 && p.Expires < stayed {
-			t.Errorf("pull for %d stays %v after one of %v", p.Batch, p.Expires, stayed)
+		if brief == 0 {
+			t.Error("no pull for messages was sent")
 		}
-		stayed = p.Expires
+		publishAcked(t, nc, "orders.x", "1")
+		if got := receive(t, handled, "the message"); got != 1 {
+			t.Errorf("it was attempt %d, want 1", got)
+		}
 	}
-	publishAcked(t, nc, "orders.x", "1")
-	brief()
 }
 
 // The server takes a nak for any delivery of its message: one that is not confirmed

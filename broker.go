@@ -16,9 +16,6 @@ import (
 const (
 	DefaultWorkers      = 64
 	DefaultDrainTimeout = 20 * time.Second
-	// DrainGrace is how long handlers have to return after their contexts were
-	// cancelled at the drain timeout.
-	DrainGrace = 2 * time.Second
 )
 
 // Option configures a [Broker].
@@ -68,16 +65,11 @@ func WithJetStream(js jetstream.JetStream) Option { return func(b *Broker) { b.j
 // use, and runs once. It does not own its connection, and leaves it open; any number
 // of brokers, publishers and others may share that.
 type Broker struct {
-	nc           *nats.Conn
-	js           jetstream.JetStream
-	log          *slog.Logger
-	workers      int
-	drainTimeout time.Duration
-	middleware   []Middleware
-	streams      []StreamSpec
-	observer     Observer
-	errorText    func(error) string
-	service      *service // nil without WithService
+	settings
+	nc      *nats.Conn
+	js      jetstream.JetStream
+	streams []StreamSpec
+	service *service // nil without WithService
 
 	ready chan struct{} // closed when every route receives
 	ran   atomic.Pointer[engine]
@@ -87,11 +79,9 @@ type Broker struct {
 // and a nc that is nil, are reported by [Broker.Run] and [Broker.Replay].
 func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 	b := &Broker{
-		nc:           nc,
-		workers:      DefaultWorkers,
-		drainTimeout: DefaultDrainTimeout,
-		errorText:    error.Error,
-		ready:        make(chan struct{}),
+		settings: settings{workers: DefaultWorkers, drainTimeout: DefaultDrainTimeout, errorText: error.Error},
+		nc:       nc,
+		ready:    make(chan struct{}),
 	}
 	for _, opt := range opts {
 		opt(b)
@@ -138,10 +128,12 @@ func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
 	e := newEngine(ctx, b, js, specs)
 	for _, r := range e.routes {
 		if r.base().handler == nil {
+			e.close()
 			return r.base().spec.fault("middleware", "", "returned no handler", ErrNoHandler)
 		}
 	}
 	if !b.ran.CompareAndSwap(nil, e) {
+		e.close()
 		return ErrAlreadyRun
 	}
 	return e.run()
@@ -245,8 +237,8 @@ func (b *Broker) forDurable(name string, fn func(*durableRoute) error) error {
 	found := false
 	var errs []error
 	if e != nil && e.isReady() {
-		for _, r := range e.routes {
-			if d, ok := r.(*durableRoute); ok && d.spec.route.durable == name {
+		for _, d := range e.durables {
+			if d.spec.route.durable == name {
 				found = true
 				errs = append(errs, fn(d))
 			}
@@ -256,4 +248,76 @@ func (b *Broker) forDurable(name string, fn func(*durableRoute) error) error {
 		return fmt.Errorf("%w %q", ErrUnknownDurable, name)
 	}
 	return errors.Join(errs...)
+}
+
+// WithStreams has [Broker.Run] ensure these streams before any route starts, as
+// [StreamSpec.Ensure] does. One that captures a route's DLQ subject is created
+// with DiscardNew unless Discard or AllowMsgSchedules says otherwise: a full DLQ
+// refuses letters, which stay with their route, and loses none. Several calls add up,
+// and a name twice is [ErrOptionConflict]. They are made in the JetStream of
+// [WithJetStream]. Default is none.
+func WithStreams(specs ...StreamSpec) Option {
+	return func(b *Broker) { b.streams = append(b.streams, specs...) }
+}
+
+// Replay handles stored messages once more, from the bounds of spec on, and ends
+// at what was last stored when it started. It reads through a consumer of its own,
+// which is deleted at the end and expires by itself after [ReplayInactive], or
+// sooner by the stream's limit, when the process is killed; no durable is touched,
+// nothing is acknowledged.
+//
+// What is stored is replayed as it is. A message that was redriven (see
+// [DeadLetterQuery.Redrive]) is in the stream twice, the original and its copy with
+// [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to
+// publish a message later, is passed over; the message that it published is not.
+//
+// While Run is under way the replay uses its pool, where it takes turns with the
+// routes; else it has a pool of its own for as long as it takes. So it has when ctx
+// is a handler's: that one holds a worker while it waits, and the replay's are
+// beyond [WithWorkers]. Such a replay ends with its handler's context. The broker's
+// middleware and observer apply.
+//
+// A reconnect, a server's restart and a change of leader are survived: the replay
+// goes on behind the last message it got, without gap or repeat.
+//
+// It returns nil when everything was handled. Else the report says how far it
+// came, and the error is
+//
+//   - the faults of [ReplaySpec.Validate] and of the broker's options;
+//   - a [*ReplayFailure] when a handler failed and ContinueOnError was not called;
+//   - ctx's error when ctx ended: handlers that run then go on with a live context
+//     up to the broker's drain timeout, after which a [*DrainError] is joined;
+//   - [ErrBrokerStopped] when the broker's Run ended meanwhile;
+//   - a [*ReplayError] that wraps [ErrNoStream], [ErrAmbiguousStream],
+//     [ErrStreamDeleted], [ErrNotReplayable], [ErrPermission],
+//     [ErrConnectionClosed] or an error of the server.
+func (b *Broker) Replay(ctx context.Context, spec ReplaySpec) (ReplayReport, error) {
+	if err := errors.Join(b.validate(), spec.Validate()); err != nil {
+		return ReplayReport{}, err
+	}
+	js, err := b.jetStream()
+	if err != nil {
+		return ReplayReport{}, err
+	}
+	// A handler that holds a worker of the pool may wait for a replay that waits for
+	// that worker.
+	if e := b.ran.Load(); e != nil && deliveryFrom(ctx) == nil {
+		r := newReplay(ctx, e.env, spec)
+		if e.admit(r) {
+			defer e.leave(r)
+			return r.carryOut(ctx)
+		}
+		r.endIntake()
+	}
+	e := newEnv(ctx, &b.settings, b.nc, js, spec.replay.concurrency(b.workers))
+	e.start()
+	r := newReplay(ctx, e, spec)
+	report, err := r.carryOut(ctx)
+	e.pool.close()
+	if !r.abandoned {
+		<-e.pool.gone
+	}
+	e.acks.stop()
+	e.close()
+	return report, err
 }

@@ -10,19 +10,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// Bounds of what a route accepts.
-const (
-	// MaxSubjectLength is the longest subject in bytes that natsx takes. A
-	// server closes the connection on a protocol line above 4,096 bytes, which
-	// holds the subject, the reply and the sizes.
-	MaxSubjectLength = 1024
-	// MaxNameLength is the longest name of a stream or durable in bytes, the
-	// server's JSMaxNameLen.
-	MaxNameLength = 255
-	// MinAckWait is the shortest lease that can be kept alive in time.
-	MinAckWait = 100 * time.Millisecond
-)
-
 // Defaults of a route.
 const (
 	DefaultAckWait    = 30 * time.Second

@@ -85,7 +85,7 @@ func TestRouteSurvivesAServerRestart(t *testing.T) {
 	r := runBroker(t, NewBroker(connect(t, p.url()), WithWorkers(4), WithLogger(log)),
 		Route("kept.*").Durable("d").AckWait(2*time.Second).Handle(func(ctx context.Context, m *Msg) error {
 			seen.add(m.Subject + " " + string(m.Data))
-			return work(ctx, 10*time.Millisecond)
+			return busyFor(ctx, 10*time.Millisecond)
 		}),
 		Route("core.>").Handle(func(_ context.Context, m *Msg) error {
 			seen.add(m.Subject)
@@ -143,7 +143,7 @@ func TestRouteSurvivesALostLeader(t *testing.T) {
 		Route("r3.*").Durable("d").AckWait(2*time.Second).ConfirmAcks().DLQ("dlq.r3").
 			Handle(func(ctx context.Context, m *Msg) error {
 				seen.add(string(m.Data))
-				work(ctx, 5*time.Millisecond)
+				busyFor(ctx, 5*time.Millisecond)
 				if len(m.Data) == 1 { // 0 to 9
 					return Permanent(errors.New("never"))
 				}
@@ -203,7 +203,7 @@ func crossBlackHole(t *testing.T, ackWait time.Duration, freeze, thaw func(*prox
 	r := runBroker(t, NewBroker(connect(t, p.url()), WithWorkers(4), WithLogger(log)),
 		Route("hole.*").Durable("d").AckWait(ackWait).Handle(func(ctx context.Context, m *Msg) error {
 			seen.add(m.Subject + " " + string(m.Data))
-			return work(ctx, 10*time.Millisecond)
+			return busyFor(ctx, 10*time.Millisecond)
 		}))
 	publishMany(t, admin, messages, numbered("hole.before"))
 	eventually(t, "a part is done", func() bool { return seen.sum() >= messages/2 })

@@ -88,7 +88,7 @@ func TestRouteSurvivesAKilledServer(t *testing.T) {
 		Route("hard.*").Durable("d").AckWait(2*time.Second).Retry(5).DLQ("dlq.hard").
 			Handle(func(ctx context.Context, m *Msg) error {
 				seen.add(string(m.Data))
-				work(ctx, 5*time.Millisecond)
+				busyFor(ctx, 5*time.Millisecond)
 				if n, err := strconv.Atoi(string(m.Data)); err != nil || n%10 == 0 {
 					return Permanent(errors.New("never"))
 				}
@@ -127,7 +127,7 @@ func TestRouteSurvivesElections(t *testing.T) {
 	r := runBroker(t, NewBroker(connect(t, c.url()), WithWorkers(4), WithLogger(log)),
 		Route("vote.*").Durable("d").AckWait(3*time.Second).Handle(func(ctx context.Context, m *Msg) error {
 			seen.add(string(m.Data))
-			return work(ctx, 5*time.Millisecond)
+			return busyFor(ctx, 5*time.Millisecond)
 		}))
 	for i := range elections {
 		eventually(t, "the work goes on", func() bool { return seen.keys() >= (i+1)*messages/(elections+2) })
@@ -237,8 +237,8 @@ func TestAckSubjectsOfTheSecondForm(t *testing.T) {
 	r := runBroker(t, NewBroker(connect(t, s.ClientURL()), WithLogger(log)),
 		Route("v2.*").Durable("d").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.v2").
 			Handle(func(_ context.Context, m *Msg) error {
-				if !strings.HasPrefix(m.reply, "$JS.ACK.hub.") {
-					t.Errorf("the ack subject %q is of the first form", m.reply)
+				if !strings.HasPrefix(m.replyTo(), "$JS.ACK.hub.") {
+					t.Errorf("the ack subject %q is of the first form", m.replyTo())
 				}
 				if m.Stream() != "V2" || m.Durable() != "d" || m.Sequence() == 0 || m.Time().IsZero() {
 					t.Errorf("the message knows %q %q %d %v", m.Stream(), m.Durable(), m.Sequence(), m.Time())

@@ -37,7 +37,7 @@ func TestTypedHandlers(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			d := &delivery{Context: t.Context(), msg: Msg{Subject: "orders.new", Data: []byte(tc.data), Header: nats.Header{"K": {"v"}}}}
+			d := deliveryUnder(t.Context(), Msg{Subject: "orders.new", Data: []byte(tc.data), Header: nats.Header{"K": {"v"}}})
 			err := Decode(tc.codec, func(ctx context.Context, got testOrder) error {
 				if got != want {
 					t.Errorf("decoded %+v, want %+v", got, want)

@@ -2,9 +2,10 @@ package natsx
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"maps"
 	"math/rand/v2"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -13,83 +14,71 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// Bounds of the pull loop.
-const (
-	// lookahead is how much work may wait locally, as time that the route needs
-	// for it, at most; a fiftieth of the lease where that is less.
-	lookahead = 100 * time.Millisecond
-	// deepest is how many messages may wait locally, however fast the handler.
-	deepest = 8192
-	// pullExpires is how long a pull request stays at the server, at most.
-	pullExpires = 30 * time.Second
-	// briefPull is how long a pull stays while messages come. A pull cannot be
-	// taken back, so this is what a pause waits for.
-	briefPull = 200 * time.Millisecond
-	// pullBytes bounds the bytes that one pull may bring.
-	pullBytes = 64 << 20
-	// lookEvery is how often the consumer is asked for while nothing comes.
-	lookEvery = 30 * time.Second
-	// pullPause is the pause after the server refused a pull.
-	pullPause = time.Second
-	// renewals is how often a lease is renewed within its length: this side, the
-	// network and the server may together stand still for most of it.
-	renewals = 4
-)
-
 // durableRoute consumes one route from a durable pull consumer.
 //
-// It asks for what workers can take now and, for a fast handler, for what they
-// will have done a moment later (plan). Every message in hand holds a lease,
-// which is the server's AckWait counted from its arrival; the engine's keeper
-// renews it with in-progress acks, and what has lost it is neither started nor
-// settled. Whatever casts doubt on the consumer (a reconnect, a missed
-// heartbeat, a refused pull) stops the pulls and verifies it first.
+// It asks for what workers can take now and for what it has proven to get done a
+// moment later (demand). Every message in hand holds a lease, which is the server's
+// AckWait; the keeper renews it with in-progress acks, and what has lost it is neither
+// started nor settled. Whatever casts doubt on the consumer (a reconnect, a missed
+// heartbeat, a refused pull) has it verified.
 type durableRoute struct {
 	route
-	target consumerTarget // stream, consumer and their creation; fixed once started
-	from   *origin        // of its messages; fixed once started
-
-	heartbeat time.Duration          // of the server while a pull waits
-	inbox     atomic.Pointer[string] // pulls reply to inbox.<token>
-	located   atomic.Bool            // target is complete
-	heard     atomic.Int64           // engine time of the last word from the server
-	gate      chan struct{}          // full while one of resume, pause and stop is at work; capacity 1
+	target  consumerTarget         // stream, consumer and their identity
+	located atomic.Bool            // target is complete
+	inbox   atomic.Pointer[string] // pulls reply to inbox.<token>
+	gate    chan struct{}          // full while one of resume, pause and stop is at work; capacity 1
+	alarm   alarm
 
 	// Guarded by the pool's mutex.
-	open         bool   // the subscription receives
-	pulling      bool   // pulls may be sent: open, verified and not held up
-	stopped      bool   // for good
-	notBefore    int64  // no pull before this engine time
-	pulls        []pull // at the server
-	outstanding  int    // messages asked for and not here yet
-	single       bool   // the next pull is for one message, of any size
-	tokens       uint64
-	mean         float64 // of the handler's time in ns, leaning to the slow side
-	arrived      int64   // engine time of the last message, or of the subscription
-	finished     int64   // engine time of the last finish, or of the first arrival after a pause
-	leases       leaseList
-	delayed      timeHeap // when the retries given back by this process come due
-	verifying    bool
-	verifyAgain  bool
-	pullsLost    bool  // with the next verification the pulls sent so far are gone
-	doubts       int   // words of the server in a row that cast doubt on the consumer
-	gone         error // what the last of them said of the consumer's end
-	crowded      bool  // by all processes together, when last asked; see look
-	asked        int64 // engine time of the last look at the consumer
-	letters      letterBox
-	letterTarget letterTarget
+	puller    puller
+	window    window
+	leases    leases
+	known     history
+	ackWait   time.Duration // of the consumer
+	inactive  time.Duration // after which the server removes the consumer, 0 for never
+	keptAlive int64         // when that was last prevented during a pause
+	alarmAt   int64         // when the alarm is set for, 0 for never
+	open      bool          // the subscription receives
+	stopped   bool          // for good
+	openedAt  int64
+	arrived   int64    // when the last message came, or the route was opened
+	rang      bool     // the server has messages
+	pullsFail bool     // Health tells that pulls are refused or not served
+	seen      uint64   // the highest consumer sequence that came
+	mean      float64  // of the handler's time in ns, leaning to the slow side
+	started   int64    // when a message was last finished, or began to wait for that
+	heldAt    int64    // when it was last considered to give back what waits
+	delayed   timeHeap // when the retries given back by this process come due
 
-	mayNotTake atomic.Bool // letters of redriven messages; see takeLetter
+	suspects fifo[*work] // to be run with nothing else of the route in hand
+	isolated *work       // that runs so
+	doubtful fifo[*work] // held until the consumer was looked at
+
+	checks  consumerChecks // owned by consumer.go
+	letters letterBox      // owned by dlq.go
+	passer  passer
+
+	free []*work // to be used again
+}
+
+func newDurableRoute(e *env, spec Spec) *durableRoute {
+	r := &durableRoute{gate: make(chan struct{}, 1)}
+	r.init(e, spec, r)
+	r.alarm.ring = r.tick
+	r.puller.budget = &e.link.budget
+	r.passer.route = &r.route
+	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	return r
 }
 
 // start opens the route for messages.
 func (r *durableRoute) start() error {
-	r.eng.pool.mu.Lock()
+	p := r.env.pool
+	p.mu.Lock()
 	r.stats.Stream = r.target.stream
-	r.eng.pool.mu.Unlock()
-	r.lease = r.target.ackWait
-	r.from = &origin{r.target.stream, r.target.consumer, r.target.streamCreated}
-	r.heartbeat = min(max(r.target.ackWait/6, 500*time.Millisecond), 5*time.Second)
+	r.from = &origin{stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
+	p.enter(&r.lane)
+	p.mu.Unlock()
 	return r.begin(true)
 }
 
@@ -101,21 +90,24 @@ func (r *durableRoute) resume() error { return r.begin(false) }
 func (r *durableRoute) begin(known bool) error {
 	r.gate <- struct{}{}
 	defer func() { <-r.gate }()
-	p := r.eng.pool
+	p := r.env.pool
 	p.mu.Lock()
 	done := r.open || r.stopped
 	p.mu.Unlock()
 	if done {
 		return nil
 	}
-	inbox := r.eng.nc.NewInbox()
+	if !known {
+		if err := r.unchanged(); err != nil {
+			return err
+		}
+	}
+	inbox := r.env.api.nc.NewInbox()
 	r.inbox.Store(&inbox)
-	if err := r.subscribe(inbox+".*", "", r.receive); err != nil {
+	sub, err := r.subscribe(inbox+".*", "", r.receive)
+	if err != nil {
 		return err
 	}
-	p.mu.Lock()
-	sub := r.sub
-	p.mu.Unlock()
 	// What may arrive is bounded by the pulls; a limit would only drop it.
 	if err := sub.SetPendingLimits(-1, -1); err != nil {
 		return err
@@ -125,15 +117,13 @@ func (r *durableRoute) begin(known bool) error {
 		p.mu.Unlock()
 		return sub.Unsubscribe()
 	}
-	now := r.eng.now()
-	r.open, r.pulling, r.arrived = true, known, now
-	r.pulls, r.outstanding = r.pulls[:0], 0
+	now := processTime()
+	r.open, r.puller.open, r.openedAt, r.arrived = true, true, now, now
+	r.puller.forget()
+	r.checks.looked = now
 	next := r.plan(now)
 	p.mu.Unlock()
-	r.pull(next)
-	if !known {
-		r.verify(true)
-	}
+	r.send(next)
 	return nil
 }
 
@@ -146,42 +136,42 @@ func (r *durableRoute) pause(ctx context.Context) {
 	case <-ctx.Done(): // whoever is at work ends the intake too
 		return
 	}
-	p := r.eng.pool
+	p := r.env.pool
 	p.mu.Lock()
 	if !r.open {
 		p.mu.Unlock()
 		return
 	}
-	r.open, r.pulling = false, false
+	r.open, r.puller.open = false, false
+	r.setAlarm(processTime())
 	p.mu.Unlock()
 	r.awaitPulls(ctx)
 	r.unsubscribe(ctx)
 }
 
-// awaitPulls lets the pulls be served or end, since the server would count a
-// delivery that finds no subscription as an attempt. Only the pull of a route to
-// which nothing came for long is not waited for: it is for one message.
-func (r *durableRoute) awaitPulls(ctx context.Context) {
-	const short, patience = 500 * time.Millisecond, 2 * time.Second
-	p := r.eng.pool
-	for end := r.eng.now() + int64(patience); r.eng.nc.IsConnected(); {
-		now := r.eng.now()
-		p.mu.Lock()
-		done := r.outstanding == 0 || len(r.pulls) > 0 && r.pulls[0].expires-now > int64(short)
-		p.mu.Unlock()
-		if done || now > end || !wait(ctx, 2*time.Millisecond) {
-			return
-		}
-	}
-}
-
 // stop is a pause for good.
 func (r *durableRoute) stop(ctx context.Context) {
-	p := r.eng.pool
+	p := r.env.pool
 	p.mu.Lock()
 	r.stopped = true
 	p.mu.Unlock()
 	r.pause(ctx)
+	p.mu.Lock()
+	p.leave(&r.lane)
+	p.mu.Unlock()
+	// What takes only a moment is run; the rest is somebody else's.
+	for end := time.Now().Add(stopMoment); r.waiting() > 0 && time.Now().Before(end); {
+		if !wait(ctx, 2*time.Millisecond) {
+			break
+		}
+	}
+	r.returnWaiting()
+}
+
+func (r *durableRoute) waiting() int {
+	r.env.pool.mu.Lock()
+	defer r.env.pool.mu.Unlock()
+	return r.lane.waiting()
 }
 
 func (r *durableRoute) denied(e *PermissionError) bool {
@@ -189,7 +179,7 @@ func (r *durableRoute) denied(e *PermissionError) bool {
 		return false // whoever asks for something now hears of it
 	}
 	if e.Operation == "subscribe" {
-		return strings.HasPrefix(e.Subject, r.eng.inboxPrefix)
+		return strings.HasPrefix(e.Subject, inboxPrefix(r.env.api.nc))
 	}
 	return e.Subject == r.target.nextSubject || e.Subject == r.spec.route.dlq ||
 		strings.HasPrefix(e.Subject, "$JS.ACK.") &&
@@ -198,314 +188,434 @@ func (r *durableRoute) denied(e *PermissionError) bool {
 
 // receive is the subscription's callback.
 func (r *durableRoute) receive(m *nats.Msg) {
-	now := r.eng.now()
-	r.heard.Store(now)
-	p := r.eng.pool
-	// A message of the stream has an ack subject for its reply, a word of the
-	// server has none: headers prove nothing, since publishers write them.
+	now := processTime()
+	// A message of the stream has an ack subject for its reply, a status has none:
+	// headers prove nothing, since publishers write them.
 	if m.Reply == "" {
-		r.status(m, now)
+		r.status(parseStatus(m), now)
 		return
 	}
 	info, ok := parseDelivery(m.Reply)
 	if !ok || info.stream != r.target.stream || info.consumer != r.target.consumer {
-		r.log.Warn("natsx: message on the route's inbox is not from its consumer", "reply", m.Reply)
+		r.env.log.Warn("natsx: message on the route's inbox is not from its consumer", r.names("reply", m.Reply)...)
 		return
 	}
-	d := &delivery{
-		Context: r.eng.handlers,
-		route:   &r.route,
-		raw:     m,
-		msg: Msg{
-			Subject: m.Subject, Data: m.Data, Header: m.Header,
-			reply: m.Reply, from: r.from, seq: info.sequence, attempt: info.delivered, time: info.time,
-		},
-	}
-	lease := int64(r.target.ackWait)
-	arrived := now
-	if r.slept(now) {
-		arrived = r.eng.awake.Load()
-		r.verify(false)
-	}
-	// The server counts from a moment before the arrival; the tenth is for that.
-	d.lease.Store(arrived + lease - lease/10)
-	d.renew = now + lease/renewals
-
+	d := &delivery{msg: Msg{
+		Subject: m.Subject, Data: m.Data, Header: m.Header,
+		from: r.from, reply: m, seq: info.sequence, time: info.time, attempt: 1,
+	}}
+	size := m.Size()
+	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Received++
-	r.doubts, r.gone, r.crowded = 0, nil, false
-	if r.outstanding--; r.outstanding <= 0 {
-		r.outstanding = 0
-		r.pulls = r.pulls[:0]
+	// The server began to count somewhere between its pull and its arrival. While that
+	// is no long time, it does not matter where.
+	since := now
+	if asked := r.puller.since(now); now-asked > int64(r.ackWait)/4 {
+		since = asked
 	}
-	r.arrived = now
-	r.leases.push(d)
-	if r.running == 0 && r.queue.len() == 0 {
-		r.finished = now
+	r.puller.message(now, size)
+	r.arrived, r.rang, r.seen = now, info.pending > 0, max(r.seen, info.consumerSeq)
+	w := r.newWork(d, m, messageID{info.sequence, info.time}, info.delivered)
+	w.begin(since+int64(r.ackWait)*9/10, since+int64(r.ackWait)/renewals)
+	again := ackNone
+	if info.delivered > 1 {
+		again = r.redelivered(w, now)
+	} else {
+		r.leases.push(w)
+		if r.headersOnly(w) {
+			r.hold(w, now)
+		} else {
+			r.enqueue(w, &r.lane.queue, now)
+		}
 	}
-	p.put(&r.lane, d)
 	next := r.plan(now)
+	well := r.pullsFail
+	r.pullsFail = false
 	p.mu.Unlock()
-	r.pull(next)
+	r.send(next)
+	if again != ackNone {
+		r.env.acks.push(m.Reply)
+	}
+	if well {
+		r.clear("pull")
+	}
 }
 
-// slept tells whether the process may have been stopped for so long, and so
-// lately, that what arrives now has waited for it.
-func (r *durableRoute) slept(now int64) bool {
-	return now-r.eng.awake.Load() > int64(r.target.ackWait)/2
-}
+// ackNone and ackAgain say whether a delivery is to be acknowledged without a run.
+const (
+	ackNone  = false
+	ackAgain = true
+)
 
-// run handles one delivery on a worker.
-func (r *durableRoute) run(d *delivery) {
-	now := r.eng.now()
-	d.began, d.ended = now, now
-	if now >= d.lease.Load() {
-		r.lapse(d)
-		return
+// redelivered takes a message that was delivered before. It reports whether it was
+// handled already, and only its acknowledgement was lost. The pool is locked.
+func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
+	held := r.leases.find(w.id.seq)
+	if held != nil && held.settling() {
+		// It was given back, and comes before that is booked.
+		r.leases.remove(held)
+		held = nil
 	}
-	if len(d.msg.Header) > 0 && r.passOver(d) {
-		return
-	}
-	if n := r.spec.route.attempts(); n > 0 && d.msg.Attempt() > n {
-		r.conclude(d, errCrashed)
-		return
-	}
-	if r.spec.route.dlq != "" {
-		d.msg.Header = maps.Clone(d.msg.Header)
-	}
-	r.attempt(d, r.spec.route.timeout)
-}
-
-// passOver settles what is in the stream and is no message for this route. It is
-// not counted as an attempt.
-func (r *durableRoute) passOver(d *delivery) bool {
-	if d.msg.Header[HeaderRedriveTo] != nil && r.redriven(d) {
-		return true
-	}
-	if !r.isSchedule(d) {
+	if held != nil && held.id == w.id {
+		// The server has ended a lease that this side takes for valid: somebody has
+		// shortened AckWait. The one in hand goes on under the new lease.
+		if ends := w.ends.Load(); held.ends.Load() < ends {
+			held.ends.Store(ends)
+		}
+		held.renew = 0
+		r.known.ranNothing(w.id)
+		r.recycle(w)
+		r.look(now, true)
 		return false
 	}
-	if r.target.config.Retention == jetstream.LimitsPolicy {
-		r.settle(d, ackAck)
-	} else {
-		// Acknowledged it would be deleted, and never come due.
-		r.settle(d, ackNak(untilDue(d.msg.Header.Get(headerSchedule))))
+	if r.known.wasHandled(w.id) {
+		r.recycle(w)
+		return true
 	}
+	attempt := r.known.attempt(w.id, w.count)
+	most := uint64(r.spec.route.attempts())
+	w.msg.attempt = uint32(min(attempt, 1<<31))
+	r.leases.push(w)
+	switch {
+	case r.headersOnly(w):
+		r.hold(w, now)
+	case most > 0 && attempt > most:
+		// The attempts are used up without a failure that is known: it may be the
+		// message that takes processes down, or one that was beside it.
+		w.msg.attempt = uint32(most)
+		w.alone = true
+		r.suspects.push(w)
+		r.env.pool.held++
+		r.release(now)
+	default:
+		r.enqueue(w, &r.lane.first, now)
+	}
+	return false
+}
+
+// newWork returns a work for a delivery. The pool is locked.
+func (r *durableRoute) newWork(d *delivery, m *nats.Msg, id messageID, count uint64) *work {
+	var w *work
+	if n := len(r.free); n > 0 {
+		w, r.free = r.free[n-1], r.free[:n-1]
+	} else {
+		w = &work{}
+	}
+	w.delivery, w.raw, w.id, w.count = d, m, id, count
+	d.work = w
+	return w
+}
+
+// recycle has w used again. Nobody else may hold it, but for renewals, which tell one
+// use from another. The pool is locked.
+func (r *durableRoute) recycle(w *work) {
+	w.claim()
+	w.delivery.work = nil
+	w.delivery, w.raw = nil, nil
+	w.key, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, "", ""
+	w.began, w.ended, w.err, w.due, w.answer, w.letter = 0, 0, nil, 0, nil, nil
+	if len(r.free) < deepest {
+		r.free = append(r.free, w)
+	}
+}
+
+// run handles one message on a worker.
+func (r *durableRoute) run(w *work) {
+	now := processTime()
+	w.began, w.ended = now, now
+	if now >= w.ends.Load() {
+		r.lapse(w)
+		return
+	}
+	if len(w.msg.Header) > 0 {
+		if act, delay := r.passer.judge(r.env.closing, w, r.target.config.Load()); act != actHandle {
+			r.passOver(w, act, delay)
+			return
+		}
+		if w.began = processTime(); w.began >= w.ends.Load() { // that may have taken a while
+			w.ended = w.began
+			r.lapse(w)
+			return
+		}
+		if r.spec.route.dlq != "" {
+			w.msg.Header = maps.Clone(w.msg.Header)
+		}
+	}
+	if w.alone && !r.mayRunAlone(w) {
+		return
+	}
+	attempt(r.owner, r.handler, w, r.spec.route.timeout)
+	r.unmark(w)
+}
+
+// passOver settles a message that is none for this route. It is not counted as an
+// attempt.
+func (r *durableRoute) passOver(w *work, act action, delay time.Duration) {
+	if act == actAck {
+		r.ack(w)
+	} else {
+		r.settle(w, ackNak(delay))
+	}
+}
+
+// mayRunAlone reports whether a suspect is to be run once more, and concludes it
+// otherwise. It runs on the worker that is to run it.
+func (r *durableRoute) mayRunAlone(w *work) bool {
+	p := r.env.pool
+	p.mu.Lock()
+	flood := r.suspects.len() >= floodOfSuspects
+	p.mu.Unlock()
+	beyond := w.count - uint64(r.spec.route.attempts())
+	if flood && beyond < aloneDeliveries {
+		return true
+	}
+	before, err := r.notes().mark(r.env.closing, w.id, 1)
+	proven := before >= aloneProof
+	if err != nil {
+		proven = errors.Is(err, ErrPermission) && beyond >= aloneDeliveries
+		r.env.log.Warn("natsx: message runs by itself and that could not be written down", r.about(w, "error", err)...)
+	}
+	now := processTime()
+	w.began, w.ended = now, now
+	switch {
+	case now >= w.ends.Load():
+		r.lapse(w)
+		return false
+	case proven:
+		r.conclude(w, errCrashed)
+		return false
+	}
+	w.marked = err == nil
 	return true
 }
 
-// isSchedule tells whether d is a message that the server keeps to publish later
-// (ADR-51). Only a stream with AllowMsgSchedules has schedules, and it refuses
-// what looks like one and is none; elsewhere the header means nothing.
-func (r *durableRoute) isSchedule(d *delivery) bool {
-	c := r.target.config
-	return c != nil && c.AllowMsgSchedules && len(d.msg.Header[headerSchedule]) > 0
-}
-
-const headerSchedule = "Nats-Schedule"
-
-// untilDue is how long a schedule stays, with a moment for the server to remove
-// it. Of a repeated one it is a guess.
-func untilDue(schedule string) time.Duration {
-	at, err := time.Parse(time.RFC3339Nano, strings.TrimPrefix(schedule, "@at "))
-	if err != nil {
-		return time.Minute
+// unmark takes the mark of a message back whose run has returned and which comes again.
+func (r *durableRoute) unmark(w *work) {
+	if !w.marked || w.confirmed {
+		return
 	}
-	return max(time.Until(at), 0) + 5*time.Second
+	if _, err := r.notes().mark(r.env.closing, w.id, 0); err != nil {
+		r.env.log.Warn("natsx: note of a message that ran by itself not taken back", r.about(w, "error", err)...)
+	}
 }
 
-func (r *durableRoute) lapse(d *delivery) {
-	d.outcome = Lapsed
-	r.log.Warn("natsx: lease lost, message left to its next delivery", r.about(d)...)
+func (r *durableRoute) notes() aloneNotes {
+	return aloneNotes{r.env.api, r.target.stream, r.target.consumer}
+}
+
+// What the letter box asks of its route.
+func (r *durableRoute) keepsTerminated() bool           { return r.target.keepsTerminated() }
+func (r *durableRoute) source() *jetstream.StreamConfig { return r.target.config.Load() }
+func (r *durableRoute) consumerCreated() time.Time      { return r.target.identity.created }
+
+func (r *durableRoute) lapse(w *work) {
+	w.outcome = OutcomeLapsed
+	r.env.log.Warn("natsx: lease lost, message left to its next delivery", r.about(w)...)
 }
 
 // conclude settles an attempt.
-func (r *durableRoute) conclude(d *delivery, err error) {
-	d.err = err
-	if d.ended >= d.lease.Load() {
-		r.lapse(d)
-		r.observe(d)
+func (r *durableRoute) conclude(w *work, err error) {
+	j, err := judge(err)
+	w.err = err
+	if w.ended >= w.ends.Load() {
+		r.lapse(w)
+		if j.verdict == verdictSuccess {
+			w.reason = handledLate
+		}
+		r.observe(w)
 		return
 	}
-	s := decide(r.spec.route, d.msg.Attempt(), err, rand.Float64())
-	d.outcome = s.outcome
+	if j.verdict == verdictSuccess {
+		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
+		return
+	}
+	c := circumstances{
+		attempt: w.msg.Attempt(), cut: r.env.handlers.Err() != nil,
+		life: r.lifeOf(w), spread: rand.Float64(),
+	}
+	if c.cut && errors.Is(err, context.Canceled) {
+		j.verdict = verdictRetry // whatever else it says
+	}
+	r.carryOut(w, decide(r.spec.route, j, c))
+}
+
+// handledLate marks a work whose handler succeeded when its lease was lost.
+const handledLate Reason = "handled late"
+
+// carryOut does what was decided about an attempt.
+func (r *durableRoute) carryOut(w *work, s settlement) {
+	w.outcome, w.reason = s.outcome, s.reason
+	err := w.err
+	if s.expires {
+		r.env.log.Error("natsx: message is dead, since its stream deletes it before its next attempt", r.about(w, "error", err)...)
+	}
 	switch s.action {
 	case actAck:
-		r.ack(d)
+		r.ack(w)
 	case actNak:
-		r.log.Warn("natsx: attempt failed", append(r.about(d), "error", err, "retry_in", s.delay)...)
-		r.giveBack(d, s.delay)
+		r.env.log.Warn("natsx: attempt failed", r.about(w, "error", err, "retry_in", s.delay)...)
+		r.giveBack(w, s.delay)
+		r.lookSoonAfterFailure()
+	case actReturn:
+		r.env.log.Info("natsx: handler was cut off by the shutdown, message given back", r.about(w, "error", err)...)
+		r.giveBack(w, 0)
 	case actTerm:
 		switch {
-		case s.outcome == Discarded:
-			r.log.Info("natsx: message discarded", append(r.about(d), "error", err)...)
-			r.settle(d, ackTerm("discarded"))
-		case r.target.keepsTerminated():
-			r.log.Error("natsx: message is dead and the route has no DLQ", append(r.about(d), "reason", s.reason, "error", err)...)
-			r.settle(d, ackTerm(string(s.reason)))
+		case s.outcome == OutcomeDiscarded:
+			r.env.log.Info("natsx: message discarded", r.about(w, "error", err)...)
+			r.settle(w, ackTerm("discarded"))
+		case r.keepsTerminated():
+			r.env.log.Error("natsx: message is dead and the route has no DLQ", r.about(w, "reason", s.reason, "error", err)...)
+			r.settle(w, ackTerm(string(s.reason)))
 		default:
-			r.log.Error("natsx: message is dead, the route has no DLQ, and its stream would delete it: it stays unsettled",
-				append(r.about(d), "reason", s.reason, "error", err)...)
-			r.giveBack(d, unsettledRest)
+			r.env.log.Error("natsx: message is dead, the route has no DLQ, and its stream would delete it: it stays unsettled",
+				r.about(w, "reason", s.reason, "error", err)...)
+			r.giveBack(w, unsettledRest)
 		}
 	case actBury:
-		if !r.bury(d, s.reason) {
+		if !r.letters.bury(w) {
 			return // whoever moves the letter concludes
 		}
 	}
-	r.observe(d)
+	r.observe(w)
 }
 
-// giveBack has the server deliver d again after a delay.
-func (r *durableRoute) giveBack(d *delivery, delay time.Duration) {
-	d.due = d.ended + int64(delay)
+// lifeOf is how long the message stays in its stream, 0 for as long as it takes.
+func (r *durableRoute) lifeOf(w *work) time.Duration {
+	most := time.Duration(0)
+	if c := r.target.config.Load(); c != nil {
+		most = c.MaxAge
+		if ttl := w.raw.Header.Get(jetstream.MsgTTLHeader); ttl != "" && c.AllowMsgTTL {
+			if d, ok := parseTTL(ttl); ok && (most == 0 || d < most) {
+				most = d
+			}
+		}
+	}
+	if most == 0 {
+		return 0
+	}
+	return max(most-time.Since(time.Unix(0, w.id.time)), 1)
+}
+
+// giveBack has the server deliver w again after a delay.
+func (r *durableRoute) giveBack(w *work, delay time.Duration) {
+	w.due = w.ended + int64(delay)
 	// A nak that is sent after a reconnect, or again after the delay, may hit a
 	// delivery that somebody else has by then; the end of the lease does the same
 	// without it.
-	if !r.eng.nc.IsConnected() {
+	if !r.env.link.up() {
 		return
 	}
-	d.claim()
-	d.lease.Store(min(d.lease.Load(), d.due))
-	r.settle(d, ackNak(delay))
+	w.claim()
+	w.ends.Store(min(w.ends.Load(), w.due))
+	r.settle(w, ackNak(delay))
 }
 
-func (r *durableRoute) ack(d *delivery) {
-	if r.spec.route.set&optConfirmAcks != 0 {
-		r.settle(d, ackAck)
+// parseTTL reads a time to live as the server does (ADR-43), 0 for never.
+func parseTTL(text string) (time.Duration, bool) {
+	if n, err := strconv.ParseInt(text, 10, 32); err == nil && n > 0 {
+		return time.Duration(n) * time.Second, true
+	}
+	d, err := time.ParseDuration(text)
+	return d, err == nil && d > 0
+}
+
+func (r *durableRoute) ack(w *work) {
+	if w.alone || r.spec.route.set&optConfirmAcks != 0 {
+		r.settle(w, ackAck)
 		return
 	}
-	d.claim()
-	r.eng.acks.push(d.msg.reply)
+	w.claim()
+	r.env.acks.push(w.raw.Reply)
 }
 
 // settle sends an acknowledgement, confirmed where the route asks for it. A
 // message whose acknowledgement is not confirmed within the lease has lapsed:
 // the server may deliver it again.
-func (r *durableRoute) settle(d *delivery, ack []byte) {
-	d.claim()
-	if r.spec.route.set&optConfirmAcks != 0 {
-		if !r.confirm(r.eng.closing, d, ack) {
-			r.lapse(d)
+func (r *durableRoute) settle(w *work, ack []byte) {
+	w.claim()
+	if w.alone || r.spec.route.set&optConfirmAcks != 0 {
+		if w.confirmed = r.confirm(r.env.closing, w, ack); !w.confirmed {
+			r.lapse(w)
 		}
 		return
 	}
-	if err := r.eng.nc.Publish(d.msg.reply, ack); err != nil {
-		r.log.Warn("natsx: acknowledgement not sent", append(r.about(d), "error", err)...)
-	}
-	r.eng.said()
+	r.env.acks.write(w.raw.Reply, ack)
 }
 
 // confirm sends an acknowledgement until the server confirms it, at least once, and
 // gives up when the lease is lost, the route is over, or ctx ends.
-func (r *durableRoute) confirm(ctx context.Context, d *delivery, ack []byte) bool {
-	for pause, tried := 50*time.Millisecond, false; (!tried || r.eng.now() < d.lease.Load()) && !r.over.Load(); pause, tried = min(2*pause, time.Second), true {
+func (r *durableRoute) confirm(ctx context.Context, w *work, ack []byte) bool {
+	pause := backoff{first: 50 * time.Millisecond, most: time.Second}
+	for tried := false; (!tried || processTime() < w.ends.Load()) && !r.over.Load(); tried = true {
 		try, cancel := context.WithTimeout(ctx, 2*time.Second)
-		_, err := r.eng.nc.RequestWithContext(try, d.msg.reply, ack)
+		_, err := r.env.api.nc.RequestWithContext(try, w.raw.Reply, ack)
 		cancel()
 		if err == nil {
 			return true
 		}
-		if !wait(ctx, pause) {
+		if !pause.wait(ctx) {
 			return false
 		}
 	}
 	return false
 }
 
-// finish books a delivery whose worker is done with it. The pool is locked.
-func (r *durableRoute) finish(d *delivery) pull {
-	r.finished = d.ended
-	if d.ended != d.began { // else it was given up without a run
-		r.learn(d.took())
-	}
-	if !d.held {
-		if d.due > 0 {
-			r.delayed.push(d.due)
+// finish books what is done. The pool is locked.
+func (r *durableRoute) finish(done []*work) pullRequest {
+	now, ran := int64(0), 0
+	for _, w := range done {
+		now = max(now, w.ended)
+		if w.ended != w.began { // else it was given up without a run
+			r.learn(w.took())
+			ran++
 		}
-		r.leases.remove(d)
-		r.count(d)
-	}
-	return r.plan(d.ended)
-}
-
-// learn updates the mean handler time, fast upwards and slowly downwards: pulling
-// too little costs a little, holding too much keeps messages from other replicas.
-func (r *durableRoute) learn(took time.Duration) {
-	switch ns := float64(took); {
-	case r.mean == 0:
-		r.mean = ns
-	case ns > r.mean:
-		r.mean += (ns - r.mean) / 4
-	default:
-		r.mean += (ns - r.mean) / 32
-	}
-}
-
-// tick is the keeper's visit: it expires pulls without a word, misses
-// heartbeats and plans anew. It returns what is due for a renewal.
-func (r *durableRoute) tick(now int64, due []*delivery) []*delivery {
-	p := r.eng.pool
-	p.mu.Lock()
-	due = r.leases.due(now, int64(r.target.ackWait)/renewals, due)
-	crowded := r.crowded || 10*r.delayed.after(now) >= 9*r.target.maxAckPending
-	for i := 0; i < len(r.pulls); {
-		if r.pulls[i].expires+int64(2*r.heartbeat) < now {
-			r.ended(r.pulls[i].token, 0)
+		if w == r.isolated {
+			r.isolated = nil
+		}
+		if w.letter != nil && w.letter.held {
 			continue
 		}
-		i++
+		r.book(w)
 	}
-	// Of handlers that hang, before they return. While none has returned, nothing is
-	// known, and least of all that they are as fast as the first has been running.
-	if since := now - r.finished; r.running > 0 && r.mean > 0 && float64(since) > r.mean {
-		r.learn(time.Duration(since))
-	}
-	silent := false
-	if r.pulling && len(r.pulls) > 0 {
-		silent = now-max(r.heard.Load(), r.pulls[0].sent) > 2*int64(r.heartbeat)
-	}
-	unrefused := now > r.notBefore+int64(10*pullPause)
-	stuck := r.open && !r.pulling && !r.verifying // nobody heard that the connection is back
-	if r.pulling && now-max(r.arrived, r.asked) > int64(lookEvery) {
-		r.asked = now
-		r.eng.background.Go(r.look)
-	}
-	next := r.plan(now)
-	p.mu.Unlock()
-	r.pull(next)
-	if crowded {
-		r.trouble("retries", errCrowded)
-	} else {
-		r.clear("retries")
-	}
-	if unrefused {
-		r.clear("pull")
-	}
-	if silent || stuck && r.eng.nc.IsConnected() {
-		r.verify(true)
-	}
-	return due
+	r.started = now
+	r.window.done(now, ran)
+	r.release(now)
+	return r.plan(now)
 }
 
-// look asks for the consumer of a route to which nothing comes.
-func (r *durableRoute) look() {
-	ctx, cancel := context.WithTimeout(r.eng.intake, apiTimeout)
-	defer cancel()
-	if info, err := r.consumerInfoOnce(ctx); err == nil {
-		r.inform(info)
+// book ends the engine's part in w. The pool is locked.
+func (r *durableRoute) book(w *work) {
+	switch w.outcome {
+	case OutcomeLapsed:
+		if w.reason == handledLate {
+			r.known.handle(w.ended, w.id)
+		} else if w.began == w.ended {
+			r.known.ranNothing(w.id)
+		}
+	case OutcomeReturned:
+		r.known.ranNothing(w.id)
+	case OutcomeSucceeded:
+		if !w.confirmed {
+			r.known.handle(w.ended, w.id)
+		}
+	default:
+		if w.due > 0 {
+			r.delayed.push(w.due)
+		}
 	}
+	r.leases.remove(w)
+	r.count(w)
+	r.recycle(w)
 }
 
-// inform takes what the server tells of the consumer as it is now.
-func (r *durableRoute) inform(info *jetstream.ConsumerInfo) {
-	p := r.eng.pool
+// report is the route's counters as they are now.
+func (r *durableRoute) report() RouteStats {
+	st := r.route.report()
+	p := r.env.pool
 	p.mu.Lock()
-	r.crowded = info.NumPending > 0 && info.NumAckPending >= r.target.maxAckPending
-	p.mu.Unlock()
-	if n := info.Config.MaxDeliver; n > 0 {
-		r.trouble("maxDeliver", fmt.Errorf("natsx: somebody set the consumer's MaxDeliver to %d: the server then gives up on messages", n))
-	} else {
-		r.clear("maxDeliver")
-	}
+	defer p.mu.Unlock()
+	st.Delayed = r.delayed.after(processTime())
+	return st
 }

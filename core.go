@@ -42,119 +42,135 @@ type coreRoute struct {
 	room      chan struct{} // told when there is room again; capacity 1
 	dropped   uint64        // by the client as a slow consumer, when last asked
 	lastError error         // of a request
-	open      leaseList     // requests that wait or run
+	open      leases        // requests that wait or run, in the order of their arrival
+	free      []*work       // of messages, to be used again
+	seconds   float64       // mean time of a handler in ns
+
+	alarm alarm // looks for what the client dropped
+}
+
+func newCoreRoute(e *env, spec Spec) *coreRoute {
+	r := &coreRoute{room: make(chan struct{}, 1)}
+	r.init(e, spec, r)
+	r.alarm.ring = r.tick
+	return r
 }
 
 // receive is the subscription's callback. It blocks while the route has enough to
 // do, so that what comes meanwhile waits in the subscription.
 func (r *coreRoute) receive(m *nats.Msg) {
-	d := &delivery{
-		Context: r.eng.handlers,
-		route:   &r.route,
-		msg:     Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, reply: m.Reply},
-	}
+	d := &delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}
 	if r.isReply() {
-		r.admit(d)
+		r.admit(&work{delivery: d, raw: m})
 		return
 	}
-	p := r.eng.pool
+	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Received++
-	for r.queue.len() >= coreQueue && !p.closed {
+	for r.lane.waiting() >= coreQueue && !p.closed {
 		r.full = true
 		p.mu.Unlock()
 		<-r.room
 		p.mu.Lock()
 	}
-	p.put(&r.lane, d)
+	var w *work
+	if n := len(r.free); n > 0 {
+		w, r.free = r.free[n-1], r.free[:n-1]
+	} else {
+		w = &work{}
+	}
+	w.delivery, w.raw = d, m
+	d.work = w
+	p.put(&r.lane, w)
 	p.mu.Unlock()
 }
 
 // admit queues a request, or refuses it while too many wait.
-func (r *coreRoute) admit(d *delivery) {
-	if patience, ok := requestTimeout(d.msg.Header); ok {
-		d.due = r.eng.now() + int64(min(patience, math.MaxInt64/2))
+func (r *coreRoute) admit(w *work) {
+	w.delivery.work = w
+	if patience, ok := requestTimeout(w.msg.Header); ok {
+		w.due = processTime() + int64(min(patience, math.MaxInt64/2))
 	}
-	p := r.eng.pool
+	p := r.env.pool
 	var refusal error
 	p.mu.Lock()
 	r.stats.Received++
 	switch {
 	case p.closed:
 		refusal = errShuttingDown
-	case r.queue.len() >= max(MinWaitingRequests, WaitingRequestsPerHandler*r.limit):
+	case r.lane.waiting() >= max(MinWaitingRequests, WaitingRequestsPerHandler*r.limit):
 		refusal = errBusy
 	default:
-		r.open.push(d)
-		p.put(&r.lane, d)
+		r.open.append(w)
+		p.put(&r.lane, w)
 	}
 	p.mu.Unlock()
 	if refusal != nil {
-		r.refuse(d, refusal)
+		r.refuse(w, refusal)
 	}
 }
 
 // refuse answers and books a request that no worker takes.
-func (r *coreRoute) refuse(d *delivery, err error) {
-	r.conclude(d, err)
-	r.eng.pool.mu.Lock()
-	r.book(d)
-	r.eng.pool.mu.Unlock()
+func (r *coreRoute) refuse(w *work, err error) {
+	r.conclude(w, err)
+	r.env.pool.mu.Lock()
+	r.book(w)
+	r.env.pool.mu.Unlock()
 }
 
 // giveUp lets go of what no worker will take any more, after the pool was closed.
 func (r *coreRoute) giveUp() {
-	p := r.eng.pool
+	p := r.env.pool
 	p.mu.Lock()
 	r.makeRoom()
-	var rest []*delivery
-	for r.isReply() && r.queue.len() > 0 {
-		d := r.queue.pop()
-		r.open.remove(d)
-		rest = append(rest, d)
-		p.waiting--
+	var rest []*work
+	if r.isReply() {
+		rest = p.drop(&r.lane, &r.lane.queue, func(*work) bool { return true })
+		for _, w := range rest {
+			r.open.unlist(w)
+		}
 	}
 	p.mu.Unlock()
-	for _, d := range rest {
-		r.refuse(d, errShuttingDown)
+	for _, w := range rest {
+		r.refuse(w, errShuttingDown)
 	}
 }
 
 // abandon answers the requests whose responders did not return in time.
 func (r *coreRoute) abandon() {
-	p := r.eng.pool
+	p := r.env.pool
 	p.mu.Lock()
-	var rest []*delivery
-	for d := r.open.head; d != nil; d = d.next {
-		rest = append(rest, d)
+	var rest []*work
+	for w := r.open.head; w != nil; w = w.next {
+		rest = append(rest, w)
 	}
 	p.mu.Unlock()
-	for _, d := range rest {
-		r.respondFor(d, errShuttingDown)
+	for _, w := range rest {
+		r.respondFor(w, errShuttingDown)
 	}
 }
 
 func (r *coreRoute) isReply() bool { return r.spec.kind == kindReply }
 
 // run handles one message on a worker.
-func (r *coreRoute) run(d *delivery) {
-	now := r.eng.now()
-	d.began, d.ended = now, now
+func (r *coreRoute) run(w *work) {
+	now := processTime()
+	w.began, w.ended = now, now
 	timeout := r.spec.route.timeout
 	if !r.isReply() {
-		r.attempt(d, timeout)
+		attempt(r.owner, r.handler, w, timeout)
 		return
 	}
 	patience := timeout
-	if d.due > 0 {
-		if patience = time.Duration(d.due - now); patience <= 0 {
-			r.conclude(d, errGone)
+	if w.due > 0 {
+		if patience = time.Duration(w.due - now); patience <= 0 {
+			r.conclude(w, errGone)
 			return
 		}
 	}
 	if timeout == 0 || patience < timeout {
 		// Nobody waits for an answer at the end of the requester's patience.
-		r.attempt(d, patience)
+		attempt(r.owner, r.handler, w, patience)
 		return
 	}
 	// The requester is answered when the time is up, whatever the responder does
@@ -162,85 +178,87 @@ func (r *coreRoute) run(d *delivery) {
 	answered := make(chan struct{})
 	late := time.AfterFunc(timeout, func() {
 		defer close(answered)
-		r.respondFor(d, Fail(http.StatusGatewayTimeout, "no answer within "+timeout.String()))
+		r.respondFor(w, Fail(http.StatusGatewayTimeout, "no answer within "+timeout.String()))
 	})
 	defer func() {
 		if !late.Stop() {
 			<-answered
 		}
 	}()
-	r.attempt(d, timeout)
+	attempt(r.owner, r.handler, w, timeout)
 }
 
 // conclude books the result of a message, and answers a request.
-func (r *coreRoute) conclude(d *delivery, err error) {
-	d.err = err
+func (r *coreRoute) conclude(w *work, err error) {
+	j, err := judge(err)
+	w.err = err
 	if r.isReply() {
-		d.err = r.respond(d, err)
+		w.err = r.respond(w, err)
 	} else if err != nil {
-		r.log.Error("natsx: handler failed, core message is gone", append(r.about(d), "error", err)...)
+		r.env.log.Error("natsx: handler failed, core message is gone", r.about(w, "error", err)...)
 	}
 	switch {
-	case d.err == nil:
-		d.outcome = Succeeded
-	case is[*discardError](err) && !r.isReply():
-		d.outcome = Discarded
+	case w.err == nil:
+		w.outcome = OutcomeSucceeded
+	case j.verdict == verdictDiscard && !r.isReply():
+		w.outcome = OutcomeDiscarded
 	default:
-		d.outcome = Failed
+		w.outcome = OutcomeFailed
 	}
-	r.observe(d)
+	r.observe(w)
 }
 
 // respond answers a request with the result of its responder, unless it was
 // answered without it, and returns the error that counts.
-func (r *coreRoute) respond(d *delivery, err error) error {
-	if d.answered.Swap(true) {
+func (r *coreRoute) respond(w *work, err error) error {
+	if w.answered.Swap(true) {
 		if err == nil {
 			err = errLate
 		}
-		r.log.Warn("natsx: responder was too late, its result is dropped", append(r.about(d), "error", err, "took", d.took())...)
+		r.env.log.Warn("natsx: responder was too late, its result is dropped", r.about(w, "error", err, "took", w.took())...)
 		return err
 	}
-	if errors.Is(err, context.Canceled) && r.eng.handlers.Err() != nil {
+	if err != nil && r.env.handlers.Err() != nil && errors.Is(err, context.Canceled) {
 		err = fmt.Errorf("%w: %w", errShuttingDown, err)
 	}
 	if err != nil {
 		if _, internal := replyFor(err); internal {
-			r.log.Error("natsx: request failed", append(r.about(d), "error", err)...)
+			r.env.log.Error("natsx: request failed", r.about(w, "error", err)...)
 		}
 	}
-	told, failed := r.send(d, d.answer, d.msg.answer, err)
+	told, failed := r.answer(w, w.answer, w.msg.answer, err)
 	if failed != nil {
-		r.log.Error("natsx: answer not sent as it is", append(r.about(d), "error", failed)...)
+		r.env.log.Error("natsx: answer not sent as it is", r.about(w, "error", failed)...)
 	}
 	return told
 }
 
 // respondFor answers a request while its responder is still at work: it may be
 // changing everything else of the delivery.
-func (r *coreRoute) respondFor(d *delivery, err error) {
-	if d.answered.Swap(true) {
+func (r *coreRoute) respondFor(w *work, err error) {
+	if w.answered.Swap(true) {
 		return
 	}
-	if _, failed := r.send(d, nil, nil, err); failed != nil {
-		r.log.Error("natsx: answer not sent", "route", r.spec.route.filter, "error", failed)
+	if _, failed := r.answer(w, nil, nil, err); failed != nil {
+		r.env.log.Error("natsx: answer not sent", r.names("error", failed)...)
 	}
 }
 
-// send publishes the answer that data, header and err make. What cannot be sent is
+// answer publishes the answer that data, header and err make. What cannot be sent is
 // replaced by an error. It returns the error that the requester was told, and what
 // failed.
-func (r *coreRoute) send(d *delivery, data []byte, header nats.Header, err error) (told, failed error) {
-	if d.msg.reply == "" {
+func (r *coreRoute) answer(w *work, data []byte, header nats.Header, err error) (told, failed error) {
+	if w.raw.Reply == "" {
 		return err, nil
 	}
-	reply := &nats.Msg{Subject: d.msg.reply}
+	nc := r.env.api.nc
+	reply := &nats.Msg{Subject: w.raw.Reply}
 	reply.Data, reply.Header, _ = answer(data, header, err)
-	failed = r.eng.nc.PublishMsg(reply)
+	failed = nc.PublishMsg(reply)
 	var instead string
 	switch {
 	case errors.Is(failed, nats.ErrMaxPayload):
-		instead = "answer is larger than " + strconv.FormatInt(r.eng.nc.MaxPayload(), 10) + " bytes"
+		instead = "answer is larger than " + strconv.FormatInt(nc.MaxPayload(), 10) + " bytes"
 	case errors.Is(failed, nats.ErrBadHeaderMsg):
 		instead = "answer has an invalid header"
 	default:
@@ -248,64 +266,93 @@ func (r *coreRoute) send(d *delivery, data []byte, header nats.Header, err error
 	}
 	err = errors.Join(Fail(http.StatusInternalServerError, instead), err)
 	reply.Data, reply.Header, _ = answer(nil, nil, err)
-	return err, errors.Join(fmt.Errorf("natsx: %s: %w", instead, failed), r.eng.nc.PublishMsg(reply))
+	return err, errors.Join(failure(instead+": "+cause(failed), failed), nc.PublishMsg(reply))
 }
 
-// finish books a message whose worker is done with it. The pool is locked.
-func (r *coreRoute) finish(d *delivery) pull {
-	if r.isReply() {
-		r.open.remove(d)
+// finish books what a worker is done with. The pool is locked.
+func (r *coreRoute) finish(done []*work) pullRequest {
+	for _, w := range done {
+		r.seconds += (float64(w.took()) - r.seconds) / 16
+		if r.isReply() {
+			r.open.unlist(w)
+			r.book(w)
+			continue
+		}
+		r.book(w)
+		w.delivery.work = nil
+		*w = work{}
+		if len(r.free) < coreQueue {
+			r.free = append(r.free, w)
+		}
 	}
-	r.book(d)
-	if r.full && r.queue.len() <= coreQueue/2 {
+	if !r.isReply() {
+		r.burst = int(min(float64(burstTurn)/2/max(r.seconds, 1), maxBurst))
+	}
+	if r.full && r.lane.waiting() <= coreQueue/2 {
 		r.makeRoom()
 	}
-	return pull{}
+	return pullRequest{}
 }
 
 // book adds a finished message to the counters. The pool is locked.
-func (r *coreRoute) book(d *delivery) {
-	r.count(d)
-	if r.isReply() && d.err != nil {
-		r.lastError = d.err
+func (r *coreRoute) book(w *work) {
+	r.count(w)
+	if r.isReply() && w.err != nil {
+		r.lastError = w.err
 	}
 }
 
 // makeRoom lets a waiting callback go on. The pool is locked.
 func (r *coreRoute) makeRoom() {
 	r.full = false
-	select {
-	case r.room <- struct{}{}:
-	default:
-	}
+	notify(r.room)
 }
 
-func (r *coreRoute) pull(pull) {}
+// A core route does not pull.
+func (r *coreRoute) feed()            {}
+func (r *coreRoute) send(pullRequest) {}
 
 func (r *coreRoute) locate(context.Context) error { return nil }
 
 func (r *coreRoute) start() error {
-	return r.subscribe(r.spec.route.filter, r.spec.route.queue, r.receive)
+	p := r.env.pool
+	p.mu.Lock()
+	p.enter(&r.lane)
+	p.mu.Unlock()
+	_, err := r.subscribe(r.spec.route.filter, r.spec.route.queue, r.receive)
+	r.env.agenda.set(&r.alarm, processTime()+int64(droppedEvery))
+	return err
 }
 
-func (r *coreRoute) stop(ctx context.Context) { r.unsubscribe(ctx) }
+func (r *coreRoute) stop(ctx context.Context) {
+	r.unsubscribe(ctx)
+	p := r.env.pool
+	p.mu.Lock()
+	p.leave(&r.lane)
+	p.mu.Unlock()
+}
 
 func (r *coreRoute) denied(e *PermissionError) bool {
 	return e.Operation == "subscribe" && e.Subject == r.spec.route.filter
 }
 
-// tick is the keeper's visit: it notices what the client dropped.
-func (r *coreRoute) tick(now int64, due []*delivery) []*delivery {
-	p := r.eng.pool
+// droppedEvery is how often a route that has received something looks for what the
+// client dropped.
+const droppedEvery = time.Second
+
+// tick notices what the client dropped.
+func (r *coreRoute) tick(now int64) {
+	p := r.env.pool
 	p.mu.Lock()
 	sub := r.sub
 	p.mu.Unlock()
 	if sub == nil {
-		return due
+		return
 	}
+	r.env.agenda.set(&r.alarm, now+int64(droppedEvery))
 	n, err := sub.Dropped()
 	if err != nil || n <= 0 {
-		return due
+		return
 	}
 	p.mu.Lock()
 	more := uint64(n) - min(r.dropped, uint64(n))
@@ -313,10 +360,6 @@ func (r *coreRoute) tick(now int64, due []*delivery) []*delivery {
 	r.stats.Dropped += more
 	p.mu.Unlock()
 	if more > 0 {
-		r.log.Error("natsx: slow consumer, messages were dropped", "route", r.spec.route.filter, "dropped", more, "in_all", n)
+		r.env.log.Error("natsx: slow consumer, messages were dropped", r.names("dropped", more, "in_all", n)...)
 	}
-	return due
 }
-
-// verify does nothing: a core subscription comes back by itself.
-func (r *coreRoute) verify(bool) {}

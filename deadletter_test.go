@@ -290,7 +290,7 @@ func TestMissingDLQHoldsMessagesBack(t *testing.T) {
 		select {
 		case <-r.done:
 			t.Fatalf("Run returned: %v", r.err)
-		case <-time.After(briefPull + 500*time.Millisecond):
+		case <-time.After(mostStay + 500*time.Millisecond):
 		}
 	}
 	const more = 2 * most

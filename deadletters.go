@@ -65,7 +65,7 @@ const (
 //
 // They also return [ErrNoStream] and [ErrAmbiguousStream] when not exactly one stream
 // has the DLQ subject, [ErrPermission], ctx's error, and errors of the server or the
-// connection. What passes by itself is tried again for half a minute.
+// connection. What is transient is tried again for half a minute.
 //
 // A message that is no dead letter passes a filter only by what is known of it.
 //
@@ -229,7 +229,7 @@ func (q DeadLetterQuery) validate() error {
 	return errors.Join(faults...)
 }
 
-// selects tells whether the filters take l. Of what is no letter, nothing is known
+// selects reports whether the filters take l. Of what is no letter, nothing is known
 // that a filter could take.
 func (q DeadLetterQuery) selects(l *DeadLetter) bool {
 	has := func(o letterOption) bool { return q.set&o != 0 }
@@ -248,7 +248,7 @@ func (q DeadLetterQuery) selects(l *DeadLetter) bool {
 // deadLetters is one run of a query.
 type deadLetters struct {
 	DeadLetterQuery
-	store
+	api *api
 	dlq *jetstream.StreamInfo
 }
 
@@ -273,12 +273,11 @@ func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters,
 	if err != nil {
 		return fail(err.Error(), err)
 	}
+	d := &deadLetters{DeadLetterQuery: q, api: newAPI(nc, js)}
 	var names []string
-	err = again(ctx, func(ctx context.Context) error {
-		return requestWith(ctx, nc, apiPrefix(js)+"STREAM.NAMES", func(ctx context.Context) (err error) {
-			names, err = streamsFor(ctx, js, q.subject)
-			return err
-		})
+	err = retry{limit: readPatience}.do(ctx, func(ctx context.Context) (err error) {
+		names, err = d.api.streamNames(ctx, q.subject)
+		return err
 	})
 	switch {
 	case err != nil:
@@ -288,8 +287,7 @@ func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters,
 	case len(names) > 1:
 		return fail(fmt.Sprintf("several streams have the subject: %q", names), ErrAmbiguousStream)
 	}
-	d := &deadLetters{DeadLetterQuery: q, store: store{nc: nc, js: js, prefix: apiPrefix(js)}}
-	if d.dlq, err = d.streamInfo(ctx, names[0]); err != nil {
+	if d.dlq, err = d.api.askStreamInfo(ctx, names[0]); err != nil {
 		return fail(fmt.Sprintf("stream %q: %s", names[0], cause(err)), err)
 	}
 	return d, nil
@@ -301,7 +299,7 @@ func (d *deadLetters) all(ctx context.Context, headersOnly bool) iter.Seq2[DeadL
 	return func(yield func(DeadLetter, error) bool) {
 		left := d.limit
 		part := span{stream: d.dlq, filter: d.subject, last: d.dlq.State.LastSeq, headersOnly: headersOnly}
-		for m, err := range d.read(ctx, part) {
+		for m, err := range readSpan(ctx, d.api, part) {
 			if err != nil {
 				yield(DeadLetter{}, err)
 				return
@@ -413,7 +411,7 @@ func (q DeadLetterQuery) Purge(ctx context.Context, nc *nats.Conn) (int, error) 
 			if err := pace.wait(ctx); err != nil {
 				return purged, failure(fmt.Sprintf("dead letters of %q: purge: %v", q.subject, err), err)
 			}
-			if err := d.discard(ctx, &l); err != nil {
+			if err := discardLetter(ctx, d.api, &l); err != nil {
 				return purged, &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: err}
 			}
 		}
@@ -429,53 +427,6 @@ func (d *deadLetters) removable() error {
 		return failure(fmt.Sprintf("dead letters of %q: stream %q does not allow to delete messages", d.subject, c.Name), ErrBadDLQ)
 	}
 	return nil
-}
-
-// discard deletes a letter, after the original that only waits for its sake.
-func (s *store) discard(ctx context.Context, l *DeadLetter) error {
-	if l.Pointer {
-		if err := s.release(ctx, l); err != nil {
-			return err
-		}
-	}
-	return s.remove(ctx, l.DLQStream, l.DLQSequence)
-}
-
-// release lets go of the original of a pointer, which its durable left unsettled
-// on a stream that would have deleted it. On a work queue nobody else waits for
-// it. On a stream with interest retention others may: there it is settled for its
-// durable alone, and the server deletes it when that was the last.
-func (s *store) release(ctx context.Context, l *DeadLetter) error {
-	source, err := s.streamInfo(ctx, l.Stream)
-	if hasCode(err, codeStreamNotFound) {
-		return nil
-	}
-	if err != nil || source.Config.Retention == jetstream.LimitsPolicy {
-		return err
-	}
-	m, err := s.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
-	if err != nil || m == nil || !l.pointsTo(m) {
-		return err
-	}
-	if source.Config.Retention == jetstream.WorkQueuePolicy {
-		return s.remove(ctx, l.Stream, l.Sequence)
-	}
-	var durable jetstream.ConsumerInfo
-	err = s.ask(ctx, "CONSUMER.INFO."+l.Stream+"."+l.Durable, struct{}{}, &durable)
-	if hasCode(err, codeConsumerNotFound) || err == nil && (l.Sequence > durable.Delivered.Stream || l.Sequence <= durable.AckFloor.Stream) {
-		return nil // it does not hold the original, and the server knows who else does
-	}
-	if err != nil {
-		return err
-	}
-	// The server goes by the stream's sequence alone.
-	subject := fmt.Sprintf("$JS.ACK.%s.%s.1.%d.1.%d.0", l.Stream, l.Durable, l.Sequence, m.time.UnixNano())
-	return again(ctx, func(ctx context.Context) error {
-		return requestWith(ctx, s.nc, subject, func(ctx context.Context) error {
-			_, err := s.nc.RequestWithContext(ctx, subject, ackAck)
-			return err
-		})
-	})
 }
 
 // pacer spaces events evenly at a rate a second, 0 for no limit.

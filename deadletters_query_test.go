@@ -38,11 +38,11 @@ func TestOnDeadLetterRefusesWhatIsNoLetter(t *testing.T) {
 	for range 2 { // in any order
 		switch e := receive(t, events, "an attempt"); e.Msg.Sequence() {
 		case 1:
-			if e.Outcome != Dead || !errors.As(e.Err, &undecodable) || !errors.Is(e.Err, ErrNotALetter) {
+			if e.Outcome != OutcomeDead || !errors.As(e.Err, &undecodable) || !errors.Is(e.Err, ErrNotALetter) {
 				t.Errorf("got %s, %v, want a DecodeError for what is no letter", e.Outcome, e.Err)
 			}
 		case 2:
-			if e.Outcome != Succeeded {
+			if e.Outcome != OutcomeSucceeded {
 				t.Errorf("got %s, %v for the letter behind it", e.Outcome, e.Err)
 			}
 		}

@@ -80,79 +80,119 @@ func (c *deadlineContext) Value(key any) any {
 	return c.delivery.Value(key)
 }
 
-// delivery is a message in the hands of a handler. It is also the handler's
-// context, which saves an allocation for each message.
+// delivery is a message and the context of its handler in one object, which saves an
+// allocation for each message. The handler may keep it; the engine does not touch it
+// once the handler has returned, except through its work.
 type delivery struct {
-	context.Context
-	msg   Msg       // the handler's, who may change it
-	raw   *nats.Msg // as it came, for its dead letter
-	route *route
-
-	published atomic.Uint32           // envelopes published with this context so far
-	refused   atomic.Pointer[numbers] // of the last call, when it stored nothing; see call.number
-	settling  atomic.Int32            // see delivery.renewing
-
-	// The lease on a message of a durable. The times are the engine's.
-	lease      atomic.Int64 // when it ends; only ever moved to later
-	renew      int64        // when it is to be renewed
-	prev, next *delivery    // in the route's list of leases
-	key        string       // of its order; see keyedQueue
-
-	// The attempt, written by the worker that runs it.
-	outcome  Outcome
-	began    int64 // when it was started or given up, engine time
-	ended    int64 // when the handler had returned, engine time
-	err      error
-	due      int64       // of its retry or of its replay, or when a requester waits no more; engine time
-	answer   []byte      // of a responder
-	answered atomic.Bool // the request was replied to
-
-	// A dead letter on its way; see durableRoute.bury.
-	held   bool  // the DLQ did not take it yet
-	stored bool  // the letter is in the DLQ
-	form   uint8 // of the letter; see durableRoute.letter
-	letter *nats.Msg
+	msg  Msg                  // the handler's, who may change it
+	work *work                // of the engine; only for the time that the handler runs
+	made atomic.Pointer[made] // owned by publishing: what was published with this context
 }
 
-// The states of delivery.settling.
-const (
-	inHand int32 = iota
-	inRenewal
-	inSettlement
-)
-
-// renewing sends an in-progress ack, unless the settling of d has begun: the
-// server would take it for a new lease and forget the delay of a nak.
-func (d *delivery) renewing(send func(*delivery)) bool {
-	if !d.settling.CompareAndSwap(inHand, inRenewal) {
-		return false
-	}
-	send(d)
-	d.settling.Store(inHand)
-	return true
-}
-
-// claim ends the renewals of d. It waits for one that is being written.
-func (d *delivery) claim() {
-	for !d.settling.CompareAndSwap(inHand, inSettlement) && d.settling.Load() != inSettlement {
-		runtime.Gosched()
-	}
-}
-
-// took is how long the handler ran.
-func (d *delivery) took() time.Duration { return time.Duration(d.ended - d.began) }
-
-type deliveryKey struct{}
+// Deadline, Done and Err are those of the context that handlers run under.
+func (d *delivery) Deadline() (time.Time, bool) { return d.msg.origin().ctx.Deadline() }
+func (d *delivery) Done() <-chan struct{}       { return d.msg.origin().ctx.Done() }
+func (d *delivery) Err() error                  { return d.msg.origin().ctx.Err() }
 
 // Value finds the delivery itself and else asks the parent.
 func (d *delivery) Value(key any) any {
 	if key == (deliveryKey{}) {
 		return d
 	}
-	return d.Context.Value(key)
+	return d.msg.origin().ctx.Value(key)
 }
+
+type deliveryKey struct{}
 
 func deliveryFrom(ctx context.Context) *delivery {
 	d, _ := ctx.Value(deliveryKey{}).(*delivery)
 	return d
 }
+
+// work is a delivery on its way through the engine, from its arrival until it is
+// settled. It is the worker's while it runs, else its lane's, under the pool's lock;
+// what other goroutines touch is atomic. A pool uses it again for another delivery.
+type work struct {
+	*delivery
+	raw   *nats.Msg // as it came, for its acknowledgement and its dead letter
+	id    messageID
+	count uint64 // how often the server has delivered it
+	key   string // of its order; see keyedQueue
+
+	alone     bool // it is to run with nothing else of its route in hand
+	marked    bool // and that was written down; see alone.go
+	confirmed bool // its acknowledgement was confirmed
+
+	leased // owned by lease.go
+
+	// The attempt, written by the worker that runs it.
+	outcome  Outcome
+	reason   Reason // of a dead one
+	began    int64  // when it was started or given up
+	ended    int64  // when the handler had returned
+	err      error
+	due      int64       // of its retry or of its replay, or when a requester waits no more
+	answer   []byte      // of a responder
+	answered atomic.Bool // the request was replied to
+
+	letter *heldLetter // on its way to the DLQ; owned by dlq.go
+}
+
+// took is how long the handler ran.
+func (w *work) took() time.Duration { return time.Duration(w.ended - w.began) }
+
+// messageID is a message: a stream may use a sequence again, as after a restored
+// backup, but not for the same time.
+type messageID struct {
+	seq  uint64
+	time int64 // when it was stored, Unix nanoseconds
+}
+
+// leased is the lease on a message of a durable: the server's AckWait, counted from
+// the arrival and then from each renewal that the server has confirmed. Past its end
+// the message may be somebody else's.
+type leased struct {
+	ends  atomic.Int64  // only ever moved to later, but by a nak
+	state atomic.Uint64 // the use of the work, times leaseStates, and one of these
+
+	// Guarded by the pool's mutex.
+	renew      int64 // when it is to be renewed
+	prev, next *work // in leases, by renewal
+	chain      *work // in leases, of equal hash
+	listed     bool  // in leases
+}
+
+const (
+	leaseHeld    uint64 = iota
+	leaseRenewed        // an in-progress ack is being written
+	leaseSettled        // the settling has begun: nothing is renewed any more
+	leaseStates
+)
+
+// begin makes a work that was used before hold a new lease.
+func (l *leased) begin(ends, renew int64) {
+	l.state.Store((l.state.Load()/leaseStates + 1) * leaseStates)
+	l.ends.Store(ends)
+	l.renew = renew
+}
+
+// claim ends the renewals. It waits for one that is being written: the server would
+// take an in-progress ack behind a nak for a new lease and forget the nak's delay.
+func (l *leased) claim() {
+	for {
+		s := l.state.Load()
+		switch s % leaseStates {
+		case leaseSettled:
+			return
+		case leaseHeld:
+			if l.state.CompareAndSwap(s, s+leaseSettled) {
+				return
+			}
+		default:
+			runtime.Gosched()
+		}
+	}
+}
+
+// settling reports whether the settling has begun.
+func (l *leased) settling() bool { return l.state.Load()%leaseStates == leaseSettled }

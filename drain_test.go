@@ -341,7 +341,7 @@ func TestDrainDoesNotWaitForAPause(t *testing.T) {
 		r := runBroker(t, b, Route("orders.*").Durable("d").Handle(succeed))
 		publishAcked(t, nc, "orders.x", "payload")
 		routeStats(t, b, "it is handled", func(s RouteStats) bool { return s.Succeeded == 1 })
-		d := r.ran.Load().routes[0].(*durableRoute)
+		d := r.ran.Load().durables[0]
 		p.freeze()
 		paused := make(chan struct{})
 		go func() {

@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -18,101 +15,73 @@ import (
 // startAtOnce bounds how many routes start at the same time.
 const startAtOnce = 16
 
-// engine is one Run of a broker: starting, running, draining, over.
+// engine is one Run of a broker: starting, running, draining, over. It alone knows the
+// routes.
 type engine struct {
-	*Broker
-	js          jetstream.JetStream
-	pool        *pool
-	acks        *acker
-	specs       []Spec
-	routes      []runner
-	discovery   *discovery // nil until it answers, and without WithService
-	durables    int        // number of durable routes
-	base        time.Time  // of the engine's clock
-	apiPrefix   string     // of JetStream's API, with its last dot
-	inboxPrefix string
+	*env
+	service   *service // nil without WithService
+	streams   []StreamSpec
+	specs     []Spec
+	ready     chan struct{} // the broker's
+	routes    []runner      // all, in the order given to Run
+	durables  []*durableRoute
+	cores     []*coreRoute
+	discovery *discovery // nil until it answers, and without WithService
+	hung      hungWatch
 
-	// intake ends when no more messages are wanted: the caller's context ended
-	// or something failed. handlers is what handlers run under; it ends at the
-	// drain timeout. closing bounds what is left to say to the server after that.
-	intake        context.Context
-	endIntake     context.CancelFunc
-	handlers      context.Context
-	abortHandlers context.CancelCauseFunc
-	closing       context.Context
-	endClosing    context.CancelFunc
+	replaying sync.WaitGroup // replays that use the pool
 
-	unsent atomic.Bool  // an acknowledgement waits for a reconnect
-	awake  atomic.Int64 // engine time at which the process was last known to run; see pulse
+	stateMu   sync.Mutex
+	state     string          // for Health, empty when all is well
+	claimed   map[string]Spec // by stream and durable
+	replays   map[*replay]struct{}
+	noReplays bool // the drain has begun
+}
 
-	background sync.WaitGroup // goroutines that routes start when something is wrong
-	replaying  sync.WaitGroup // replays that use the pool
-	asking     chan struct{}  // slots for those that ask for their consumer
-
-	mu         sync.Mutex
-	state      string // for Health, empty when all is well
-	failures   []error
-	claimed    map[string]Spec // by stream and durable
-	lastForced time.Time       // when the connection was last forced to reconnect
-	replays    map[*replay]struct{}
-	noReplays  bool // the drain has begun
+// runner is a route that runs.
+type runner interface {
+	base() *route
+	// locate finds and checks what the route needs.
+	locate(ctx context.Context) error
+	// start begins to receive.
+	start() error
+	// stop ends the intake: when it returns nothing more arrives. ctx bounds it.
+	stop(ctx context.Context)
+	// denied reports whether the route needs what the server refused.
+	denied(*PermissionError) bool
+	report() RouteStats
 }
 
 func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []Spec) *engine {
 	e := &engine{
-		Broker: b, js: js, specs: specs, pool: newPool(b.workers), base: time.Now(),
-		asking: make(chan struct{}, startAtOnce), state: "is starting", claimed: map[string]Spec{},
-		replays: map[*replay]struct{}{},
+		env:     newEnv(ctx, &b.settings, b.nc, js, b.workers),
+		service: b.service, streams: b.streams, specs: specs, ready: b.ready,
+		state: "is starting", claimed: map[string]Spec{}, replays: map[*replay]struct{}{},
 	}
-	e.acks = newAcker(func(replies []string) {
-		for _, reply := range replies {
-			if err := b.nc.Publish(reply, ackAck); err != nil {
-				b.log.Warn("natsx: acknowledgement not sent", "reply", reply, "error", err)
-			}
-		}
-		e.said()
-	})
-	e.intake, e.endIntake = context.WithCancel(ctx)
-	live := context.WithoutCancel(ctx)
-	e.handlers, e.abortHandlers = context.WithCancelCause(live)
-	e.closing, e.endClosing = context.WithCancel(live)
-	e.apiPrefix = apiPrefix(js)
-	e.inboxPrefix = inboxPrefix(b.nc)
+	e.claim = e.claimOnce
 	for _, spec := range specs {
-		if spec.route.durable != "" {
-			e.durables++
+		if spec.route.durable == "" {
+			r := newCoreRoute(e.env, spec)
+			e.cores, e.routes = append(e.cores, r), append(e.routes, r)
+		} else {
+			r := newDurableRoute(e.env, spec)
+			e.durables, e.routes = append(e.durables, r), append(e.routes, r)
 		}
 	}
-	for _, spec := range specs {
-		e.routes = append(e.routes, newRunner(e, spec))
-	}
+	e.env.routesLooking = len(e.durables)
+	e.hung.init(e)
 	return e
 }
 
-// now is the engine's clock: nanoseconds since its start, monotonic.
-func (e *engine) now() int64 { return int64(time.Since(e.base)) }
-
 func (e *engine) run() error {
-	defer e.endIntake()
-	async := watchAsync(e.nc, e.onAsyncError)
-	status := e.nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING, nats.CLOSED)
-	watcher := make(chan struct{})
-	go func() {
-		defer close(watcher)
-		e.watchStatus(status)
-	}()
-	if e.nc.IsClosed() {
+	async := watchAsync(e.api.nc, e.onAsyncError)
+	status := e.link.watch(e.onStatus)
+	if e.api.nc.IsClosed() {
 		e.fail(ErrConnectionClosed)
 	}
-	e.pool.start()
-	go e.acks.run()
-	prepared := e.prepare()
-	keeper, endKeeper := context.WithCancel(context.Background())
-	var kept sync.WaitGroup
-	kept.Go(func() { e.keep(keeper) })
-	e.awake.Store(e.now())
-	kept.Go(func() { e.pulse(keeper) })
-	if prepared && e.open() {
+	e.start()
+	if e.prepare() && e.open() {
+		defer e.anchor()()
 		e.setState("")
 		close(e.ready)
 		e.log.Info("natsx: broker is ready", "routes", len(e.routes), "workers", e.workers)
@@ -120,15 +89,9 @@ func (e *engine) run() error {
 	}
 	e.setState("is draining")
 	err := e.drain()
-	endKeeper()
-	kept.Wait()
-	e.replaying.Wait()
-	e.endClosing()
-	e.background.Wait()
+	e.link.unwatch(status)
 	async.stop()
-	e.nc.RemoveStatusListener(status)
-	<-watcher
-	e.abortHandlers(context.Canceled)
+	e.close()
 	e.setState("has stopped")
 
 	e.mu.Lock()
@@ -136,14 +99,14 @@ func (e *engine) run() error {
 	return errors.Join(append(e.failures, err)...)
 }
 
-// prepare makes the streams and finds or makes what every route needs. It tells
+// prepare makes the streams and finds or makes what every route needs. It reports
 // whether the routes can be opened.
 func (e *engine) prepare() bool {
 	if !e.awaitConnection() {
 		return false
 	}
 	for _, s := range e.streams {
-		if err := s.forLetters(e.specs).ensure(e.intake, e.js, e.log); err != nil && e.intake.Err() == nil {
+		if err := s.forLetters(e.specs).ensure(e.intake, e.api, e.log); err != nil && e.intake.Err() == nil {
 			e.note(err)
 		}
 	}
@@ -154,7 +117,7 @@ func (e *engine) prepare() bool {
 	return e.each(func(r runner) error { return r.locate(e.intake) })
 }
 
-// open has every route receive, and tells whether all do.
+// open has every route receive, and reports whether all do.
 func (e *engine) open() bool {
 	if !e.each(runner.start) {
 		return false
@@ -166,12 +129,39 @@ func (e *engine) open() bool {
 			return false
 		}
 	}
-	for e.nc.FlushTimeout(apiTimeout) != nil {
-		if e.intake.Err() != nil || e.nc.IsClosed() {
+	for e.api.nc.FlushTimeout(apiTimeout) != nil {
+		if e.intake.Err() != nil || e.api.nc.IsClosed() {
 			return false
 		}
 	}
 	return e.intake.Err() == nil
+}
+
+// anchor keeps a message unread until the function that it returns is called. While it
+// is, an application's [nats.Conn.Drain] leaves the connection open, so that what runs can
+// still be settled and answered.
+func (e *engine) anchor() (release func()) {
+	nc := e.api.nc
+	inbox := nc.NewInbox()
+	ask := func() error { return nil }
+	if len(e.responders()) > 0 { // they may publish to inboxes
+		ask = func() error { return nc.Publish(inbox, nil) }
+	}
+	for _, d := range e.durables {
+		if d.target.bells { // which takes nothing, and has an answer in any case
+			ask = func() error {
+				return nc.PublishRequest(d.target.nextSubject, inbox, pullRequest{batch: 1, maxBytes: 1, expires: time.Millisecond}.body())
+			}
+		}
+	}
+	sub, err := nc.SubscribeSync(inbox)
+	if err != nil {
+		return func() {}
+	}
+	if err := ask(); err != nil {
+		e.log.Debug("natsx: connection has no anchor", "error", err)
+	}
+	return func() { sub.Unsubscribe() }
 }
 
 // each calls fn for every route, several at once, and reports all failures: one
@@ -199,10 +189,10 @@ func (e *engine) each(fn func(runner) error) bool {
 // retried in the background may take a while for.
 func (e *engine) awaitConnection() bool {
 	logged := false
-	for !e.nc.IsConnected() {
+	for !e.link.up() || !e.api.nc.IsConnected() {
 		if !logged {
 			logged = true
-			e.log.Warn("natsx: waiting for the connection", "status", e.nc.Status().String())
+			e.log.Warn("natsx: waiting for the connection", "status", e.link.is().String(), "error", e.api.nc.LastError())
 		}
 		if !wait(e.intake, 50*time.Millisecond) {
 			return false
@@ -211,11 +201,11 @@ func (e *engine) awaitConnection() bool {
 	return e.intake.Err() == nil
 }
 
-// claim makes a durable of a stream one route's own.
-func (e *engine) claim(stream string, s Spec) error {
+// claimOnce makes a durable of a stream one route's own.
+func (e *engine) claimOnce(stream string, s Spec) error {
 	key := stream + "\x00" + s.route.durable
-	e.mu.Lock()
-	defer e.mu.Unlock()
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
 	if earlier, taken := e.claimed[key]; taken {
 		return s.duplicateOf(earlier)
 	}
@@ -223,32 +213,9 @@ func (e *engine) claim(stream string, s Spec) error {
 	return nil
 }
 
-// note records a failure; fail also ends the intake.
-func (e *engine) note(err error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for _, known := range e.failures {
-		if known.Error() == err.Error() {
-			return
-		}
-	}
-	e.failures = append(e.failures, err)
-}
-
-func (e *engine) fail(err error) {
-	e.note(err)
-	e.endIntake()
-}
-
-func (e *engine) failed() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return len(e.failures) > 0
-}
-
 func (e *engine) setState(s string) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
 	e.state = s
 }
 
@@ -261,11 +228,6 @@ func (e *engine) isReady() bool {
 	}
 }
 
-// call makes one call of JetStream's API within apiTimeout.
-func (e *engine) call(ctx context.Context, subject string, fn func(context.Context) error) error {
-	return requestWith(ctx, e.nc, e.apiPrefix+subject, fn)
-}
-
 // onAsyncError ends the run when a route lacks a permission.
 func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 	denied := permissionError(err)
@@ -274,7 +236,8 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 	}
 	for _, r := range e.routes {
 		if r.denied(denied) {
-			r.base().fail(r.base().spec.fault(denied.Operation, fmt.Sprintf("%q", denied.Subject), "permission denied by the server", denied))
+			b := r.base()
+			b.fail(b.spec.fault(denied.Operation, fmt.Sprintf("%q", denied.Subject), "permission denied by the server", denied))
 		}
 	}
 	if e.service != nil && e.service.denied(denied) {
@@ -282,145 +245,36 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 	}
 }
 
-func (e *engine) watchStatus(status <-chan nats.Status) {
-	lost := false
-	for s := range status {
-		switch s {
-		case nats.RECONNECTING:
-			if !lost {
-				e.log.Warn("natsx: connection lost, routes wait for it", "error", e.nc.LastError())
-			}
-			lost = true
-		case nats.CONNECTED:
-			if lost {
-				e.log.Info("natsx: connection is back", "server", e.nc.ConnectedUrlRedacted())
-			}
-			lost = false
-			for _, r := range e.routes {
-				r.verify(true)
-			}
-		case nats.CLOSED:
-			e.fail(ErrConnectionClosed)
+// onStatus follows the connection.
+func (e *engine) onStatus(s nats.Status) {
+	switch s {
+	case nats.RECONNECTING, nats.DISCONNECTED:
+		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.why())
+	case nats.CONNECTED:
+		e.acks.connected()
+		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
+		for _, d := range e.durables {
+			d.verify(true, nil)
 		}
+	case nats.DRAINING_SUBS:
+		e.fail(fmt.Errorf("%w: the application drains it", ErrConnectionClosed))
+	case nats.CLOSED:
+		e.fail(closedBy(e.link.why()))
 	}
 }
 
-// reconnect replaces a connection that is up in name only, but not one after
-// another. It tells whether the connection will come back as a new one.
-func (e *engine) reconnect() bool {
-	if !e.nc.IsConnected() {
-		return true
+// closedBy is ErrConnectionClosed with what closed the connection, when that is known.
+func closedBy(why error) error {
+	if why == nil {
+		return ErrConnectionClosed
 	}
-	e.mu.Lock()
-	early := time.Since(e.lastForced) < 2*time.Second
-	if !early {
-		e.lastForced = time.Now()
-	}
-	e.mu.Unlock()
-	if early {
-		return false
-	}
-	e.log.Warn("natsx: connection does not answer, reconnecting", "server", e.nc.ConnectedUrlRedacted())
-	if err := e.nc.ForceReconnect(); err != nil {
-		e.log.Error("natsx: reconnect failed", "error", err)
-		return false
-	}
-	return true
-}
-
-// alive makes sure of the connection with a round trip. Messages that come in
-// meanwhile are as good as its answer, and so is a new connection.
-func (e *engine) alive() bool {
-	before := e.nc.Stats()
-	if e.nc.FlushTimeout(time.Second) == nil {
-		return true
-	}
-	now := e.nc.Stats()
-	return now.InMsgs != before.InMsgs || now.Reconnects != before.Reconnects
-}
-
-// keep visits every route all the time and renews the leases that they name.
-func (e *engine) keep(ctx context.Context) {
-	var due []*delivery
-	for period := e.period(); wait(ctx, period); {
-		due = due[:0]
-		for _, r := range e.routes {
-			due = r.tick(e.now(), due)
-		}
-		if len(due) > 0 && e.nc.IsConnected() {
-			e.renew(due)
-		}
-		clear(due)
-	}
-}
-
-// period is how often leases are looked after: several times within the shortest.
-func (e *engine) period() time.Duration {
-	period := 500 * time.Millisecond
-	for _, r := range e.routes {
-		if d, ok := r.(*durableRoute); ok && d.target.ackWait > 0 {
-			period = min(period, max(d.target.ackWait/(4*renewals), 5*time.Millisecond))
-		}
-	}
-	return period
-}
-
-// pulse keeps the time at which the process was last known to run. One that was
-// stopped for a while finds messages in its socket that are as old as the stop:
-// the time stays behind until the server has answered a ping, which comes after
-// them.
-func (e *engine) pulse(ctx context.Context) {
-	for period := e.period(); wait(ctx, period); {
-		now := e.now()
-		if now-e.awake.Load() > 5*int64(period) && e.nc.IsConnected() {
-			for _, r := range e.routes {
-				r.verify(false)
-			}
-			// What was read before the answer is with the routes a moment later.
-			if e.nc.FlushTimeout(time.Second) != nil || !wait(ctx, period) {
-				continue
-			}
-			now = e.now()
-		}
-		e.awake.Store(now)
-	}
-}
-
-// renew sends in-progress acks. They count once the server has answered a ping
-// behind them: a lease is never longer in the client's eyes than in the server's.
-func (e *engine) renew(due []*delivery) {
-	sent := e.now()
-	renewed := due[:0]
-	for _, d := range due {
-		// Past its end a lease may be somebody else's.
-		if sent < d.lease.Load() && d.renewing(func(d *delivery) { e.nc.Publish(d.msg.reply, ackInProgress) }) {
-			renewed = append(renewed, d)
-		}
-	}
-	if len(renewed) == 0 {
-		return
-	}
-	if e.nc.FlushTimeout(time.Second) != nil {
-		if !e.alive() {
-			e.reconnect()
-		}
-		return
-	}
-	// The answer may come from behind a network that stood still meanwhile. What it
-	// proves is that the server has the acks by now: a lease that has ended by now
-	// may have ended before they came.
-	confirmed := e.now()
-	for _, d := range renewed {
-		if confirmed < d.lease.Load() {
-			d.lease.Store(sent + int64(d.route.lease))
-		}
-	}
+	return fmt.Errorf("%w: %w", ErrConnectionClosed, why)
 }
 
 // admit lets a replay use the pool, unless the drain has begun.
 func (e *engine) admit(r *replay) bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
 	if e.noReplays || e.intake.Err() != nil {
 		return false
 	}
@@ -429,27 +283,30 @@ func (e *engine) admit(r *replay) bool {
 	return true
 }
 
-// leave is an admitted replay's last word.
+// leave is an admitted replay's end.
 func (e *engine) leave(r *replay) {
-	e.mu.Lock()
+	e.stateMu.Lock()
 	delete(e.replays, r)
-	e.mu.Unlock()
+	e.stateMu.Unlock()
 	e.replaying.Done()
 }
 
 // haltReplays stops the replays and admits no more. What they give the pool after
 // it has returned is only what waits behind a running message of its key.
 func (e *engine) haltReplays() {
-	e.mu.Lock()
+	e.stateMu.Lock()
 	e.noReplays = true
-	replays := slices.Collect(maps.Keys(e.replays))
-	e.mu.Unlock()
+	replays := make([]*replay, 0, len(e.replays))
+	for r := range e.replays {
+		replays = append(replays, r)
+	}
+	e.stateMu.Unlock()
 	for _, r := range replays {
 		r.halt(ErrBrokerStopped)
 	}
 }
 
-// drain ends the intake and waits for what is in hand.
+// drain ends the intake, waits for what is in hand, and ends the workers.
 func (e *engine) drain() error {
 	e.endIntake()
 	e.haltReplays()
@@ -468,15 +325,15 @@ func (e *engine) drain() error {
 		e.pool.close()
 		<-e.pool.gone
 		e.acks.stop()
-		return e.flush(ctx)
+		err := e.flush(ctx)
+		e.endServing(0)
+		return err
 	case <-ctx.Done():
 	}
 	cut := &DrainError{Timeout: e.drainTimeout, Abandoned: e.pool.unfinished()}
 	e.pool.close()
-	for _, r := range e.routes {
-		if c, ok := r.(*coreRoute); ok {
-			c.giveUp()
-		}
+	for _, r := range e.cores {
+		r.giveUp()
 	}
 	e.abortHandlers(ErrDrainTimeout)
 	grace := time.NewTimer(DrainGrace)
@@ -484,41 +341,48 @@ func (e *engine) drain() error {
 	select {
 	case <-e.pool.gone:
 	case <-grace.C:
-		e.endClosing() // for workers that only wait for the server's word
+		e.endClosing() // for workers that only wait for the server's answer
 		select {
 		case <-e.pool.gone:
 		case <-time.After(100 * time.Millisecond):
 		}
-		e.pool.mu.Lock()
-		cut.Running = e.pool.busy
-		e.pool.mu.Unlock()
-		for _, r := range e.routes {
-			if c, ok := r.(*coreRoute); ok {
-				c.abandon()
-			}
+		cut.Running = e.pool.running()
+		for _, r := range e.cores {
+			r.abandon()
 		}
 	}
 	e.acks.stop()
-	e.nc.FlushTimeout(time.Second)
+	e.api.nc.FlushTimeout(time.Second)
+	e.endServing(DrainGrace)
+	cut.Stuck = append(e.pool.stuck(), e.visiting()...)
 	return cut
 }
 
-// said is told that acknowledgements were handed to the connection.
-func (e *engine) said() {
-	if !e.nc.IsConnected() {
-		e.unsent.Store(true)
+// endServing ends what serves the routes beside the workers, and waits for it for grace
+// and a moment: users' code may hold it up for ever.
+func (e *engine) endServing(grace time.Duration) {
+	e.endClosing()
+	done := make(chan struct{})
+	go func() {
+		e.background.Wait()
+		e.replaying.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(grace + time.Second):
 	}
 }
 
-// flush has the server take what was said last. Without a connection it waits for
-// one, unless no acknowledgement does.
+// flush makes sure that the server has the last acknowledgements. Without a connection
+// it waits for one, unless no acknowledgement does.
 func (e *engine) flush(ctx context.Context) error {
 	for {
-		if e.nc.IsClosed() || !e.nc.IsConnected() && !e.unsent.Load() {
-			return nil // what a closed one means is told elsewhere
+		if e.link.is() == nats.CLOSED || !e.link.up() && !e.acks.unsent.Load() {
+			return nil // what a closed one means is said elsewhere
 		}
 		try, cancel := context.WithTimeout(ctx, apiTimeout)
-		err := e.nc.FlushWithContext(try)
+		err := e.api.nc.FlushWithContext(try)
 		cancel()
 		if err == nil {
 			return nil
@@ -531,14 +395,23 @@ func (e *engine) flush(ctx context.Context) error {
 
 func (e *engine) health() error {
 	var errs []error
-	e.mu.Lock()
+	e.stateMu.Lock()
 	if e.state != "" {
 		errs = append(errs, errors.New("natsx: broker "+e.state))
 	}
+	e.stateMu.Unlock()
+	e.mu.Lock()
 	errs = append(errs, e.failures...)
 	e.mu.Unlock()
-	if !e.nc.IsConnected() {
-		errs = append(errs, fmt.Errorf("natsx: connection is %s", strings.ToLower(e.nc.Status().String())))
+	if !e.link.up() {
+		err := fmt.Errorf("natsx: connection is %s", strings.ToLower(e.link.is().String()))
+		if why := e.link.why(); why != nil {
+			err = fmt.Errorf("%w: %w", err, why)
+		}
+		errs = append(errs, err)
+	}
+	if err := e.hung.fault(); err != nil {
+		errs = append(errs, err)
 	}
 	for _, r := range e.routes {
 		errs = append(errs, r.base().health()...)
@@ -547,17 +420,78 @@ func (e *engine) health() error {
 }
 
 func (e *engine) stats() Stats {
-	e.pool.mu.Lock()
-	defer e.pool.mu.Unlock()
 	s := Stats{Routes: make([]RouteStats, len(e.routes))}
 	for i, r := range e.routes {
-		b := r.base()
-		st := b.stats
-		st.Running, st.Waiting = b.running, b.queue.len()
-		if d, ok := r.(*durableRoute); ok {
-			st.Delayed = d.delayed.after(e.now())
-		}
-		s.Routes[i] = st
+		s.Routes[i] = r.report()
 	}
 	return s
+}
+
+// hungWatch looks whether all workers hang: every one at the same work since longer than
+// the Timeout of its route.
+type hungWatch struct {
+	e     *engine
+	alarm alarm
+
+	mu    sync.Mutex
+	since map[*worker]hungWork
+	err   error
+}
+
+type hungWork struct {
+	turn uint64
+	at   int64
+}
+
+// hungEvery is how often the workers are looked at while all are busy.
+const hungEvery = time.Second
+
+func (h *hungWatch) init(e *engine) {
+	h.e = e
+	h.alarm.ring = h.look
+	e.pool.full = func() { e.agenda.set(&h.alarm, processTime()+int64(hungEvery)) }
+}
+
+func (h *hungWatch) look(now int64) {
+	p := h.e.pool
+	p.mu.Lock()
+	all := p.busy >= p.size
+	seen := make(map[*worker]hungWork, len(p.workers))
+	hung := all
+	h.mu.Lock()
+	for w := range p.workers {
+		since, known := h.since[w]
+		if !known || since.turn != w.turns {
+			since = hungWork{w.turns, now}
+		}
+		seen[w] = since
+		if timeout := w.lane.timeout; timeout == 0 || now-since.at <= int64(timeout) {
+			hung = false
+		}
+	}
+	p.mu.Unlock()
+	h.since = seen
+	before := h.err
+	h.err = nil
+	if hung {
+		h.err = errHung
+	}
+	h.mu.Unlock()
+	switch {
+	case hung && before == nil:
+		h.e.log.Error("natsx: all workers hang", "workers", h.e.workers, "error", errHung)
+	case !hung && before != nil:
+		h.e.log.Info("natsx: workers are free again")
+	}
+	if all {
+		h.e.agenda.set(&h.alarm, now+int64(hungEvery))
+	}
+}
+
+var errHung = errors.New("natsx: all workers are in handlers that have not returned within the Timeout of their route: nothing is handled")
+
+func (h *hungWatch) fault() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.err
 }

@@ -86,39 +86,30 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 	if err != nil {
 		return fmt.Errorf("natsx: stream %q: %w", s.name, err)
 	}
-	return s.ensure(ctx, js, slog.Default())
+	return s.ensure(ctx, newAPI(nc, js), slog.Default())
 }
 
 // ensure is Ensure for a description that was validated, with another logger.
-func (s StreamSpec) ensure(ctx context.Context, js jetstream.JetStream, log *slog.Logger) error {
-	wait := 50 * time.Millisecond
-	for attempt := 1; ; attempt++ {
-		err := s.ensureOnce(ctx, js, patience(attempt-1))
-		if err == nil || !passes(err) || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
-			return err
-		}
-		if attempt == 3 { // not what a race of processes that start at once leaves behind
+func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error {
+	tries := 0
+	err := retry{told: func(err error) {
+		if tries++; tries == 3 { // not what a race of processes that start at once leaves behind
 			log.Warn("natsx: stream cannot be ensured yet, trying on", "stream", s.name, "error", err)
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return fmt.Errorf("%w: %w", err, ctx.Err())
-		}
-		wait = min(2*wait, 2*time.Second)
+	}}.do(ctx, func(ctx context.Context) error { return s.ensureOnce(ctx, a) })
+	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+		return fmt.Errorf("%w: %w", err, ctx.Err())
 	}
+	return err
 }
 
 // ensureOnce is one attempt of ensure. What another process does between its
 // requests ends in an error that passes, and the next attempt sees it.
-func (s StreamSpec) ensureOnce(ctx context.Context, js jetstream.JetStream, patience time.Duration) error {
+func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
+	js := a.js
 	var stream jetstream.Stream
 	request := func(verb, operation string, do func(context.Context) (jetstream.Stream, error)) error {
-		ctx, cancel := context.WithTimeout(ctx, patience)
-		defer cancel()
-		err := requestWith(ctx, js.Conn(), apiPrefix(js)+operation+"."+s.name, func(ctx context.Context) error {
+		err := a.once(ctx, operation+"."+s.name, func(ctx context.Context) error {
 			got, err := do(ctx)
 			if err == nil {
 				stream = got
@@ -176,7 +167,7 @@ func (s StreamSpec) ensureOnce(ctx context.Context, js jetstream.JetStream, pati
 		return js.UpdateStream(ctx, next)
 	})
 	var refusal *jetstream.APIError
-	if errors.As(err, &refusal) && !passes(err) {
+	if errors.As(err, &refusal) && !transient(err) {
 		return &StreamConflictError{Stream: s.name, Diffs: diffs, Err: refusal}
 	}
 	if err != nil {

@@ -376,7 +376,7 @@ func TestEnsureWaitsForJetStream(t *testing.T) {
 	js, sent := tracedJetStream(t, nc)
 	done := make(chan error, 1)
 	book, log := newLogBook()
-	go func() { done <- Stream("S").ensure(testContext(t), js, log) }()
+	go func() { done <- Stream("S").ensure(testContext(t), newAPI(js.Conn(), js), log) }()
 	for range 5 {
 		receive(t, sent, "a request")
 	}
@@ -403,7 +403,7 @@ func TestEnsureWaitsForALeader(t *testing.T) {
 	js, sent := tracedJetStream(t, nc)
 	done := make(chan error, 1)
 	_, log := newLogBook()
-	go func() { done <- Stream("S").Replicas(3).ensure(testContext(t), js, log) }()
+	go func() { done <- Stream("S").Replicas(3).ensure(testContext(t), newAPI(js.Conn(), js), log) }()
 	receive(t, sent, "the first request")
 	receive(t, sent, "the second request")
 	for _, p := range c.servers[1:] {
@@ -424,7 +424,7 @@ func TestEnsureEndsWithItsContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	done := make(chan error, 1)
-	go func() { done <- Stream("S").ensure(ctx, js, slog.New(slog.DiscardHandler)) }()
+	go func() { done <- Stream("S").ensure(ctx, newAPI(js.Conn(), js), slog.New(slog.DiscardHandler)) }()
 	receive(t, sent, "the first request")
 	receive(t, sent, "the second request")
 	cancel()
@@ -533,8 +533,8 @@ func TestStreamPasses(t *testing.T) {
 		{"permission", fmt.Errorf("%w: %w", ErrPermission, nats.ErrTimeout), false},
 		{"unknown", errors.New("x"), false},
 	} {
-		if got := passes(tc.err); got != tc.want {
-			t.Errorf("%s: passes(%v) = %v, want %v", tc.name, tc.err, got, tc.want)
+		if got := transient(tc.err); got != tc.want {
+			t.Errorf("%s: transient(%v) = %v, want %v", tc.name, tc.err, got, tc.want)
 		}
 	}
 }
@@ -603,19 +603,19 @@ func TestStreamsFor(t *testing.T) {
 		{"bills", []string{"ORDERS"}},
 		{"nothing", nil},
 	} {
-		got, err := streamsFor(testContext(t), js, tc.subject)
+		got, err := newAPI(js.Conn(), js).streamNames(testContext(t), tc.subject)
 		if diff := cmp.Diff(tc.want, got); err != nil || diff != "" {
-			t.Errorf("streamsFor(%q): %v (-want +got):\n%s", tc.subject, err, diff)
+			t.Errorf("streamNames(%q): %v (-want +got):\n%s", tc.subject, err, diff)
 		}
 	}
 	ctx, cancel := context.WithCancel(testContext(t))
 	cancel()
-	if names, err := streamsFor(ctx, js, "bills"); !errors.Is(err, context.Canceled) {
-		t.Errorf("streamsFor of a cancelled context = %q, %v", names, err)
+	if names, err := newAPI(js.Conn(), js).streamNames(ctx, "bills"); !errors.Is(err, context.Canceled) {
+		t.Errorf("streamNames of a cancelled context = %q, %v", names, err)
 	}
 }
 
-func TestStreamsForPages(t *testing.T) {
+func TestStreamNamesPages(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
 	js := jetStream(t, nc)
@@ -627,11 +627,11 @@ func TestStreamsForPages(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	names, err := streamsFor(testContext(t), js, "many.*")
+	names, err := newAPI(js.Conn(), js).streamNames(testContext(t), "many.*")
 	if err != nil || len(names) != count {
-		t.Fatalf("streamsFor = %d names, %v, want %d", len(names), err, count)
+		t.Fatalf("streamNames = %d names, %v, want %d", len(names), err, count)
 	}
 	if names[0] != "S0000" || names[count-1] != fmt.Sprintf("S%04d", count-1) {
-		t.Errorf("streamsFor = %s to %s, want all in order", names[0], names[count-1])
+		t.Errorf("streamNames = %s to %s, want all in order", names[0], names[count-1])
 	}
 }

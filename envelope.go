@@ -1,11 +1,11 @@
 package natsx
 
 import (
-	"context"
 	"errors"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -362,22 +362,22 @@ func carriedFrom(d *delivery) []field {
 	return carried
 }
 
-// coreMessage makes the message of Send and Request.
-func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, error) {
-	if err := e.checkCore(); err != nil {
-		return nil, err
+// made is what a handler has published.
+type made struct {
+	published atomic.Uint32           // envelopes so far
+	refused   atomic.Pointer[numbers] // of the last call, when it stored nothing; see call.number
+}
+
+// output is what d's handler has published, for it to be added to.
+func (d *delivery) output() *made {
+	if d.made.Load() == nil {
+		d.made.CompareAndSwap(nil, &made{})
 	}
-	m := &nats.Msg{Subject: e.subject, Data: e.data}
-	carried := carriedFrom(deliveryFrom(ctx))
-	if len(e.headers)+len(carried) > 0 || e.contentType != "" || e.set != 0 {
-		m.Header = make(nats.Header, len(e.headers)+3)
-		e.fill(m.Header, carried)
-	}
-	if e.set&envMsgID != 0 {
-		m.Header.Set(jetstream.MsgIDHeader, e.msgID)
-	}
-	if e.set&envTTL != 0 {
-		m.Header.Set(jetstream.MsgTTLHeader, e.ttlText())
-	}
-	return m, nil
+	return d.made.Load()
+}
+
+// numbers are those of one call's envelopes among what a handler published.
+type numbers struct {
+	subject  string // of the first
+	from, to uint32 // the first is from+1
 }

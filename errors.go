@@ -20,6 +20,8 @@ var (
 	// ErrInvalidName is the name of a durable, stream, queue, service, header or
 	// domain, or a service's version, that the server or other clients do not take.
 	ErrInvalidName = errors.New("natsx: invalid name")
+	// ErrInvalidURL is a URL of [Connect] that no server can have.
+	ErrInvalidURL = errors.New("natsx: invalid url")
 	// ErrOutOfRange is a number, duration or time outside its documented bounds, or
 	// a broker's option that is nil.
 	ErrOutOfRange = errors.New("natsx: value out of range")
@@ -215,6 +217,11 @@ var (
 	ErrDrainTimeout = errors.New("natsx: drain timeout")
 	// ErrUnknownDurable is a durable that no running route of the broker has.
 	ErrUnknownDurable = errors.New("natsx: no running route has the durable")
+	// ErrServerTooOld is a server that lacks what was asked for; the text names the version
+	// that it needs.
+	ErrServerTooOld = errors.New("natsx: server is too old")
+	// ErrNoJetStream is a server on which JetStream is not enabled, or does not answer.
+	ErrNoJetStream = errors.New("natsx: JetStream is not enabled")
 	// ErrAlreadyRun is a second Run of one broker.
 	ErrAlreadyRun = errors.New("natsx: broker was already run")
 )
@@ -332,12 +339,19 @@ type DrainError struct {
 	// were answered with code 503, and those of a replay are not in its report.
 	Abandoned int
 	Running   int // of those, handlers that still ran when Run or Replay returned
+	// Stuck names the code that had not returned: handlers by their route, observers and
+	// progress functions. It is nil when all had.
+	Stuck []string
 }
 
 // Error gives the counts.
 func (e *DrainError) Error() string {
-	return fmt.Sprintf("natsx: drain timeout: %d messages were not finished within %s, %d handlers still run",
+	text := fmt.Sprintf("natsx: drain timeout: %d messages were not finished within %s, %d handlers still run",
 		e.Abandoned, e.Timeout, e.Running)
+	if len(e.Stuck) > 0 {
+		text += ": " + strings.Join(e.Stuck, ", ")
+	}
+	return text
 }
 
 // Unwrap gives [ErrDrainTimeout].

@@ -147,7 +147,7 @@ type outcomes struct {
 
 func (o outcomes) Observe(ctx context.Context, e natsx.Event) {
 	fmt.Printf("%s, attempt %d: %s\n", e.Msg.Subject, e.Msg.Attempt(), e.Outcome)
-	if e.Outcome == natsx.Succeeded && e.Msg.Subject == o.last {
+	if e.Outcome == natsx.OutcomeSucceeded && e.Msg.Subject == o.last {
 		o.done()
 	}
 }

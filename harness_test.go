@@ -407,8 +407,8 @@ func (g *gauge) highest() int {
 	return g.peak
 }
 
-// work is a handler busy for d, or until its context ends.
-func work(ctx context.Context, d time.Duration) error {
+// busyFor is a handler busy for d, or until its context ends.
+func busyFor(ctx context.Context, d time.Duration) error {
 	select {
 	case <-time.After(d):
 		return nil

@@ -3,9 +3,11 @@ package natsx
 import (
 	"context"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -50,7 +52,7 @@ func shareSlowly(t *testing.T, ackWait time.Duration) (faults []string) {
 			Handle(func(ctx context.Context, m *Msg) error {
 				seen.add(string(m.Data))
 				shares.add(name)
-				return work(ctx, ackWait*5/2)
+				return busyFor(ctx, ackWait*5/2)
 			})))
 	}
 	eventually(t, "all are started", func() bool { return seen.sum() >= messages })
@@ -92,19 +94,74 @@ func TestFirstMessagesAreNotTakenForFastOnes(t *testing.T) {
 	}))
 	defer close(free)
 	receive(t, entered, "the first message")
-	r := b.ran.Load().routes[0].(*durableRoute)
-	p := r.eng.pool
-	inHand := func() int { return r.running + r.queue.len() + r.outstanding }
-	for ms := range int64(20) {
+	r := b.ran.Load().durables[0]
+	p := r.env.pool
+	for range 20 {
+		r.tick(processTime())
 		p.mu.Lock()
-		now := r.finished + ms*int64(time.Millisecond)
-		p.mu.Unlock()
-		r.tick(now, nil)
-		p.mu.Lock()
-		if n := inHand(); n > workers {
-			t.Errorf("%d ms after the first message, %d are in hand or asked for, want at most %d", ms, n, workers)
+		if n := r.lane.inHand() + r.puller.outstanding; n > workers {
+			t.Errorf("%d are in hand or asked for, want at most %d", n, workers)
 		}
 		p.mu.Unlock()
+		<-time.After(time.Millisecond)
+	}
+}
+
+func TestLeases(t *testing.T) {
+	t.Parallel()
+	var l leases
+	works := make([]*work, 200)
+	for i := range works {
+		works[i] = &work{id: messageID{seq: uint64(1000 * i)}, raw: &nats.Msg{}}
+		works[i].begin(1<<40, int64(10*i))
+		l.push(works[i])
+	}
+	for i := 0; i < len(works); i += 2 {
+		l.remove(works[i])
+	}
+	for i, w := range works {
+		if got := l.find(w.id.seq); (got == w) != (i%2 == 1) {
+			t.Fatalf("sequence %d is found as %v", w.id.seq, got)
+		}
+	}
+	due := l.due(15, 400, nil)
+	if len(due) != 1 || due[0].work != works[1] || works[1].renew != 115 {
+		t.Fatalf("due %v", due)
+	}
+	works[3].claim()
+	if due = l.due(50, 400, nil); len(due) != 1 || due[0].work != works[5] {
+		t.Fatalf("due %v, want the one that is not being settled", due)
+	}
+	for i := 1; i < len(works); i += 2 {
+		l.remove(works[i])
+	}
+	if l.head != nil || l.tail != nil || l.count != 0 || l.wake() != 0 {
+		t.Error("list is not empty")
+	}
+}
+
+// An in-progress ack is never written behind the settling, nor for the next delivery
+// of a work that is used again.
+func TestRenewalEndsWithTheSettling(t *testing.T) {
+	t.Parallel()
+	w := &work{raw: &nats.Msg{Reply: "first"}}
+	w.begin(100, 1)
+	var l leases
+	l.push(w)
+	due := l.due(2, 40, nil)
+	var sent []string
+	send := func(reply string) { sent = append(sent, reply) }
+	if !due[0].write(send) || !due[0].write(send) {
+		t.Error("a held lease was not renewed")
+	}
+	w.claim()
+	if due[0].write(send) {
+		t.Error("renewed behind the settling")
+	}
+	w.raw = &nats.Msg{Reply: "second"}
+	w.begin(200, 150)
+	if due[0].write(send) || !slices.Equal(sent, []string{"first", "first"}) {
+		t.Errorf("sent %q", sent)
 	}
 }
 
@@ -124,7 +181,7 @@ func TestHandlerThatTurnsSlowKeepsItsLease(t *testing.T) {
 				again.add(string(m.Data))
 			}
 			if seen.add(string(m.Data)) > fast {
-				return work(ctx, 4*time.Second)
+				return busyFor(ctx, 4*time.Second)
 			}
 			return nil
 		}))
@@ -159,7 +216,7 @@ func TestRollingRestartsBurnNoAttempt(t *testing.T) {
 					again.add(string(m.Data))
 				}
 				seen.add(string(m.Data))
-				return work(ctx, 20*time.Millisecond)
+				return busyFor(ctx, 20*time.Millisecond)
 			}))
 	}
 	var brokers []*running

@@ -15,6 +15,19 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
+const (
+	headerPrefix = "Natsx-"
+	letterPrefix = "Natsx-Dlq-"
+	origPrefix   = "Natsx-Orig-"
+	// redrivePrefix begins the headers of a redriven message.
+	redrivePrefix = "Natsx-Redrive-"
+)
+
+// deliveryID names a message of a durable: <stream>/<durable>/<sequence>@<stored time>.
+func deliveryID(stream, durable string, id messageID) string {
+	return fmt.Sprintf("%s/%s/%d@%d", stream, durable, id.seq, id.time)
+}
+
 // Reason is why a message is dead.
 type Reason string
 
@@ -292,4 +305,13 @@ func redriveCount(h nats.Header) int {
 // that was made anew.
 func (l *DeadLetter) pointsTo(m *storedMsg) bool {
 	return m.seq == l.Sequence && m.subject == l.Subject && m.time.Equal(l.Published)
+}
+
+// heldLetter is the letter of a dead message on its way to the DLQ.
+type heldLetter struct {
+	msg    *nats.Msg
+	form   uint8  // see letterBox.letter
+	text   string // of the error; its author's code is asked once
+	stored bool   // the DLQ has it
+	held   bool   // in the letter box: its worker has left it
 }

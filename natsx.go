@@ -2,9 +2,6 @@ package natsx
 
 import (
 	"context"
-	"log/slog"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -42,16 +39,19 @@ type Msg struct {
 	Data    []byte
 	Header  nats.Header // nil when the message has none; the case of names counts (ADR-4)
 
-	reply   string
-	from    *origin // nil for a core message
+	from    *origin   // nil for one that no route received
+	reply   *nats.Msg // whose Reply is that of the message; nil for none
 	seq     uint64
-	attempt uint64
 	time    int64 // Unix nanoseconds, 0 for a core message
+	attempt uint32
 	answer  nats.Header
 }
 
-// Attempt counts the deliveries of the message to this durable: 1 on the first.
-// It is 1 for every message that is not from a durable.
+// Attempt counts the runs of the handler for this message, as far as they are known: 1
+// on the first. It is 1 for every message that is not from a durable, and never more
+// than the attempts that the route's Retry allows. What the server delivered and this
+// process did not start, or gave back at a shutdown, is no attempt; of other processes
+// only the deliveries are known.
 func (m *Msg) Attempt() int { return max(int(m.attempt), 1) }
 
 // Stream is the name of the stream the message is from, empty for core NATS.
@@ -84,14 +84,22 @@ func (m *Msg) ReplyHeader() nats.Header {
 	return m.answer
 }
 
-// origin is what the messages of one consumer have in common.
-type origin struct {
-	stream  string
-	durable string // empty for a replay
-	created int64  // the stream's creation in Unix nanoseconds, 0 when unknown
+// replyTo is the reply subject, empty for none.
+func (m *Msg) replyTo() string {
+	if m.reply == nil {
+		return ""
+	}
+	return m.reply.Reply
 }
 
-var noOrigin origin
+// origin is what the messages of one route or replay have in common.
+type origin struct {
+	stream  string          // empty for core NATS
+	durable string          // empty for core NATS and a replay
+	ctx     context.Context // that handlers run under
+}
+
+var noOrigin = origin{ctx: context.Background()}
 
 func (m *Msg) origin() *origin {
 	if m.from == nil {
@@ -108,43 +116,4 @@ func MsgFrom(ctx context.Context) *Msg {
 		return &d.msg
 	}
 	return nil
-}
-
-// Connect is [nats.Connect] with defaults for production ahead of opts: the
-// executable's name as connection name, reconnecting for ever with a wait of
-// 500 ms and a jitter of up to 500 ms (TLS: 2 s), a retry when the first connect
-// fails, a drain timeout of 30 s, and asynchronous errors, disconnects and
-// reconnects logged to [slog.Default]. Every default can be overridden by opts.
-// The url may be several with commas between them, which are tried in random order;
-// an empty one is [nats.DefaultURL], nats://127.0.0.1:4222.
-//
-// Since a failed first connect is retried in the background, Connect returns
-// before the connection is up when no server answers; [Broker.Run] waits for it.
-// What is wrong with url or opts is an error at once. The caller closes the
-// connection.
-func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
-	defaults := []nats.Option{
-		nats.Name(filepath.Base(os.Args[0])),
-		nats.MaxReconnects(-1),
-		nats.ReconnectWait(500 * time.Millisecond),
-		nats.ReconnectJitter(500*time.Millisecond, 2*time.Second),
-		nats.RetryOnFailedConnect(true),
-		nats.DrainTimeout(30 * time.Second),
-		nats.ErrorHandler(func(nc *nats.Conn, sub *nats.Subscription, err error) {
-			args := []any{"error", err, "connection", nc.Opts.Name}
-			if sub != nil {
-				args = append(args, "subject", sub.Subject)
-			}
-			slog.Error("natsx: asynchronous error of the connection", args...)
-		}),
-		nats.DisconnectErrHandler(func(nc *nats.Conn, err error) {
-			if err != nil {
-				slog.Warn("natsx: disconnected", "error", err, "connection", nc.Opts.Name)
-			}
-		}),
-		nats.ReconnectHandler(func(nc *nats.Conn) {
-			slog.Info("natsx: reconnected", "url", nc.ConnectedUrlRedacted(), "connection", nc.Opts.Name)
-		}),
-	}
-	return nats.Connect(url, append(defaults, opts...)...)
 }

@@ -215,6 +215,12 @@ func eventually(t testing.TB, what string, cond func() bool) {
 	}
 }
 
+// deliveryUnder is a delivery of m whose handler runs under ctx.
+func deliveryUnder(ctx context.Context, m Msg) *delivery {
+	m.from = &origin{ctx: ctx}
+	return &delivery{msg: m}
+}
+
 func TestMsg(t *testing.T) {
 	t.Parallel()
 	core := &Msg{Subject: "orders.eu.new"}
@@ -228,7 +234,7 @@ func TestMsg(t *testing.T) {
 		}
 	}
 	at := time.Unix(1, 500)
-	m := &Msg{from: &origin{stream: "S", durable: "D"}, seq: 9, attempt: 3, time: at.UnixNano()}
+	m := &Msg{from: &origin{stream: "S", durable: "D", ctx: context.Background()}, seq: 9, attempt: 3, time: at.UnixNano()}
 	if m.Attempt() != 3 || !m.Time().Equal(at) || m.Stream() != "S" || m.Durable() != "D" || m.Sequence() != 9 {
 		t.Errorf("message of a durable: attempt %d, time %v, stream %q, durable %q, sequence %d", m.Attempt(), m.Time(), m.Stream(), m.Durable(), m.Sequence())
 	}
@@ -243,7 +249,7 @@ func TestMsgFrom(t *testing.T) {
 	type key struct{}
 	type other struct{}
 	parent, cancel := context.WithCancel(context.WithValue(t.Context(), key{}, "value"))
-	d := &delivery{Context: parent, msg: Msg{Subject: "a"}}
+	d := deliveryUnder(parent, Msg{Subject: "a"})
 	child, stop := context.WithTimeout(context.WithValue(d, other{}, 1), time.Hour)
 	defer stop()
 	if m := MsgFrom(child); m != &d.msg {

@@ -10,12 +10,13 @@ type Outcome string
 
 // The outcomes of an attempt.
 const (
-	Succeeded Outcome = "succeeded" // acknowledged, or answered
-	Retried   Outcome = "retried"   // to be delivered again
-	Dead      Outcome = "dead"      // moved to the DLQ, or without one terminated or left unsettled
-	Discarded Outcome = "discarded" // terminated on the handler's word
-	Lapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
-	Failed    Outcome = "failed"    // of a core message that is gone, or an error answered to a request
+	OutcomeSucceeded Outcome = "succeeded" // acknowledged, or answered
+	OutcomeRetried   Outcome = "retried"   // to be delivered again
+	OutcomeDead      Outcome = "dead"      // moved to the DLQ, or without one terminated or left unsettled
+	OutcomeDiscarded Outcome = "discarded" // terminated on the handler's word
+	OutcomeReturned  Outcome = "returned"  // given back at the drain timeout, which is no attempt
+	OutcomeLapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
+	OutcomeFailed    Outcome = "failed"    // of a core message that is gone, or an error answered to a request
 )
 
 // Event is one finished attempt, as an [Observer] sees it.
@@ -52,6 +53,7 @@ type RouteStats struct {
 	Retried   uint64 // failed attempts that another follows
 	Dead      uint64 // moved to the DLQ, or without one terminated or left unsettled
 	Discarded uint64 // terminated by Discard
+	Returned  uint64 // cut off by the drain timeout and given back, which is no attempt
 	Lapsed    uint64 // leases lost before the message was settled: it is delivered again
 	Failed    uint64 // failed messages of a core route, errors answered to requests
 	Dropped   uint64 // dropped by the client as a slow consumer of a core route

@@ -7,17 +7,17 @@ import "fmt"
 // of it is in hand, so it is no larger than what is in hand. It has no lock.
 type keyedQueue struct {
 	key     OrderKey
-	busy    map[string]*fifo[*delivery] // what waits behind the one that was let through; nil for nothing
+	busy    map[string]*fifo[*work] // what waits behind the one that was let through; nil for nothing
 	waiting int
-	spare   []*fifo[*delivery]
+	spare   []*fifo[*work]
 }
 
 func newKeyedQueue(key OrderKey) *keyedQueue {
-	return &keyedQueue{key: key, busy: map[string]*fifo[*delivery]{}}
+	return &keyedQueue{key: key, busy: map[string]*fifo[*work]{}}
 }
 
 // admit tells whether d may run now. If not, a release returns it later.
-func (q *keyedQueue) admit(d *delivery) bool {
+func (q *keyedQueue) admit(d *work) bool {
 	d.key = q.key.of(&d.msg)
 	behind, taken := q.busy[d.key]
 	if !taken {
@@ -28,7 +28,7 @@ func (q *keyedQueue) admit(d *delivery) bool {
 		if n := len(q.spare); n > 0 {
 			behind, q.spare = q.spare[n-1], q.spare[:n-1]
 		} else {
-			behind = &fifo[*delivery]{}
+			behind = &fifo[*work]{}
 		}
 		q.busy[d.key] = behind
 	}
@@ -38,7 +38,7 @@ func (q *keyedQueue) admit(d *delivery) bool {
 }
 
 // release is told that d is finished, and returns the next of its key, if any.
-func (q *keyedQueue) release(d *delivery) *delivery {
+func (q *keyedQueue) release(d *work) *work {
 	behind := q.busy[d.key]
 	if behind == nil {
 		delete(q.busy, d.key)

@@ -24,12 +24,6 @@ type call struct {
 	numbers numbers                 // of a handler's envelopes
 }
 
-// numbers are those of one call's envelopes among what a handler published.
-type numbers struct {
-	subject  string // of the first
-	from, to uint32 // the first is from+1
-}
-
 type finding struct {
 	exists bool
 	err    error // why the question was not answered
@@ -40,7 +34,7 @@ func (p *Publisher) newCall(ctx context.Context) call {
 	d := deliveryFrom(ctx)
 	c := call{p: p, d: d, carried: carriedFrom(d)}
 	if d != nil {
-		c.refused = d.refused.Swap(nil)
+		c.refused = d.output().refused.Swap(nil)
 	}
 	return c
 }
@@ -54,16 +48,16 @@ func (c *call) number(subject string, expects bool, n int) {
 	}
 	if r := c.refused; r != nil && expects && r.subject == subject {
 		// Unless another goroutine of the handler has numbers above.
-		c.d.published.CompareAndSwap(r.to, r.from)
+		c.d.output().published.CompareAndSwap(r.to, r.from)
 	}
-	from := c.d.published.Load()
+	from := c.d.output().published.Load()
 	c.numbers = numbers{subject: subject, from: from, to: from + uint32(n)}
 }
 
 // numberAgain keeps the numbers of a call that stored nothing for the next one.
 func (c *call) numberAgain(err error) {
 	if c.d != nil && errors.Is(err, ErrWrongSequence) {
-		c.d.refused.Store(&c.numbers)
+		c.d.output().refused.Store(&c.numbers)
 	}
 }
 
@@ -96,11 +90,11 @@ func (c *call) prepare(ctx context.Context, e *Envelope, bare bool) (outgoing, e
 	}
 	var n uint32
 	if c.d != nil {
-		n = c.d.published.Add(1)
+		n = c.d.output().published.Add(1)
 	}
 	if o.id == "" {
 		if c.d != nil && c.d.msg.Durable() != "" {
-			o.id = letterID(c.d) + "/" + strconv.FormatUint(uint64(n), 10)
+			o.id = deliveryID(c.d.msg.Stream(), c.d.msg.Durable(), messageID{c.d.msg.seq, c.d.msg.time}) + "/" + strconv.FormatUint(uint64(n), 10)
 		} else if !bare {
 			o.id = c.p.nextID()
 		}
@@ -113,12 +107,6 @@ func (c *call) prepare(ctx context.Context, e *Envelope, bare bool) (outgoing, e
 		o.subject, o.due = subject, e.due()
 	}
 	return o, nil
-}
-
-// letterID names the handled message: <stream>@<created>/<durable>/<sequence>.
-func letterID(d *delivery) string {
-	from := d.msg.origin()
-	return fmt.Sprintf("%s@%d/%s/%d", from.stream, from.created, from.durable, d.msg.seq)
 }
 
 // nextID returns an id that nobody else has. It is one subject token.

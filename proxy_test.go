@@ -20,13 +20,13 @@ type proxy struct {
 	wg     sync.WaitGroup
 
 	mu     sync.Mutex
-	links  map[*link]bool
+	links  map[*pipe]bool
 	frozen bool // new links are black holes too
 	closed bool // new links are refused
 }
 
-// link is one proxied connection.
-type link struct {
+// pipe is one proxied connection.
+type pipe struct {
 	client, server net.Conn
 	deaf           atomic.Bool // what the server says is dropped
 
@@ -41,7 +41,7 @@ func startProxy(t testing.TB, url string) *proxy {
 	if err != nil {
 		t.Fatalf("listen: %v", err)
 	}
-	p := &proxy{t: t, ln: ln, target: strings.TrimPrefix(url, "nats://"), links: map[*link]bool{}}
+	p := &proxy{t: t, ln: ln, target: strings.TrimPrefix(url, "nats://"), links: map[*pipe]bool{}}
 	p.wg.Go(p.accept)
 	t.Cleanup(func() {
 		ln.Close()
@@ -60,7 +60,7 @@ func (p *proxy) accept() {
 			return
 		}
 		p.mu.Lock()
-		l := &link{client: client, thaw: make(chan struct{})}
+		l := &pipe{client: client, thaw: make(chan struct{})}
 		if !p.frozen {
 			close(l.thaw)
 		}
@@ -81,7 +81,7 @@ func (p *proxy) accept() {
 	}
 }
 
-func (p *proxy) copy(l *link, to, from net.Conn) {
+func (p *proxy) copy(l *pipe, to, from net.Conn) {
 	defer p.drop(l)
 	buf := make([]byte, 64<<10)
 	for {
@@ -102,8 +102,8 @@ func (p *proxy) copy(l *link, to, from net.Conn) {
 	}
 }
 
-// drop closes a link and frees its copiers, also those in a black hole.
-func (p *proxy) drop(l *link) {
+// drop closes a pipe and frees its copiers, also those in a black hole.
+func (p *proxy) drop(l *pipe) {
 	l.client.Close()
 	l.server.Close()
 	l.open()
@@ -112,7 +112,7 @@ func (p *proxy) drop(l *link) {
 	p.mu.Unlock()
 }
 
-func (l *link) open() {
+func (l *pipe) open() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	select {
@@ -122,7 +122,7 @@ func (l *link) open() {
 	}
 }
 
-func (l *link) freeze() {
+func (l *pipe) freeze() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	select {
@@ -185,7 +185,7 @@ func (p *proxy) allow() {
 // cut closes the present connections.
 func (p *proxy) cut() {
 	p.mu.Lock()
-	var links []*link
+	var links []*pipe
 	for l := range p.links {
 		links = append(links, l)
 	}

@@ -332,3 +332,23 @@ func pause(ctx context.Context, d time.Duration) {
 	case <-ctx.Done():
 	}
 }
+
+// coreMessage makes the message of Send and Request.
+func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, error) {
+	if err := e.checkCore(); err != nil {
+		return nil, err
+	}
+	m := &nats.Msg{Subject: e.subject, Data: e.data}
+	carried := carriedFrom(deliveryFrom(ctx))
+	if len(e.headers)+len(carried) > 0 || e.contentType != "" || e.set != 0 {
+		m.Header = make(nats.Header, len(e.headers)+3)
+		e.fill(m.Header, carried)
+	}
+	if e.set&envMsgID != 0 {
+		m.Header.Set(jetstream.MsgIDHeader, e.msgID)
+	}
+	if e.set&envTTL != 0 {
+		m.Header.Set(jetstream.MsgTTLHeader, e.ttlText())
+	}
+	return m, nil
+}

@@ -392,10 +392,7 @@ func TestPublishEndsWithItsContext(t *testing.T) {
 
 // handling is a context as a durable's handler has it.
 func handling(parent context.Context, h nats.Header) context.Context {
-	return &delivery{
-		Context: parent,
-		msg:     Msg{Subject: "in", Header: h, from: &origin{stream: "IN", durable: "worker", created: 42}, seq: 7},
-	}
+	return &delivery{msg: Msg{Subject: "in", Header: h, from: &origin{stream: "IN", durable: "worker", ctx: parent}, seq: 7, time: 42}}
 }
 
 func TestPublishFromAHandler(t *testing.T) {

@@ -33,6 +33,9 @@ func (q *fifo[T]) makeRoom() {
 	q.ring, q.head = ring, 0
 }
 
+// at returns the i-th oldest value, counted from 0; there is one.
+func (q *fifo[T]) at(i int) T { return q.ring[(q.head+i)&(len(q.ring)-1)] }
+
 // peek returns the oldest value; the queue is not empty.
 func (q *fifo[T]) peek() T { return q.ring[q.head] }
 

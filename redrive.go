@@ -14,99 +14,13 @@ import (
 )
 
 const (
-	redrivePrefix = "Natsx-Redrive-"
 	// redrivePatience is how long a redrive tries to have one copy stored.
 	redrivePatience = 30 * time.Second
-	// takeTimeout bounds how long a route tries to remove the letter of a
-	// redriven message.
-	takeTimeout = 3 * time.Second
 	// maxRedriveErrors bounds the errors that a report keeps.
 	maxRedriveErrors = 100
 	// maxRedriveCache bounds what a redrive remembers of streams and subjects.
 	maxRedriveCache = 1000
 )
-
-// Answers to a publish that pass by themselves.
-const (
-	codeClusterNoLeader  jetstream.ErrorCode = 10008
-	codeClusterNotLeader jetstream.ErrorCode = 10009
-)
-
-// redriveHeaders is what proves the redrives of a message that its durable's route
-// gives up, as the message's letter keeps it in every form: without it the count
-// would begin anew.
-func (r *durableRoute) redriveHeaders(raw *nats.Msg) nats.Header {
-	h := raw.Header
-	if h[HeaderRedriveToken] == nil {
-		return nil
-	}
-	if _, ok := proveRedrive(r.target.stream, r.target.streamCreated, raw.Subject, h, raw.Data); !ok {
-		return nil
-	}
-	kept := nats.Header{}
-	for _, name := range []string{HeaderRedriveTo, HeaderRedriveCount, HeaderRedriveToken, nats.MsgIdHdr} {
-		kept[name] = h[name]
-	}
-	return originalHeaders(kept, false)
-}
-
-// redriven judges a message with the header of a redrive before its handler runs.
-// It returns true when the message is done: for another durable, and proven to be.
-func (r *durableRoute) redriven(d *delivery) bool {
-	m := &d.msg
-	proof, ok := proveRedrive(m.Stream(), r.target.streamCreated, m.Subject, m.Header, m.Data)
-	if !ok {
-		return false // anybody may write headers
-	}
-	if proof.durable != m.Durable() {
-		r.ack(d)
-		return true
-	}
-	r.takeLetter(d, proof)
-	now := r.eng.now()
-	d.began, d.ended = now, now
-	if now >= d.lease.Load() {
-		r.lapse(d)
-		return true
-	}
-	return false
-}
-
-// takeLetter removes the letter of a redriven message before that is handled, as
-// the redrive does once the copy is stored, unless it is killed between the two. A
-// later redrive would then store a second copy, if the first were handled and
-// gone and the stream's duplicate window over: it finds a copy that is not handled
-// yet, and no letter of one that is.
-//
-// It does what it may and can. A user who must not read or delete in the DLQ
-// relies on the duplicate window.
-func (r *durableRoute) takeLetter(d *delivery, proof redriveProof) {
-	if r.mayNotTake.Load() {
-		return
-	}
-	ctx, cancel := context.WithTimeout(r.eng.closing, takeTimeout)
-	defer cancel()
-	s := r.eng.store()
-	err := func() error {
-		m, err := s.get(ctx, proof.dlq, getRequest{Seq: proof.seq})
-		if err != nil || m == nil || m.time.UnixNano() != proof.stored {
-			return err
-		}
-		l, err := parseLetter(proof.dlq, m)
-		if err != nil {
-			return err
-		}
-		return s.discard(ctx, &l)
-	}()
-	switch {
-	case err == nil || hasCode(err, codeStreamNotFound):
-	case errors.Is(err, ErrPermission):
-		r.mayNotTake.Store(true)
-		fallthrough
-	default:
-		r.log.Warn("natsx: letter of a redriven message not removed", append(r.about(d), "letter", proof.seq, "dlq", proof.dlq, "error", err)...)
-	}
-}
 
 // SkipReason is why a redrive left a letter alone.
 type SkipReason string
@@ -132,7 +46,7 @@ type RedriveReport struct {
 	Errors []error
 }
 
-// RedriveProgress is told after every selected message.
+// RedriveProgress is how far a redrive is, after every selected message.
 type RedriveProgress struct {
 	Report RedriveReport // so far; not to be kept or changed
 	Total  int           // selected messages when the redrive began, those that are no letters included
@@ -304,7 +218,8 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		return SkipMaxRedrives, nil
 	}
 	begun := time.Now()
-	for pause, lost := 50*time.Millisecond, false; ; pause = min(2*pause, time.Second) {
+	pause := backoff{first: 50 * time.Millisecond, most: time.Second}
+	for lost := false; ; {
 		done := SkipReason("")
 		if !lost {
 			done = SkipRedriven
@@ -316,7 +231,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		if found {
 			return done, r.finish(ctx, l)
 		}
-		letter, err := r.get(ctx, l.DLQStream, getRequest{Seq: l.DLQSequence})
+		letter, err := r.api.get(ctx, l.DLQStream, getRequest{Seq: l.DLQSequence})
 		if err != nil {
 			return "", err
 		}
@@ -335,11 +250,11 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		// While the connection is away nats.go would keep the copy and send it
 		// at any later time.
 		err = nats.ErrDisconnected
-		if r.nc.IsConnected() {
+		if r.api.nc.IsConnected() {
 			var ack Ack
 			ack, err = r.publish(ctx, m)
 			if err == nil && ack.Duplicate && !lost {
-				stored, err := r.get(ctx, l.Stream, getRequest{Seq: ack.Sequence})
+				stored, err := r.api.get(ctx, l.Stream, getRequest{Seq: ack.Sequence})
 				if err != nil {
 					return "", err
 				}
@@ -360,7 +275,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 			errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
 			return "", faultf(err, "copy not stored in stream %q: %s", l.Stream, cause(err))
 		case errors.Is(err, nats.ErrNoResponders):
-			// The stream has no leader, or is gone, or was made anew.
+			// The stream has no leader, or is gone, or was recreated.
 			delete(r.sources, l.Stream)
 			if src, err = r.source(ctx, l); err != nil {
 				return "", err
@@ -374,7 +289,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		if time.Since(begun) > redrivePatience {
 			return "", fmt.Errorf("natsx: copy not stored in stream %q: %w", l.Stream, err)
 		}
-		wait(ctx, pause)
+		pause.wait(ctx)
 	}
 }
 
@@ -382,8 +297,8 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 func (r *redrive) publish(ctx context.Context, m *nats.Msg) (ack Ack, _ error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), letterTry)
 	defer cancel()
-	err := requestWith(ctx, r.nc, m.Subject, func(ctx context.Context) (err error) {
-		ack, err = publishOnce(ctx, r.nc, m)
+	err := requestWith(ctx, r.api.nc, m.Subject, func(ctx context.Context) (err error) {
+		ack, err = publishOnce(ctx, r.api.nc, m)
 		return err
 	})
 	return ack, err
@@ -396,7 +311,7 @@ func (r *redrive) finish(ctx context.Context, l *DeadLetter) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redrivePatience)
 	defer cancel()
-	if err := r.discard(ctx, l); err != nil {
+	if err := discardLetter(ctx, r.api, l); err != nil {
 		return fmt.Errorf("natsx: copy of letter %d is stored, but the letter not removed: %w", l.DLQSequence, err)
 	}
 	return nil
@@ -410,7 +325,7 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 	}
 	src := r.sources[l.Stream]
 	if src == nil || time.Since(src.asked) > apiTimeout {
-		info, err := r.streamInfo(ctx, l.Stream)
+		info, err := r.api.askStreamInfo(ctx, l.Stream)
 		if hasCode(err, codeStreamNotFound) {
 			return nil, faultf(ErrNoStream, "original stream %q is gone", l.Stream)
 		}
@@ -432,7 +347,7 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 	c := src.durables[l.Durable]
 	if c == nil {
 		c = new(jetstream.ConsumerInfo)
-		err := r.ask(ctx, "CONSUMER.INFO."+l.Stream+"."+l.Durable, struct{}{}, c)
+		err := r.api.ask(ctx, "CONSUMER.INFO."+l.Stream+"."+l.Durable, struct{}{}, c)
 		if hasCode(err, codeConsumerNotFound) {
 			return nil, faultf(ErrConsumerDeleted, "durable %q of stream %q is gone", l.Durable, l.Stream)
 		}
@@ -459,7 +374,7 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 func (r *redrive) copyOf(ctx context.Context, l *DeadLetter, src *redriveSource) (*nats.Msg, int, error) {
 	header, data := l.Header, l.Data
 	if l.Pointer {
-		original, err := r.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
+		original, err := r.api.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
 		if err != nil {
 			return nil, 0, err
 		}
@@ -488,14 +403,14 @@ func (r *redrive) copyOf(ctx context.Context, l *DeadLetter, src *redriveSource)
 	return m, count, nil
 }
 
-// isCopy tells whether a stored message is the copy m.
+// isCopy reports whether a stored message is the copy m.
 func (s *redriveSource) isCopy(stored *storedMsg, m *nats.Msg) bool {
 	_, ok := proveRedrive(s.info.Config.Name, s.info.Created.UnixNano(), stored.subject, stored.header, stored.data)
 	return ok && stored.header.Get(nats.MsgIdHdr) == m.Header.Get(nats.MsgIdHdr) && stored.header.Get(HeaderRedriveTo) == m.Header.Get(HeaderRedriveTo)
 }
 
 // findCopy looks for the copy of a letter in its original stream. Mostly nothing
-// was stored on the subject since the original, and one look tells. Else the
+// was stored on the subject since the original, and one look shows that. Else the
 // subject is searched, once and then what is new; what may have come within half
 // of the duplicate window need not be known, unless fresh.
 func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSource, m *nats.Msg, fresh bool) (bool, error) {
@@ -503,11 +418,11 @@ func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSourc
 	known := r.copies[key]
 	if known == nil || fresh || time.Since(known.at) > src.info.Config.Duplicates/2 {
 		now := time.Now()
-		last, err := r.get(ctx, l.Stream, getRequest{LastFor: l.Subject})
+		last, err := r.api.get(ctx, l.Stream, getRequest{LastFor: l.Subject})
 		if err != nil {
 			return false, err
 		}
-		behind := uint64(0) // in a stream that was made anew the original's sequence means nothing
+		behind := uint64(0) // in a stream that was recreated the original's sequence means nothing
 		if !src.info.Created.After(l.Published) {
 			behind = l.Sequence
 		}
@@ -522,7 +437,7 @@ func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSourc
 			r.copies[key] = known
 		}
 		part := span{stream: src.info, filter: l.Subject, first: max(behind, known.searched) + 1, last: last.seq, headersOnly: true}
-		for stored, err := range r.read(ctx, part) {
+		for stored, err := range readSpan(ctx, r.api, part) {
 			if err != nil {
 				return false, err
 			}
@@ -536,6 +451,6 @@ func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSourc
 	if seq == 0 {
 		return false, nil
 	}
-	stored, err := r.get(ctx, l.Stream, getRequest{Seq: seq})
+	stored, err := r.api.get(ctx, l.Stream, getRequest{Seq: seq})
 	return err == nil && stored != nil && src.isCopy(stored, m), err
 }

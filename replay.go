@@ -1,14 +1,10 @@
 package natsx
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"math"
 	"strconv"
 	"time"
-
-	"github.com/nats-io/nats.go/jetstream"
 )
 
 const (
@@ -174,10 +170,11 @@ type ReplaySpec struct {
 	progress func(ReplayProgress)
 }
 
-// Progress has fn told how far the replay is: at most ten times a second while it
-// moves, and once more at its end. fn is called by one goroutine at a time and
-// holds nothing up. Default, also for nil, is none. It stands behind Handle, since a
-// builder holds no functions.
+// Progress sets a function that is called with how far the replay is: at most ten times
+// a second while it moves, and once more at its end, one call at a time. It holds the
+// replay up by no more than the last second: what has not returned by then, and a panic,
+// is logged. Default, also for nil, is none. It stands behind Handle, since a builder
+// holds no functions.
 func (s ReplaySpec) Progress(fn func(ReplayProgress)) ReplaySpec {
 	s.progress = fn
 	return s
@@ -194,7 +191,7 @@ type ReplayProgress struct {
 	Total uint64
 	// Elapsed is the time since the start; Remaining is an estimate of what is
 	// left: from the rate so far, or from the messages' times with a Speed. It is 0
-	// while there is nothing to tell from.
+	// while there is nothing to estimate from.
 	Elapsed   time.Duration
 	Remaining time.Duration
 }
@@ -331,115 +328,4 @@ func (r ReplayBuilder) start() startAt {
 		return startAt{time: r.from.time()}
 	}
 	return startAt{seq: 1}
-}
-
-// startAt is a start of a consumer: a sequence, or a time when that is 0.
-type startAt struct {
-	seq  uint64
-	time time.Time
-}
-
-func (s startAt) apply(cfg *jetstream.ConsumerConfig) {
-	if s.seq > 0 {
-		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, s.seq
-		return
-	}
-	cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &s.time
-}
-
-// Replay handles stored messages once more, from the bounds of spec on, and ends
-// at what was last stored when it started. It reads through a consumer of its own,
-// which is deleted at the end and expires by itself after [ReplayInactive], or
-// sooner by the stream's limit, when the process is killed; no durable is touched,
-// nothing is acknowledged.
-//
-// What is stored is replayed as it is. A message that was redriven (see
-// [DeadLetterQuery.Redrive]) is in the stream twice, the original and its copy with
-// [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to
-// publish a message later, is passed over; the message that it published is not.
-//
-// While Run is under way the replay uses its pool, where it takes turns with the
-// routes; else it has a pool of its own for as long as it takes. So it has when ctx
-// is a handler's: that one holds a worker while it waits, and the replay's are
-// beyond [WithWorkers]. Such a replay ends with its handler's context. The broker's
-// middleware and observer apply.
-//
-// A reconnect, a server's restart and a change of leader are survived: the replay
-// goes on behind the last message it got, without gap or repeat.
-//
-// It returns nil when everything was handled. Else the report tells how far it
-// came, and the error is
-//
-//   - the faults of [ReplaySpec.Validate] and of the broker's options;
-//   - a [*ReplayFailure] when a handler failed and ContinueOnError was not called;
-//   - ctx's error when ctx ended: handlers that run then go on with a live context
-//     up to the broker's drain timeout, after which a [*DrainError] is joined;
-//   - [ErrBrokerStopped] when the broker's Run ended meanwhile;
-//   - a [*ReplayError] that wraps [ErrNoStream], [ErrAmbiguousStream],
-//     [ErrStreamDeleted], [ErrNotReplayable], [ErrPermission],
-//     [ErrConnectionClosed] or an error of the server.
-func (b *Broker) Replay(ctx context.Context, spec ReplaySpec) (ReplayReport, error) {
-	if err := errors.Join(b.validate(), spec.Validate()); err != nil {
-		return ReplayReport{}, err
-	}
-	js, err := b.jetStream()
-	if err != nil {
-		return ReplayReport{}, err
-	}
-	// A handler that holds a worker of the pool may wait for a replay that waits for
-	// that worker.
-	if e := b.ran.Load(); e != nil && deliveryFrom(ctx) == nil {
-		r := newReplay(ctx, e, spec)
-		if e.admit(r) {
-			defer e.leave(r)
-			return r.carryOut(ctx)
-		}
-		r.endIntake()
-	}
-	e := newEngine(ctx, b, js, nil)
-	defer e.endIntake()
-	e.pool = newPool(spec.replay.concurrency(b.workers))
-	e.pool.start()
-	r := newReplay(ctx, e, spec)
-	report, err := r.carryOut(ctx)
-	e.pool.close()
-	if !r.abandoned {
-		<-e.pool.gone
-	}
-	e.abortHandlers(context.Canceled)
-	e.endClosing()
-	return report, err
-}
-
-// tempo tells when messages are due. Times are Unix nanoseconds of the stream and
-// nanoseconds of the engine's clock.
-type tempo struct {
-	speed  float64 // above zero
-	begun  bool
-	stored int64 // time of the message that the clock started with
-	base   int64 // when that one was due
-	last   int64 // when the latest one is due
-}
-
-// tempoSlack is how long a late message may be waited for before the clock is put
-// back.
-const tempoSlack = int64(100 * time.Millisecond)
-
-// due is when a message that was stored at the time stored and comes in now is to
-// be handled: never before the message ahead of it. For as long as waited it was
-// waited for: what is late beyond that was asked for late, while handlers were
-// busy, and is caught up with.
-func (p *tempo) due(stored, now, waited int64) int64 {
-	if !p.begun {
-		p.begun, p.stored, p.base, p.last = true, stored, now, now
-		return now
-	}
-	gap := float64(stored-p.stored) / p.speed
-	due := p.base + int64(max(min(gap, math.MaxInt64/4), -math.MaxInt64/4))
-	if late := min(now-due, waited); late > tempoSlack {
-		p.base += late
-		due += late
-	}
-	p.last = max(due, p.last)
-	return p.last
 }

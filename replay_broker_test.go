@@ -217,7 +217,7 @@ func TestReplayBesideRoutes(t *testing.T) {
 			return nil
 		}),
 		Route("live").Handle(func(_ context.Context, m *Msg) error { live.add(string(m.Data)); return nil }))
-	var seen history
+	var seen handledSeqs
 	go func() {
 		defer close(replayed)
 		report, err := b.Replay(testContext(t), Replay("history.>").Handle(func(ctx context.Context, m *Msg) error {
@@ -373,6 +373,9 @@ func TestReplayGivesUpOnAHandler(t *testing.T) {
 			if report.Handled != 2 || report.Next != 3 {
 				t.Errorf("got %+v", report)
 			}
+			if named := strings.Contains(err.Error(), `handler of replay "history.>"`); named != stubborn {
+				t.Errorf("got %v, want the handler that hangs and no other", err)
+			}
 			if !stubborn && !errors.Is(err, ErrDrainTimeout) {
 				t.Errorf("got %v", err)
 			}
@@ -391,7 +394,7 @@ func TestReplayGoesOnWhereItWasCutOff(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(testContext(t))
 	defer cancel()
-	var seen history
+	var seen handledSeqs
 	b := NewBroker(nc, WithWorkers(4), WithDrainTimeout(50*time.Millisecond))
 	report, err := b.Replay(ctx, Replay("history.>").OrderedBy(SubjectKey()).ContinueOnError().Handle(func(ctx context.Context, m *Msg) error {
 		seen.handle(ctx, m)

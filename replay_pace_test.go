@@ -2,9 +2,12 @@ package natsx
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -17,39 +20,71 @@ import (
 // rehearsal is a replay without a server: the test is the stream.
 type rehearsal struct {
 	*replay
-	stopped chan struct{}
-	last    uint64
+	t    *testing.T
+	join func() // ends the pool and the agenda
+	last uint64
 }
 
 // rehearse lets the replay's pool and pacing run; stop ends them.
 func rehearse(t *testing.T, workers int, replay ReplayBuilder, h Handler) *rehearsal {
 	t.Helper()
-	e := &engine{Broker: &Broker{workers: workers, log: slog.New(slog.DiscardHandler)}, pool: newPool(workers), base: time.Now()}
-	e.pool.start()
-	r := &rehearsal{replay: newReplay(t.Context(), e, replay.Handle(h)), stopped: make(chan struct{})}
-	r.stream, r.consumer, r.end = "S", "C", 1<<40
-	r.from = &origin{stream: "S"}
+	e := &env{
+		settings: &settings{workers: workers, log: slog.New(slog.DiscardHandler), drainTimeout: time.Minute},
+		pool:     newPool(workers), agenda: newAgenda(), inside: map[*visit]struct{}{},
+	}
+	watch := &alarm{ring: func(int64) { e.pool.watch() }}
+	e.pool.alarm = func(at int64) { e.agenda.set(watch, at) }
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
 	go func() {
-		defer close(r.stopped)
-		r.releaseDue()
+		defer close(ended)
+		e.agenda.run(ctx)
 	}()
+	e.pool.start()
+	r := &rehearsal{replay: newReplay(ctx, e, replay.Handle(h)), t: t, join: func() {
+		cancel()
+		<-ended
+		e.pool.close()
+		<-e.pool.gone
+	}}
+	r.stream, r.end = "S", 1<<40
+	r.from = &origin{stream: "S", ctx: r.serving}
 	return r
+}
+
+// arrival is a message of a sequence, stored at a time.
+func (r *rehearsal) arrival(seq uint64, subject string, stored time.Time) arrival {
+	return arrival{ackInfo{stream: "S", sequence: seq, time: stored.UnixNano(), pending: 1000}, &nats.Msg{Subject: subject}, 10}
 }
 
 // deliver is the arrival of the next message, stored at a time.
 func (r *rehearsal) deliver(subject string, stored time.Time) {
 	r.last++
-	r.receive([]*nats.Msg{{
-		Subject: subject,
-		Reply:   fmt.Sprintf("$JS.ACK.S.C.1.%d.%d.%d.1000", r.last, r.last, stored.UnixNano()),
-	}})
+	r.arrive([]arrival{r.arrival(r.last, subject, stored)})
+}
+
+// deliverMany is the arrival of the next messages, all stored at once.
+func (r *rehearsal) deliverMany(count int) {
+	var burst []arrival
+	for range count {
+		r.last++
+		burst = append(burst, r.arrival(r.last, "s", time.Unix(1, 0)))
+	}
+	r.arrive(burst)
 }
 
 func (r *rehearsal) stop() {
+	r.t.Helper()
 	r.endIntake()
-	<-r.stopped
-	r.eng.pool.close()
-	<-r.eng.pool.gone
+	r.join()
+	r.abort(context.Canceled)
+}
+
+// booked is the report so far.
+func (r *rehearsal) booked() ReplayReport {
+	r.env.pool.mu.Lock()
+	defer r.env.pool.mu.Unlock()
+	return r.report
 }
 
 func TestReplayKeepsTheGaps(t *testing.T) {
@@ -97,49 +132,20 @@ func TestReplayWaitsWithoutAWorker(t *testing.T) {
 		r.deliver("s", now)
 		r.deliver("s", now.Add(time.Hour))
 		synctest.Wait()
-		r.eng.pool.mu.Lock()
-		busy, waiting, handled := r.eng.pool.busy, r.eng.pool.waiting, r.report.Handled
-		r.eng.pool.mu.Unlock()
+		handled := r.booked().Handled
+		r.env.pool.mu.Lock()
+		busy, waiting := r.env.pool.busy, r.env.pool.waiting
+		r.env.pool.mu.Unlock()
 		if busy != 0 || waiting != 0 || handled != 1 {
 			t.Errorf("%d busy, %d waiting, %d handled, want 0, 0 and 1", busy, waiting, handled)
 		}
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		if r.report.Handled != 2 {
+		if r.booked().Handled != 2 {
 			t.Error("the second message was not handled in time")
 		}
 		r.stop()
 	})
-}
-
-// A message that is missing, or that came before, is noticed.
-func TestReplayDistrustsItsConsumer(t *testing.T) {
-	t.Parallel()
-	var handled history
-	r := rehearse(t, 1, Replay("s"), handled.handle)
-	arrive := func(consumer string, seq, here int) {
-		r.receive([]*nats.Msg{{Subject: "s", Reply: fmt.Sprintf("$JS.ACK.S.%s.1.%d.%d.1.9", consumer, seq, here)}})
-	}
-	arrive("C", 1, 1)
-	arrive("C", 3, 2)     // 2 is deleted or of another subject
-	arrive("OTHER", 4, 3) // of an earlier consumer
-	if r.doubt {
-		t.Error("doubted without a reason")
-	}
-	arrive("C", 6, 4) // the third is missing
-	arrive("C", 7, 5)
-	if !r.doubt || r.consumer != "" || r.received != 3 {
-		t.Errorf("doubt %t of %q at %d, want it at 3", r.doubt, r.consumer, r.received)
-	}
-	r.consumer, r.seqHere, r.doubt = "D", 0, false // replaced
-	arrive("D", 2, 1)                              // by one that starts too early
-	arrive("D", 3, 2)
-	arrive("D", 4, 3)
-	eventually(t, "the last is handled", func() bool { return len(handled.seen()) == 3 })
-	r.stop()
-	if diff := cmp.Diff([]uint64{1, 3, 4}, handled.seen()); diff != "" {
-		t.Errorf("handled (-want +got):\n%s", diff)
-	}
 }
 
 func TestTempo(t *testing.T) {
@@ -182,42 +188,335 @@ func TestTempo(t *testing.T) {
 func TestReplayCatchesUp(t *testing.T) {
 	t.Parallel()
 	const ms = int64(time.Millisecond)
-	e := &engine{Broker: &Broker{workers: 1, log: slog.New(slog.DiscardHandler)}, pool: newPool(1), base: time.Now()}
-	r := newReplay(t.Context(), e, Replay("s").Speed(1).Handle(succeed))
-	r.consumer, r.end, r.pulling = "C", 1<<40, true
-	last := uint64(0)
-	var due int64
-	arrive := func(now int64) {
-		last++
-		d := &delivery{msg: Msg{seq: last}}
-		r.arrive(&arrival{d: d, info: ackInfo{consumer: "C", sequence: last, consumerSeq: last, time: int64(last) * ms, pending: 1}}, now)
-		due = d.due
+	r := rehearse(t, 1, Replay("s").Speed(1), succeed)
+	p := r.env.pool
+	pl := &puller{size: 1, open: true}
+	take := func(now int64) (due int64) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		r.last++
+		r.take(&delivery{}, r.arrival(r.last, "s", time.Unix(0, int64(r.last)*ms)), now)
+		pl.outstanding--
+		return r.early.at(r.early.len() - 1).due
 	}
 	asks := func(now int64, want int) {
 		t.Helper()
-		if got := r.plan(now).batch; got != want {
-			t.Errorf("asks for %d at %s, want %d", got, time.Duration(now), want)
+		next, _ := pl.next(now, r.demand(now, pl))
+		if next.batch != want {
+			t.Errorf("asks for %d at %s, want %d", next.batch, time.Duration(now), want)
 		}
 	}
-	e.pool.mu.Lock()
-	defer e.pool.mu.Unlock()
-	asks(0, replayWindow)
+	begun := processTime() + int64(time.Hour) // so that nothing comes due
+	asks(begun, replayWindow)
 	for range replayWindow {
-		arrive(0)
+		take(begun)
 	}
-	asks(0, 0)
+	asks(begun, 0)
+	p.mu.Lock()
 	for range replayWindow / 2 { // ten seconds later half of them is handled
 		r.early.pop()
 	}
-	asks(10_000*ms, replayWindow/2)
-	arrive(10_001 * ms)
-	if want := replayWindow * ms; due != want {
+	p.mu.Unlock()
+	asks(begun+10_000*ms, replayWindow/2)
+	if due, want := take(begun+10_001*ms)-begun, replayWindow*ms; due != want {
 		t.Errorf("a message that was asked for late is due at %s, want %s", time.Duration(due), time.Duration(want))
 	}
-	arrive(15_001 * ms)
-	if want := (replayWindow + 1 + 5_000) * ms; due != want {
+	if due, want := take(begun+15_001*ms)-begun, (replayWindow+1+5_000)*ms; due != want {
 		t.Errorf("a message that the stream was late with is due at %s, want %s", time.Duration(due), time.Duration(want))
 	}
+	r.stop()
+}
+
+// A replay asks for what there is room for: in messages, in bytes, and in front of the
+// slowest handler. It looks again once there is.
+func TestReplayDemand(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		size              int64 // of a message
+		onTheWay          int
+		waiting           int // messages that wait here
+		bytes, hand       int
+		want, refill      int
+		short             int // to be finished before it asks
+		limit, acceptedNo int
+	}{
+		"at the start":             {size: 100, want: replayWindow, refill: replayWindow / 2},
+		"half is here":             {size: 100, waiting: replayWindow / 2, want: replayWindow / 2, refill: replayWindow / 2},
+		"a little more is here":    {size: 100, waiting: replayWindow/2 + 7, want: replayWindow/2 - 7, refill: replayWindow / 2, short: 7},
+		"it is on its way":         {size: 100, waiting: 50, onTheWay: replayWindow - 50, want: replayWindow - 50, refill: replayWindow / 2, short: replayWindow / 2},
+		"large messages":           {size: replayBytes / 4, want: 4, refill: 2},
+		"larger than all":          {size: 2 * replayBytes, want: 1, refill: 1},
+		"too much is here":         {size: 100, bytes: replayBytes + 1, want: 0, refill: replayWindow / 2, short: 1},
+		"too far ahead":            {size: 100, hand: replayAhead + 1, want: 0, refill: replayWindow / 2, short: 1},
+		"no more than its limit":   {size: 100, limit: 10, acceptedNo: 3, want: 7, refill: replayWindow / 2},
+		"an unknown size is small": {size: 0, want: replayWindow, refill: replayWindow / 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := Replay("s")
+			if c.limit > 0 {
+				b = b.Limit(c.limit)
+			}
+			r := rehearse(t, 1, b, succeed)
+			for range c.waiting {
+				r.backlog.push(&work{})
+			}
+			for i := range c.hand {
+				r.hand.push(uint64(i+1), 0)
+			}
+			r.bytes, r.accepted = c.bytes, c.acceptedNo
+			d := r.demand(1, &puller{size: c.size, outstanding: c.onTheWay})
+			if d.messages != c.want || d.refill != c.refill || r.short != c.short {
+				t.Errorf("wants %d, in steps of %d, after %d more, want %d, %d and %d", d.messages, d.refill, r.short, c.want, c.refill, c.short)
+			}
+			r.backlog = fifo[*work]{}
+			if r.short > 0 {
+				r.env.pool.mu.Lock()
+				for range r.short {
+					if len(r.more) > 0 {
+						t.Error("looks again before there is room")
+					}
+					r.finish([]*work{{delivery: &delivery{}}})
+				}
+				r.env.pool.mu.Unlock()
+				receive(t, r.more, "a look at the demand")
+			}
+			r.stop()
+		})
+	}
+}
+
+// What a burst has done before a handler that hangs is in the report, and what lies
+// behind it was not started when the replay is stopped.
+func TestReplayStopsInABurst(t *testing.T) {
+	t.Parallel()
+	for name, hanging := range map[string]uint64{"the first": 1, "in the middle": 9, "the last of it": readBurst / 2} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			begun, goOn := make(chan struct{}), make(chan struct{})
+			var seen handledSeqs
+			r := rehearse(t, 1, Replay("s"), func(ctx context.Context, m *Msg) error {
+				if m.Sequence() == hanging {
+					close(begun)
+					<-goOn
+				}
+				return seen.handle(ctx, m)
+			})
+			r.deliverMany(readBurst)
+			receive(t, begun, "the handler that hangs")
+			r.halt(context.Canceled)
+			if got := r.booked(); got.Handled != hanging-1 {
+				t.Errorf("got %d handled while one hangs, want the %d ahead of it", got.Handled, hanging-1)
+			}
+			if running := r.cutOff(false); running != 1 {
+				t.Errorf("%d run, want 1", running)
+			}
+			close(goOn)
+			receive(t, r.wake, "the end")
+			r.stop()
+			report, err := r.result(nil)
+			if !errors.Is(err, context.Canceled) || report.Handled != hanging || report.Next != hanging+1 {
+				t.Errorf("got %+v, %v", report, err)
+			}
+			if diff := cmp.Diff(sequences(1, hanging), seen.seen()); diff != "" {
+				t.Errorf("handled (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// Once the intake has ended nothing new is started, though the replay was not halted yet.
+func TestReplayStartsNothingBehindItsIntake(t *testing.T) {
+	t.Parallel()
+	for _, limit := range []int{1, 3} {
+		synctest.Test(t, func(t *testing.T) {
+			var r *rehearsal
+			var seen handledSeqs
+			r = rehearse(t, limit, Replay("s").Concurrency(limit), func(ctx context.Context, m *Msg) error {
+				if m.Sequence() == 5 {
+					r.endIntake()
+				}
+				return seen.handle(ctx, m)
+			})
+			r.deliverMany(readBurst)
+			synctest.Wait()
+			if n, most := len(seen.seen()), 5+2*(limit-1); n < 5 || n > most {
+				t.Errorf("%d of %d at once were handled, want at most %d", n, limit, most)
+			}
+			r.halt(context.Canceled)
+			r.stop()
+			if report, _ := r.result(nil); report.Next != uint64(len(seen.seen()))+1 {
+				t.Errorf("got %+v after %v", report, seen.seen())
+			}
+		})
+	}
+}
+
+// A replay with a limit takes no message beyond it, whatever comes.
+func TestReplayTakesNoMoreThanItsLimit(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var seen handledSeqs
+		r := rehearse(t, 1, Replay("s").Limit(3), seen.handle)
+		r.deliverMany(readBurst)
+		synctest.Wait()
+		r.stop()
+		report, err := r.result(nil)
+		if err != nil || report.Handled != 3 || report.Next != 4 || !r.complete {
+			t.Errorf("got %+v, %v", report, err)
+		}
+		if diff := cmp.Diff(sequences(1, 3), seen.seen()); diff != "" {
+			t.Errorf("handled (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// Several handlers that are stopped leave no hole below what they have started.
+func TestReplayStopsWithoutAHole(t *testing.T) {
+	t.Parallel()
+	for _, key := range []OrderKey{{}, SubjectKey()} {
+		for tries := range 50 {
+			b := Replay("s").Concurrency(4)
+			if key != (OrderKey{}) {
+				b = b.OrderedBy(key)
+			}
+			var seen handledSeqs
+			started := make(chan struct{}, 1000)
+			r := rehearse(t, 4, b, func(ctx context.Context, m *Msg) error {
+				started <- struct{}{}
+				runtime.Gosched()
+				return seen.handle(ctx, m)
+			})
+			var burst []arrival
+			for seq := range uint64(readBurst) {
+				burst = append(burst, r.arrival(seq+1, fmt.Sprint("s.", seq/3%5), time.Unix(1, 0)))
+			}
+			r.arrive(burst)
+			for range tries {
+				<-started
+			}
+			r.halt(context.Canceled)
+			eventually(t, "it is over", func() bool {
+				r.env.pool.mu.Lock()
+				defer r.env.pool.mu.Unlock()
+				return r.over()
+			})
+			r.stop()
+			report, _ := r.result(nil)
+			got := seen.seen()
+			slices.Sort(got)
+			if diff := cmp.Diff(sequences(1, uint64(len(got))), got); diff != "" || report.Next != uint64(len(got))+1 || report.Handled != uint64(len(got)) {
+				t.Fatalf("%v: report %+v, handled (-want +got):\n%s", key, report, diff)
+			}
+		}
+	}
+}
+
+// Behind a failure nothing is started, and what lies below it is finished.
+func TestReplayFailsWithoutAHole(t *testing.T) {
+	t.Parallel()
+	boom := errors.New("boom")
+	const failing = 20
+	for _, workers := range []int{1, 4} {
+		for range 50 {
+			var seen handledSeqs
+			failed := make(chan struct{})
+			r := rehearse(t, workers, Replay("s").Concurrency(workers), func(ctx context.Context, m *Msg) error {
+				select {
+				case <-failed:
+					// Another handler may have been about to start.
+					if m.Sequence() > failing+uint64(workers) {
+						t.Errorf("message %d was started after %d had failed", m.Sequence(), failing)
+					}
+				default:
+				}
+				if m.Sequence() == failing {
+					defer close(failed)
+					return boom
+				}
+				return seen.handle(ctx, m)
+			})
+			r.deliverMany(readBurst)
+			receive(t, r.wake, "the end")
+			eventually(t, "it is over", func() bool {
+				r.env.pool.mu.Lock()
+				defer r.env.pool.mu.Unlock()
+				return r.over()
+			})
+			r.stop()
+			report, err := r.result(nil)
+			got := seen.seen()
+			slices.Sort(got)
+			if !errors.Is(err, boom) || report.Next != failing || report.Failed != 1 || len(got) < failing-1 ||
+				cmp.Diff(sequences(1, failing-1), got[:failing-1]) != "" {
+				t.Fatalf("got %+v, %v after %v", report, err, got)
+			}
+		}
+	}
+}
+
+// A progress function that panics, ends its goroutine or blocks neither ends the replay
+// nor holds it up.
+func TestReplayProgressIsUsersCode(t *testing.T) {
+	t.Parallel()
+	for name, fn := range map[string]func(){
+		"a panic":      func() { panic("ouch") },
+		"an early end": runtime.Goexit,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				calls := 0
+				r := rehearse(t, 1, Replay("s"), succeed)
+				r.want = r.want.Progress(func(ReplayProgress) {
+					calls++
+					fn()
+				})
+				end := r.tellProgress()
+				for range 3 {
+					r.deliverMany(1)
+					time.Sleep(progressEvery * 3 / 2)
+				}
+				end()
+				r.stop()
+				if calls != 4 {
+					t.Errorf("called %d times, want 3 times and at the end", calls)
+				}
+			})
+		})
+	}
+	t.Run("a block", func(t *testing.T) {
+		t.Parallel()
+		synctest.Test(t, func(t *testing.T) {
+			block := make(chan struct{})
+			calls := 0
+			r := rehearse(t, 1, Replay("s"), succeed)
+			r.want = r.want.Progress(func(ReplayProgress) {
+				calls++
+				<-block
+			})
+			end := r.tellProgress()
+			r.deliverMany(1)
+			time.Sleep(time.Minute)
+			if r.booked().Handled != 1 {
+				t.Error("the replay is held up")
+			}
+			began := time.Now()
+			end()
+			if took := time.Since(began); took > progressPatience {
+				t.Errorf("the end took %s, want at most %s", took, progressPatience)
+			}
+			if inside := r.env.visiting(); len(inside) != 1 || !strings.Contains(inside[0], `progress function of replay "s"`) {
+				t.Errorf("got %q, want the progress function", inside)
+			}
+			close(block)
+			synctest.Wait()
+			r.stop()
+			if calls != 1 {
+				t.Errorf("called %d times, want no call beside another", calls)
+			}
+		})
+	})
 }
 
 func TestLedger(t *testing.T) {
@@ -258,8 +557,8 @@ func TestLedger(t *testing.T) {
 
 func TestKeyedQueue(t *testing.T) {
 	t.Parallel()
-	msg := func(subject string, seq uint64, header string) *delivery {
-		return &delivery{msg: Msg{Subject: subject, seq: seq, Header: nats.Header{"Key": {header}}}}
+	msg := func(subject string, seq uint64, header string) *work {
+		return &work{delivery: &delivery{msg: Msg{Subject: subject, seq: seq, Header: nats.Header{"Key": {header}}}}}
 	}
 	for _, c := range []struct {
 		key  OrderKey
@@ -280,7 +579,7 @@ func TestKeyedQueue(t *testing.T) {
 
 	q := newKeyedQueue(SubjectKey())
 	var ran []uint64
-	held := map[uint64]*delivery{}
+	held := map[uint64]*work{}
 	for seq := uint64(1); seq <= 9; seq++ {
 		d := msg(fmt.Sprint("a.", seq%3), seq, "")
 		held[seq] = d
@@ -300,33 +599,5 @@ func TestKeyedQueue(t *testing.T) {
 	}
 	if q.waiting != 0 || len(q.busy) != 0 {
 		t.Errorf("%d waiting and %d keys left, want none", q.waiting, len(q.busy))
-	}
-}
-
-func TestPlaceParser(t *testing.T) {
-	t.Parallel()
-	var p placeParser
-	for _, reply := range []string{
-		"$JS.ACK.S.C.1.42.7.1700000000000000001.5",
-		"$JS.ACK.S.C.1.43.8.1700000000000000002.4",
-		"$JS.ACK.S.C.1.43.8.1700000000000000002.", "$JS.ACK.S.C.1.43.8.1700000000000000002", "$JS.ACK.S.C.1..8.1.2",
-		"$JS.ACK.S.C.1.x.8.1.2", "$JS.ACK.S.C.1.9223372036854775807.8.1.2",
-		"$JS.ACK.S.C.2.44.9.1700000000000000003.3",
-		"$JS.ACK.S.D.1.45.1.1700000000000000003.2",
-		"$JS.ACK.1.1.1.45.1.1700000000000000003.2", "$JS.ACK.1.1.1.46.1.1700000000000000003.2",
-		"$JS.ACK._.hash.S.C.1.46.7.1700000000000000004.1", "$JS.ACK._.hash.S.C.1.47.8.1700000000000000005.0",
-		"$JS.ACK._.hash.S.C.1.48.9.1700000000000000006.0.more", "$JS.ACK._.hash.S.C.1.49.10.1700000000000000007.0.more.and",
-		"", "_INBOX.a",
-		"$JS.ACK.S.C.1.43.8.9223372036854775808.2", "$JS.ACK.S.C.1.43.8.9999999999999999999.2.x",
-	} {
-		want, wantOK := parseDelivery(reply)
-		known, fast := p, false
-		got, ok := p.parse(reply)
-		if _, fast = known.numbers(reply); ok && !fast && known.prefix != "" && strings.HasPrefix(reply, known.prefix) {
-			t.Errorf("%q: not read fast", reply)
-		}
-		if ok != wantOK || got != want {
-			t.Errorf("%q: got %+v, %t, want %+v, %t", reply, got, ok, want, wantOK)
-		}
 	}
 }

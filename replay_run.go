@@ -2,50 +2,39 @@ package natsx
 
 import (
 	"context"
-	"errors"
 	"math"
-	"sync"
 	"sync/atomic"
 	"time"
-
-	"github.com/nats-io/nats.go"
 )
 
 const (
 	// ReplayInactive is how long the server keeps the consumer of a replay whose
 	// process is gone.
 	ReplayInactive = time.Minute
-	// replayBurst is how many messages are taken in at a time.
-	replayBurst = 64
-	// replayRun is how many messages a worker gets at once, and replayTurn when it
-	// leaves what it did not start yet to the next turn.
-	replayRun  = 32
-	replayTurn = 200 * time.Microsecond
 	// replayWindow is how many messages may be here or on their way.
 	replayWindow = 2048
-	// replayBytes is how much of a replay may be here before it asks for more, and
-	// how much it asks for at once.
+	// replayBytes is how much of a replay may be here before it asks for more.
 	replayBytes = 16 << 20
 	// replayAhead is how far other messages may get ahead of the slowest handler.
 	replayAhead = 1 << 16
-	// replayBeat is how often the server tells that a pull has nothing to bring.
-	replayBeat = time.Second
+	// progressPatience is how long the end of a replay waits for its progress function.
+	progressPatience = time.Second
 )
 
 // replay is one replay under way.
 //
-// It reads through an ephemeral pull consumer that acknowledges nothing, in the
-// manner of an ordered consumer: whatever casts doubt on it (a gap in its
-// sequence, missed heartbeats, a reconnect, its end) has it replaced by one that
-// starts behind the last message received. What was received waits in up to three
-// places: early until it is due, keys while another message of its key is in hand,
-// backlog for one of the replay's handlers. Only what may run is in the pool.
+// What its reader brings waits in up to three places: early until it is due, keys while
+// another message of its key is in hand, backlog for one of the replay's handlers. Only
+// what may run is in the lane. A replay with one handler hands over a burst at a time: a
+// fast handler then costs the pool little.
 //
-// The goroutine of the caller watches over it (supervise), one of its own releases
-// what is due, and one tells the progress.
+// The goroutine of the caller watches over it (supervise), one of its own reads, and one
+// calls the progress function. The environment's agenda releases what is due.
 type replay struct {
-	route
+	lane
+	env     *env
 	want    ReplaySpec
+	handler Handler // with the broker's middleware
 	started time.Time
 
 	// intake ends with the caller's context, the broker or the first failure;
@@ -54,90 +43,70 @@ type replay struct {
 	endIntake context.CancelFunc
 	serving   context.Context
 	abort     context.CancelCauseFunc
-	wake      chan struct{} // tells supervise to look; capacity 1
-	first     chan struct{} // tells the pacing that early is not empty any more; capacity 1
+	wake      chan struct{} // has supervise look; capacity 1
+	more      chan struct{} // has the reader look whether to pull; capacity 1
+	observing string        // names the observer
+	reader    *reader       // of the goroutine that reads, and of the caller's once that has ended; nil for none
 
-	// Fixed once located.
-	stream    string
-	created   time.Time
+	cut atomic.Uint64 // nothing above this sequence is started
+
+	// Guarded by the pool's mutex. What is fixed when the stream was found is read
+	// without it by the goroutine that reads.
+	stream    string  // empty until it is found
 	from      *origin // of its messages
-	replicas  int
-	schedules bool          // some of the messages may be schedules
-	inactive  time.Duration // threshold of the consumers
-	end       uint64        // last sequence of the replay
-	endTime   int64         // Unix nanoseconds of the last message, 0 when unknown
-	total     uint64        // as counted at the start
-	inbox     string
-
-	arrivals []arrival      // of receiveAll, kept for the next burst
-	place    placeParser    // of receiveAll
-	msgs     chan *nats.Msg // what comes in; never closed, has room for all that may be on its way
-	closing  chan struct{}  // closed to end receiveAll
-	joined   chan struct{}  // closed when it has ended; nil before it begins
-
-	// Of the caller's goroutine.
-	inlet *nats.Subscription
-	owned []string // consumers that may exist
-
-	cut     atomic.Uint64 // nothing above this sequence is started
-	through atomic.Uint64 // the last sequence that a worker is done with
-
-	// Guarded by the pool's mutex.
-	consumer    string // empty while there is none to trust
-	seqHere     uint64 // consumer sequence of the last message
-	received    uint64 // stream sequence of the last message
-	taken       int    // messages received
-	pulling     bool
-	pulls       []pull
-	outstanding int
-	tokens      uint64
-	heard       int64 // engine time of the last word from the server
-	limits      pullLimits
-	doubt       bool // the consumer is to be replaced
-	verify      bool // there may be nothing more
-	complete    bool // everything was received
-	stopping    bool
-	cause       error // of stopping, nil for a failure alone
-	failure     *ReplayFailure
-	located     bool // received is where the replay is
-	begun       bool // a message at or after FromTime has come
+	schedules bool    // some of the messages may be schedules
+	end       uint64  // last sequence of the replay
+	endTime   int64   // Unix nanoseconds of the last message, 0 when unknown
+	total     uint64  // as counted at the start
+	located   bool    // received is where the replay is
+	received  uint64  // stream sequence of the last message received
+	accepted  int     // messages received that are to be handled
+	complete  bool    // everything was received
+	stopping  bool
+	cause     error // of stopping, nil for a failure alone
+	failure   *ReplayFailure
+	abandoned bool // handlers are left running: what they do is not in the report any more
 
 	pace    tempo
-	asking  int64 // engine time since which the stream owes a message
+	asking  int64 // since when the stream owes a message
 	heldOff bool  // nothing is asked for, since enough is here
-	early   fifo[*delivery]
+	short   int   // messages to be finished before there is room to ask for more, 0 when there is
+	early   fifo[*work]
+	release alarm       // for early
 	keys    *keyedQueue // nil without an order
-	backlog fifo[*delivery]
-	fed     uint64    // highest sequence given to the pool
-	atWork  *delivery // first of the run of messages given to the pool
-	// Handlers are left running: what they do is not in the report any more.
-	abandoned bool
-	hand      ledger
-	bytes     int   // of what is in hand
-	current   int64 // stream time of the last message handled
-	report    ReplayReport
+	backlog fifo[*work]
+	reached uint64 // highest sequence that was finished
+	hand    ledger
+	bytes   int   // of what is in hand
+	current int64 // stream time of the last message handled
+	report  ReplayReport
+	free    []*work // to be used again
 }
 
-func newReplay(ctx context.Context, e *engine, want ReplaySpec) *replay {
+func newReplay(ctx context.Context, e *env, want ReplaySpec) *replay {
 	r := &replay{
-		want: want, started: time.Now(),
-		wake: make(chan struct{}, 1), first: make(chan struct{}, 1), closing: make(chan struct{}),
-		arrivals: make([]arrival, 0, replayBurst),
-	}
-	r.init(e, Spec{route: RouteBuilder{filter: want.replay.filter}, handler: want.handler}, r)
-	r.limit = want.replay.concurrency(e.workers)
+		env: e, want: want, handler: wrapHandler(want.handler, e.middleware), started: time.Now(),
+		wake: make(chan struct{}, 1), more: make(chan struct{}, 1), observing: "observer of " + want.String()}
+	r.lane = lane{owner: r, limit: want.replay.concurrency(e.workers), name: "handler of " + want.String(), timeout: want.replay.timeout}
 	r.intake, r.endIntake = context.WithCancel(ctx)
 	r.serving, r.abort = context.WithCancelCause(context.WithoutCancel(ctx))
 	r.cut.Store(math.MaxUint64)
+	r.release.ring = r.releaseDue
 	r.pace.speed = want.replay.speed
 	if want.replay.set&replayOrderedBy != 0 {
 		r.keys = newKeyedQueue(want.replay.order)
+	}
+	if r.single() {
+		r.lane.burst = maxBurst
 	}
 	if at := want.replay.start(); at.seq > 0 {
 		r.received, r.located = at.seq-1, true
 	}
 	return r
 }
+
+// single reports whether messages are handled one after another, in stream order.
+func (r *replay) single() bool { return r.limit == 1 && r.keys == nil }
 
 // carryOut does the replay.
 func (r *replay) carryOut(ctx context.Context) (ReplayReport, error) {
@@ -146,42 +115,40 @@ func (r *replay) carryOut(ctx context.Context) (ReplayReport, error) {
 	if r.handler == nil {
 		return ReplayReport{}, r.want.fault("middleware", "", "returned no handler", ErrNoHandler)
 	}
-	unlink := context.AfterFunc(r.eng.intake, func() {
+	unlink := context.AfterFunc(r.env.intake, func() {
 		if ctx.Err() == nil {
 			r.halt(ErrBrokerStopped)
 		}
 	})
 	defer unlink()
-	unserve := context.AfterFunc(r.eng.handlers, func() { r.abort(context.Cause(r.eng.handlers)) })
-	defer unserve()
-	watch := watchAsync(r.eng.nc, r.onAsyncError)
-	defer watch.stop()
-	status := r.eng.nc.StatusChanged(nats.CONNECTED, nats.CLOSED)
-	defer r.eng.nc.RemoveStatusListener(status)
-
-	var helpers sync.WaitGroup
-	if r.pace.speed > 0 {
-		helpers.Go(r.releaseDue)
-	}
-	if r.want.progress != nil {
-		helpers.Go(r.tellProgress)
-	}
-	if err := r.open(); err != nil {
-		r.halt(err)
-	}
-	cut := r.supervise(ctx, status)
+	p := r.env.pool
+	p.mu.Lock()
+	p.enter(&r.lane)
+	p.mu.Unlock()
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		r.read()
+	}()
+	told := r.tellProgress()
+	cut := r.supervise(ctx)
 	r.endIntake()
-	helpers.Wait()
-	r.close()
-	if r.want.progress != nil {
-		r.want.progress(r.progress())
+	<-read
+	if r.reader != nil {
+		r.reader.close()
+	}
+	p.mu.Lock()
+	p.leave(&r.lane)
+	p.mu.Unlock()
+	if !told() && cut != nil {
+		cut.Stuck = append(cut.Stuck, r.telling())
 	}
 	return r.result(cut)
 }
 
 // result is the report and the error of a replay that is over.
-func (r *replay) result(cut error) (ReplayReport, error) {
-	p := r.eng.pool
+func (r *replay) result(cut *DrainError) (ReplayReport, error) {
+	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	rep := r.report
@@ -198,60 +165,31 @@ func (r *replay) result(cut error) (ReplayReport, error) {
 	if r.failure != nil {
 		errs = append(errs, r.failure)
 	}
-	errs = append(errs, cut)
+	if cut != nil {
+		errs = append(errs, cut)
+	}
 	return rep, joined(errs)
 }
 
 func (r *replay) limited() bool {
-	return r.want.replay.set&replayLimit != 0 && r.taken >= r.want.replay.limit
+	return r.want.replay.set&replayLimit != 0 && r.accepted >= r.want.replay.limit
 }
 
 // supervise returns when all is handled, or after a stop what was started. It
 // returns a DrainError when handlers had to be cut off.
-func (r *replay) supervise(ctx context.Context, status <-chan nats.Status) error {
-	tick := time.NewTicker(replayBeat / 5)
-	defer tick.Stop()
+func (r *replay) supervise(ctx context.Context) (cut *DrainError) {
 	ended := r.intake.Done()
 	var late <-chan time.Time
-	var cut *DrainError
-	pause, mark := time.Duration(0), uint64(0) // a consumer that brings nothing is not replaced at once
 	for {
-		p := r.eng.pool
+		p := r.env.pool
 		p.mu.Lock()
-		over, stopping, doubt, verify, received := r.over(), r.stopping, r.doubt, r.verify, r.received
-		if !stopping && r.silent() {
-			doubt = true
-			r.distrust()
-		}
+		over, stopping := r.over(), r.stopping
 		p.mu.Unlock()
 		switch {
 		case over:
-			if cut != nil {
-				return cut
-			}
-			return nil
-		case stopping:
-			ended = nil
-			if late == nil {
-				late = time.After(r.eng.drainTimeout)
-			}
-		case doubt:
-			if received > mark {
-				pause, mark = 0, received
-			}
-			if !wait(r.intake, pause) {
-				break
-			}
-			pause = min(2*pause+50*time.Millisecond, 2*time.Second)
-			if err := r.replace(); err != nil {
-				r.halt(err)
-			}
-			continue
-		case verify:
-			if err := r.verifyEnd(received); err != nil {
-				r.halt(err)
-			}
-			continue
+			return cut
+		case stopping && late == nil:
+			late = time.After(r.env.drainTimeout)
 		}
 		select {
 		case <-ended:
@@ -259,190 +197,179 @@ func (r *replay) supervise(ctx context.Context, status <-chan nats.Status) error
 			if err := ctx.Err(); err != nil {
 				r.halt(err)
 			}
-		case s := <-status:
-			switch s {
-			case nats.CLOSED:
-				r.halt(r.want.fault("", "", cause(ErrConnectionClosed), ErrConnectionClosed))
-			case nats.CONNECTED:
-				p.mu.Lock()
-				r.distrust()
-				p.mu.Unlock()
-			}
 		case <-r.wake:
-		case <-tick.C:
 		case <-late:
-			p.mu.Lock()
-			left := r.running + r.queue.len()
-			p.mu.Unlock()
-			if cut == nil {
-				cut = &DrainError{Timeout: r.eng.drainTimeout, Abandoned: left}
-				r.cut.Store(0)
-				r.abort(ErrDrainTimeout)
-				late = time.After(DrainGrace)
-				continue
+			left := r.cutOff(cut != nil)
+			if cut != nil {
+				if cut.Running = left; left > 0 {
+					cut.Stuck = counted(map[string]int{r.lane.name: left})
+				}
+				return cut
 			}
-			cut.Running = left
-			r.leave()
-			return cut
+			cut = &DrainError{Timeout: r.env.drainTimeout, Abandoned: left}
+			r.abort(ErrDrainTimeout)
+			late = time.After(DrainGrace)
 		}
 	}
 }
 
-// leave gives up on handlers that do not return. What a worker has done before it
-// came upon such a one counts.
-func (r *replay) leave() {
-	p := r.eng.pool
+// cutOff starts nothing more, and counts what runs. With abandon it gives up on that:
+// what handlers have done until then counts.
+func (r *replay) cutOff(abandon bool) (running int) {
+	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	r.abandoned = true
-	through := r.through.Load()
-	for d := r.atWork; d != nil && d.msg.seq <= through; d = d.next {
-		r.book(d)
-	}
+	p.recall(&r.lane)
+	running = r.lane.inHand()
+	r.cut.Store(0)
+	r.dropQueued()
+	r.abandoned = abandon
+	return running
 }
 
-// over tells whether nothing is left to do. The pool is locked.
+// over reports whether nothing is left to do. The pool is locked.
 func (r *replay) over() bool {
 	if r.stopping {
-		return r.running == 0 && r.queue.len() == 0 && r.backlog.len() == 0
+		return r.lane.inHand() == 0 && r.backlog.len() == 0
 	}
 	return r.complete && r.hand.len() == 0
 }
 
-// halt stops the replay: what was given to the pool is finished, nothing more.
+// halt stops the replay: what was started is finished, and what lies below that.
 func (r *replay) halt(err error) {
-	p := r.eng.pool
+	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if r.stopping || r.complete && r.hand.len() == 0 {
 		return
 	}
+	started := uint64(0)
+	for _, w := range p.recall(&r.lane) {
+		started = max(started, w.id.seq)
+	}
 	r.cause = err
-	r.stopAt(r.fed)
-	r.feed(p.put)
+	r.stopAt(max(started, r.reached))
 }
 
 // stopAt stops the replay behind a sequence. The pool is locked.
 func (r *replay) stopAt(seq uint64) {
-	r.stopping, r.pulling = true, false
-	r.cut.Store(min(r.cut.Load(), seq))
-	r.early = fifo[*delivery]{}
+	r.stopping = true
+	r.lowerCut(seq)
+	r.early = fifo[*work]{}
+	r.env.agenda.set(&r.release, 1) // which may be set for a time long after
 	r.endIntake()
-	r.tell()
+	r.dropQueued()
+	r.supply()
+	notify(r.wake)
 }
 
-// tell has supervise look.
-func (r *replay) tell() { notify(r.wake) }
+// lowerCut has nothing above a sequence started.
+func (r *replay) lowerCut(seq uint64) {
+	for old := r.cut.Load(); seq < old && !r.cut.CompareAndSwap(old, seq); old = r.cut.Load() {
+	}
+}
+
+// dropQueued takes what is not to be started out of the lane. The pool is locked.
+func (r *replay) dropQueued() {
+	r.env.pool.drop(&r.lane, &r.lane.queue, func(w *work) bool { return w.id.seq > r.cut.Load() })
+}
 
 // admit passes a message that is due towards the pool. The pool is locked.
-func (r *replay) admit(d *delivery) {
-	if r.keys != nil && !r.keys.admit(d) {
-		return
+func (r *replay) admit(w *work) {
+	if r.keys == nil || r.keys.admit(w) {
+		r.backlog.push(w)
 	}
-	r.backlog.push(d)
-	r.feed(r.eng.pool.put)
 }
 
-// feed gives the pool what may run. The pool is locked.
-//
-// A replay with one handler hands over a run of messages at a time, linked by
-// next: a fast handler then costs the pool little. What the worker leaves of it
-// comes back with finish.
-func (r *replay) feed(put func(*lane, *delivery)) {
+// supply gives the lane what may run. The pool is locked.
+func (r *replay) supply() {
 	if !r.stopping && r.intake.Err() != nil {
-		return // about to be halted, which feeds what is to be finished
+		return // about to be halted, which supplies what is to be finished
 	}
-	for r.backlog.len() > 0 && r.running+r.queue.len() < r.limit {
-		d := r.backlog.pop()
-		if d.msg.seq > r.cut.Load() {
-			continue
+	room := max(r.limit-r.lane.running, 1)
+	if r.single() {
+		room = maxBurst
+	}
+	for room -= r.lane.waiting(); r.backlog.len() > 0 && room > 0; {
+		if w := r.backlog.pop(); w.id.seq <= r.cut.Load() {
+			r.env.pool.put(&r.lane, w)
+			room--
 		}
-		r.fed = max(r.fed, d.msg.seq)
-		if r.limit == 1 && r.keys == nil {
-			for last, n := d, 1; n < replayRun && r.backlog.len() > 0; n++ {
-				last.next = r.backlog.pop()
-				last = last.next
-			}
-			r.atWork = d
-		}
-		put(&r.lane, d)
 	}
 }
 
-// run handles a message on a worker, and those linked to it for as long as that
-// is no long time.
-func (r *replay) run(d *delivery) {
-	end := r.eng.now() + int64(replayTurn)
-	for began := end - int64(replayTurn); d != nil && d.msg.seq <= r.cut.Load() && began < end; d = d.next {
-		d.began = began
-		r.attempt(d, r.want.replay.timeout)
-		r.through.Store(d.msg.seq)
-		if began = d.ended; d.outcome == Failed && !r.want.replay.continuing || r.intake.Err() != nil {
-			return
-		}
+// run handles a message on a worker.
+func (r *replay) run(w *work) {
+	w.began = processTime()
+	w.ended = w.began
+	if w.id.seq > r.cut.Load() || r.single() && r.intake.Err() != nil {
+		return // it stays without an outcome
 	}
+	attempt(r, r.handler, w, r.want.replay.timeout)
 }
 
 // conclude takes the result of a handler.
-func (r *replay) conclude(d *delivery, err error) {
-	d.err, d.outcome = err, Succeeded
-	if err != nil {
-		d.outcome = Failed
-		if _, ok := errors.AsType[*discardError](err); ok {
-			d.outcome = Discarded
+func (r *replay) conclude(w *work, err error) {
+	j, err := judge(err)
+	w.err = err
+	switch j.verdict {
+	case verdictSuccess:
+		w.outcome = OutcomeSucceeded
+	case verdictDiscard:
+		w.outcome = OutcomeDiscarded
+	default:
+		w.outcome = OutcomeFailed
+		if !r.want.replay.continuing {
+			r.lowerCut(w.id.seq)
 		}
 	}
-	r.observe(d)
+	if o := r.env.observer; o != nil {
+		r.env.visit(r.observing, func() {
+			o.Observe(w.delivery, Event{Route: r.want.replay.filter, Msg: &w.msg, Outcome: w.outcome, Err: w.err, Duration: w.took()})
+		})
+	}
 }
 
 // finish books what a worker is done with. The pool is locked.
-func (r *replay) finish(d *delivery) pull {
+func (r *replay) finish(done []*work) pullRequest {
 	if r.abandoned {
-		return pull{}
+		return pullRequest{}
 	}
-	r.atWork = nil
-	for d != nil && d.outcome != "" {
-		next := d.next
-		d.next = nil
-		r.book(d)
-		d = next
+	for _, w := range done {
+		if w.outcome != "" {
+			r.book(w)
+		}
+		r.recycle(w)
 	}
-	if d != nil && !r.stopping {
-		r.returned(d)
-	}
-	r.feed(r.eng.pool.refill)
+	r.supply()
 	if r.over() {
-		r.tell()
+		notify(r.wake)
 	}
-	return r.plan(r.eng.now())
+	if r.short > 0 {
+		if r.short = max(r.short-len(done), 0); r.short == 0 {
+			notify(r.more)
+		}
+	}
+	return pullRequest{}
 }
 
-// returned puts back what a worker left of a run of messages.
-func (r *replay) returned(d *delivery) {
-	var run [replayRun]*delivery
-	n := 0
-	for ; d != nil; n++ {
-		run[n] = d
-		d, d.next = d.next, nil
-	}
-	for n--; n >= 0; n-- {
-		r.backlog.pushFront(run[n])
-	}
-}
+func (r *replay) feed()            {}
+func (r *replay) send(pullRequest) {}
 
 // book takes a handled message into account. The pool is locked.
-func (r *replay) book(d *delivery) {
-	seq := d.msg.seq
+func (r *replay) book(w *work) {
+	seq := w.id.seq
 	rep := &r.report
 	if rep.First == 0 || seq < rep.First {
 		rep.First = seq
 	}
 	rep.Last = max(rep.Last, seq)
-	r.current = d.msg.time
+	r.reached = max(r.reached, seq)
+	r.current = w.id.time
 	settled := true
-	if d.outcome == Failed {
+	if w.outcome == OutcomeFailed {
 		rep.Failed++
-		failure := &ReplayFailure{Replay: r.want.replay.filter, Stream: r.stream, Sequence: seq, Subject: d.msg.Subject, Err: d.err}
+		failure := &ReplayFailure{Replay: r.want.replay.filter, Stream: r.stream, Sequence: seq, Subject: w.raw.Subject, Err: w.err}
 		if len(rep.Failures) < MaxReplayFailures {
 			rep.Failures = append(rep.Failures, failure)
 		}
@@ -461,51 +388,104 @@ func (r *replay) book(d *delivery) {
 		r.bytes -= r.hand.settle(seq)
 	}
 	if r.keys != nil {
-		if next := r.keys.release(d); next != nil {
+		if next := r.keys.release(w); next != nil {
 			r.backlog.push(next)
 		}
 	}
 }
 
-// releaseDue passes on what waits for its time.
-func (r *replay) releaseDue() {
-	p := r.eng.pool
-	for {
-		p.mu.Lock()
-		now, pause := r.eng.now(), time.Duration(-1)
-		for r.early.len() > 0 {
-			if due := r.early.peek().due; due > now {
-				pause = time.Duration(due - now)
-				break
-			}
-			r.admit(r.early.pop())
+// newWork returns a work for a message. The pool is locked.
+func (r *replay) newWork(d *delivery, a arrival) *work {
+	var w *work
+	if n := len(r.free); n > 0 {
+		w, r.free = r.free[n-1], r.free[:n-1]
+	} else {
+		w = &work{}
+	}
+	w.delivery, w.raw, w.id, w.count = d, a.msg, messageID{a.sequence, a.time}, 1
+	return w
+}
+
+// recycle has w used again. The pool is locked.
+func (r *replay) recycle(w *work) {
+	w.delivery, w.raw, w.err = nil, nil, nil
+	w.key, w.outcome, w.due = "", "", 0
+	if len(r.free) < replayWindow {
+		r.free = append(r.free, w)
+	}
+}
+
+// releaseDue passes on what waited for its time.
+func (r *replay) releaseDue(now int64) {
+	p := r.env.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for r.early.len() > 0 && r.early.peek().due <= now {
+		r.admit(r.early.pop())
+	}
+	r.supply()
+	if r.early.len() > 0 {
+		r.env.agenda.set(&r.release, r.early.peek().due)
+	}
+}
+
+// tellProgress calls the progress function while the replay moves, until the function
+// that it returns is called: that calls it once more, and reports whether it returned.
+func (r *replay) tellProgress() (end func() bool) {
+	fn := r.want.progress
+	if fn == nil {
+		return func() bool { return true }
+	}
+	over, done, leave := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	tell := func(now ReplayProgress) (returned bool) {
+		back := make(chan struct{})
+		go func() {
+			defer close(back)
+			r.env.visit(r.telling(), func() { fn(now) })
+		}()
+		select {
+		case <-back:
+			return true
+		case <-leave:
+			return false
 		}
-		p.mu.Unlock()
-		if pause < 0 {
+	}
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(progressEvery)
+		defer tick.Stop()
+		for told := uint64(0); ; {
 			select {
-			case <-r.first:
-			case <-r.intake.Done():
+			case <-over:
+				tell(r.progress())
 				return
+			case <-tick.C:
 			}
-		} else if !wait(r.intake, pause) {
-			return
+			if now := r.progress(); now.Done != told && r.intake.Err() == nil {
+				if told = now.Done; !tell(now) {
+					return
+				}
+			}
+		}
+	}()
+	return func() bool {
+		close(over)
+		select {
+		case <-done:
+			return true
+		case <-time.After(progressPatience):
+			r.env.log.Warn("natsx: replay ends without its progress function, which does not return", "replay", r.want.replay.filter)
+			close(leave)
+			<-done
+			return false
 		}
 	}
 }
 
-// tellProgress calls the progress function while the replay moves.
-func (r *replay) tellProgress() {
-	told := uint64(0)
-	for wait(r.intake, progressEvery) {
-		if now := r.progress(); now.Done != told && r.intake.Err() == nil {
-			told = now.Done
-			r.want.progress(now)
-		}
-	}
-}
+func (r *replay) telling() string { return "progress function of " + r.want.String() }
 
 func (r *replay) progress() ReplayProgress {
-	p := r.eng.pool
+	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	g := ReplayProgress{Done: r.report.Handled + r.report.Failed, Total: r.total, Elapsed: time.Since(r.started)}

@@ -5,76 +5,86 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"sort"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-const (
-	// replayConsumer begins the name of every consumer of a replay.
-	replayConsumer = "natsx-replay-"
-	// replayMisses is how often in a row a stream is not found before it counts as
-	// deleted: a server that just started may not know it yet.
-	replayMisses = 4
-)
+// replayConsumer begins the name of every consumer of a replay.
+const replayConsumer = "natsx-replay-"
 
-// open finds the stream and the bounds and makes the first consumer.
-func (r *replay) open() error {
-	if err := r.awaitConnection(); err != nil || r.intake.Err() != nil {
-		return err
+// read takes in what the replay is to handle, until its end.
+func (r *replay) read() {
+	err := r.openSource()
+	for err == nil {
+		var burst []arrival
+		burst, err = r.reader.next(r.intake)
+		if err != nil {
+			err = r.unreadable(err)
+		} else if !r.arrive(burst) {
+			return
+		}
 	}
+	if r.intake.Err() == nil {
+		r.halt(err)
+	}
+}
+
+// openSource finds the stream and the bounds and makes the first consumer.
+func (r *replay) openSource() error {
 	info, err := r.locate()
 	if err != nil {
-		return r.unlessEnded(err)
+		return err
 	}
-	if info.Config.Retention == jetstream.WorkQueuePolicy {
-		return r.want.fault("stream", strconv.Quote(info.Config.Name), "is a work queue: reading it takes messages from its consumers", ErrNotReplayable)
+	c := &info.Config
+	if c.Retention == jetstream.WorkQueuePolicy {
+		return r.want.fault("stream", strconv.Quote(c.Name), "is a work queue: reading it takes messages from its consumers", ErrNotReplayable)
 	}
-	inbox := r.eng.nc.NewInbox()
-	r.eng.pool.mu.Lock()
-	r.stream, r.created, r.inbox = info.Config.Name, info.Created, inbox
-	r.from = &origin{stream: r.stream, created: r.created.UnixNano()}
-	r.replicas, r.schedules = info.Config.Replicas, info.Config.AllowMsgSchedules
-	r.inactive = inactiveThreshold(&info.Config, ReplayInactive)
-	r.eng.pool.mu.Unlock()
-	// Twice the window, since what an earlier consumer sent may still come in.
-	r.msgs = make(chan *nats.Msg, 2*replayWindow+replayBurst)
-	sub, err := r.eng.nc.ChanSubscribe(inbox+".*", r.msgs)
+	p := r.env.pool
+	p.mu.Lock()
+	r.stream, r.schedules = c.Name, c.AllowMsgSchedules
+	r.from = &origin{stream: c.Name, ctx: r.serving}
+	p.mu.Unlock()
+	r.reader, err = openReader(r.env.api, r.env.link, r.env.log, info, readerOptions{
+		filter: r.want.replay.filter, consumers: replayConsumer, inactive: ReplayInactive,
+		window: replayWindow, want: r.demand, wake: r.more,
+	})
 	if err != nil {
 		return r.want.fault("", "", "could not subscribe: "+cause(err), err)
 	}
-	r.inlet, r.joined = sub, make(chan struct{})
-	go func() {
-		defer close(r.joined)
-		r.receiveAll()
-	}()
-	return r.unlessEnded(r.begin(info.State))
+	return r.begin(info)
 }
 
 // locate looks the stream up.
 func (r *replay) locate() (*jetstream.StreamInfo, error) {
 	want := r.want.replay
-	name := want.stream
-	if want.set&replayStream == 0 {
-		names, err := r.streamNames(r.intake, want.filter)
-		switch {
-		case err != nil:
-			return nil, r.want.fault("stream", "", fmt.Sprintf("could not be looked up by the filter: %v", err), err)
-		case len(names) == 0:
-			return nil, r.want.fault("stream", "", "no stream has the filter's subjects", ErrNoStream)
-		case len(names) > 1:
-			return nil, r.want.fault("stream", "", fmt.Sprintf("several have the filter's subjects: %q; name one with Stream", names), ErrAmbiguousStream)
-		}
-		name = names[0]
-	}
-	info, err := r.streamInfo(r.intake, name)
-	if hasCode(err, codeStreamNotFound) {
-		return nil, r.want.fault("stream", strconv.Quote(name), "does not exist", ErrNoStream)
-	}
+	name, reason, err := locateStream(want.stream, func() (names []string, err error) {
+		err = r.try(func(ctx context.Context) (err error) {
+			names, err = r.env.api.streamNames(ctx, want.filter)
+			return err
+		})
+		return names, err
+	})
 	if err != nil {
+		if errors.Is(err, ErrConnectionClosed) {
+			return nil, r.unreadable(err)
+		}
+		return nil, r.want.fault("stream", "", reason, err)
+	}
+	var info *jetstream.StreamInfo
+	err = r.try(func(ctx context.Context) (err error) {
+		info, err = r.env.api.streamInfo(ctx, name)
+		return err
+	})
+	switch {
+	case hasCode(err, codeStreamNotFound):
+		return nil, r.want.fault("stream", strconv.Quote(name), "does not exist", ErrNoStream)
+	case errors.Is(err, ErrConnectionClosed):
+		return nil, r.unreadable(err)
+	case err != nil:
 		return nil, r.want.fault("stream", strconv.Quote(name), cause(err), err)
 	}
 	return info, nil
@@ -82,329 +92,298 @@ func (r *replay) locate() (*jetstream.StreamInfo, error) {
 
 // begin fixes the end and makes the first consumer, whose pending messages less
 // those behind the end are the total.
-func (r *replay) begin(state jetstream.StreamState) error {
+func (r *replay) begin(info *jetstream.StreamInfo) error {
 	want := r.want.replay
-	end, endTime := state.LastSeq, state.LastTime
+	end, endTime := info.State.LastSeq, info.State.LastTime
 	var behind uint64
 	if until := want.until.time(); want.set&replayUntilTime != 0 && until.Before(endTime) {
-		info, err := r.glance(startAt{time: until.Add(1)})
+		after, err := r.glance(startAt{time: until.Add(1)})
 		if err != nil {
 			return err
 		}
-		last, err := r.lastUntil(until, info.Delivered.Stream)
+		last, err := r.lastUntil(until, after.Delivered.Stream, info.Config.Replicas)
 		if err != nil {
 			return err
 		}
-		end, endTime, behind = min(end, last), until, info.NumPending
+		end, endTime, behind = min(end, last), until, after.NumPending
 	}
 	if want.set&replayUntilSequence != 0 && want.untilSeq < end {
-		info, err := r.glance(startAt{seq: want.untilSeq + 1})
+		after, err := r.glance(startAt{seq: want.untilSeq + 1})
 		if err != nil {
 			return err
 		}
-		end, endTime, behind = want.untilSeq, time.Time{}, info.NumPending
+		end, endTime, behind = want.untilSeq, time.Time{}, after.NumPending
 	}
-	name, info, err := r.create(want.start())
-	if err != nil {
-		return err
+	if err := r.reader.begin(r.intake, newOrdered(want.start(), end)); err != nil {
+		return r.unreadable(err)
 	}
-	p := r.eng.pool
+	o := &r.reader.o
+	p := r.env.pool
 	p.mu.Lock()
-	r.received, r.located = max(r.received, info.Delivered.Stream), true
-	r.end = end
+	defer p.mu.Unlock()
+	r.received, r.located, r.end = max(r.received, o.received), true, end
 	if !endTime.IsZero() && want.set&replayLimit == 0 {
 		r.endTime = endTime.UnixNano()
 	}
-	r.total = info.NumPending - min(behind, info.NumPending)
+	if r.received < end {
+		r.total = o.ahead - min(behind, o.ahead)
+	}
 	if want.set&replayLimit != 0 {
 		r.total = min(r.total, uint64(want.limit))
 	}
-	if r.received >= end {
-		r.complete, r.total = true, 0
-		p.mu.Unlock()
-		return nil
-	}
-	p.mu.Unlock()
-	r.install(name, info)
 	return nil
 }
 
 // glance makes a consumer only to see where it starts and what it has ahead.
-func (r *replay) glance(at startAt) (*jetstream.ConsumerInfo, error) {
-	_, info, err := r.create(at)
+func (r *replay) glance(at startAt) (info *jetstream.ConsumerInfo, err error) {
+	err = r.try(func(ctx context.Context) (err error) {
+		info, err = r.reader.glance(ctx, at)
+		return err
+	})
 	if err != nil {
-		return nil, err
+		return nil, r.unreadable(err)
 	}
-	r.clean("")
 	return info, nil
 }
 
-// lastUntil is the sequence that a replay until a time ends with, told being what
-// a consumer says. That may be too low, when its server lags behind: so the
+// lastUntil is the sequence that a replay until a time ends with; at is what a
+// consumer says. That may be too low, when its server lags behind: so the
 // leader of a replicated stream is asked, if it may be.
-func (r *replay) lastUntil(until time.Time, told uint64) (uint64, error) {
-	if r.replicas <= 1 {
-		return told, nil
+func (r *replay) lastUntil(until time.Time, at uint64, replicas int) (uint64, error) {
+	if replicas <= 1 {
+		return at, nil
 	}
 	after := until.Add(1)
-	m, err := r.fromLeader(getRequest{StartTime: &after, NextFor: r.want.replay.filter})
+	m, err := r.env.api.get(r.intake, r.stream, getRequest{StartTime: &after, NextFor: r.want.replay.filter})
 	switch {
 	case errors.Is(err, ErrPermission):
-		return told, nil
+		return at, nil
 	case err != nil:
-		return 0, r.want.fault("stream", strconv.Quote(r.stream), "could not be read: "+cause(err), err)
+		return 0, r.unreadable(err)
 	case m == nil:
 		return math.MaxUint64, nil
 	case !m.time.After(until): // an older server's answer
-		return told, nil
+		return at, nil
 	}
-	return max(told, m.seq-1), nil
+	return max(at, m.seq-1), nil
 }
 
-// fromLeader gets a message, or nil, from the stream's leader.
-func (r *replay) fromLeader(req getRequest) (m *storedMsg, err error) {
-	err = r.eng.call(r.intake, "STREAM.MSG.GET."+r.stream, func(ctx context.Context) (err error) {
-		m, err = r.eng.store().get(ctx, r.stream, req)
-		return err
-	})
-	return m, err
-}
-
-// create makes a consumer, again and again while the failure passes by itself.
-func (r *replay) create(at startAt) (name string, info *jetstream.ConsumerInfo, err error) {
-	name = r.newName()
-	err = r.retry(r.intake, func(ctx context.Context) (err error) {
-		info, err = r.createOnce(ctx, name, at)
-		return err
-	})
-	if err != nil {
-		return "", nil, r.want.fault("stream", strconv.Quote(r.stream), "could not be read: "+cause(err), err)
-	}
-	return name, info, nil
-}
-
-func (r *replay) newName() string {
-	inbox := r.eng.nc.NewInbox()
-	name := replayConsumer + inbox[strings.LastIndexByte(inbox, '.')+1:]
-	r.owned = append(r.owned, name)
-	return name
-}
-
-func (r *replay) createOnce(ctx context.Context, name string, at startAt) (info *jetstream.ConsumerInfo, err error) {
-	cfg := jetstream.ConsumerConfig{
-		Name:              name,
-		AckPolicy:         jetstream.AckNonePolicy,
-		InactiveThreshold: r.inactive,
-		MemoryStorage:     true,
-		Replicas:          1,
-	}
-	subject := "CONSUMER.CREATE." + r.stream + "." + name
-	if filter := r.want.replay.filter; filter != ">" {
-		cfg.FilterSubject = filter
-		subject += "." + filter
-	}
-	at.apply(&cfg)
-	err = r.eng.call(ctx, subject, func(ctx context.Context) error {
-		c, err := r.eng.js.CreateConsumer(ctx, r.stream, cfg)
-		if err == nil {
-			info = c.CachedInfo()
-		}
-		return err
-	})
-	return info, err
-}
-
-// install goes on with a new consumer.
-func (r *replay) install(name string, info *jetstream.ConsumerInfo) {
-	p := r.eng.pool
-	p.mu.Lock()
-	r.consumer, r.seqHere = name, 0
-	r.limits = pullLimits{info.Config.MaxRequestBatch, info.Config.MaxRequestMaxBytes, info.Config.MaxRequestExpires}
-	r.pulls, r.outstanding = r.pulls[:0], 0
-	r.doubt, r.verify, r.pulling = false, false, !r.stopping
-	r.heard = r.eng.now()
-	next := r.plan(r.heard)
-	p.mu.Unlock()
-	r.pull(next)
-}
-
-// replace makes a consumer that goes on behind the last message received, however
-// long that takes. It returns what does not pass by itself.
-func (r *replay) replace() error {
-	missing := 0
-	pause := 100 * time.Millisecond
-	for tries := 0; ; pause = min(2*pause, 2*time.Second) {
-		if err := r.awaitConnection(); err != nil || r.intake.Err() != nil {
-			return err
-		}
-		if !r.eng.alive() {
-			r.eng.reconnect()
-			if !wait(r.intake, pause) {
-				return nil
-			}
-			continue
-		}
-		limited, cancel := context.WithTimeout(r.intake, patience(tries))
-		err := r.replaceOnce(limited)
-		cancel()
-		tries++
-		switch {
-		case err == nil || r.intake.Err() != nil:
-			r.clear("replay")
-			return nil
-		case errors.Is(err, ErrStreamDeleted), errors.Is(err, ErrPermission):
-			return r.want.fault("stream", strconv.Quote(r.stream), cause(err), err)
-		case hasCode(err, codeStreamNotFound):
-			if missing++; missing == replayMisses {
-				return r.want.fault("stream", strconv.Quote(r.stream), cause(ErrStreamDeleted), ErrStreamDeleted)
-			}
-		case !passes(err):
-			return r.want.fault("stream", strconv.Quote(r.stream), "could not be read: "+cause(err), err)
-		default:
-			missing = 0
-		}
-		r.trouble("replay", err)
-		if !wait(r.intake, pause) {
-			return nil
-		}
-	}
-}
-
-func (r *replay) replaceOnce(ctx context.Context) error {
-	var created time.Time
-	err := r.eng.call(ctx, "STREAM.INFO."+r.stream, func(ctx context.Context) error {
-		s, err := r.eng.js.Stream(ctx, r.stream)
-		if err == nil {
-			created = s.CachedInfo().Created
-		}
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	if !created.Equal(r.created) {
-		return fmt.Errorf("%w and created again", ErrStreamDeleted)
-	}
-	p := r.eng.pool
-	p.mu.Lock()
-	next := r.received + 1
-	p.mu.Unlock()
-	name := r.newName()
-	info, err := r.createOnce(ctx, name, startAt{seq: next})
-	if err != nil {
-		return err
-	}
-	r.install(name, info)
-	r.clean(name)
-	return nil
-}
-
-// verifyEnd asks the stream's leader whether there is more up to the end, behind
-// the last message received. What a consumer says of it may be wrong: its server
-// may lag behind the leader, and what it counted may be deleted.
-func (r *replay) verifyEnd(received uint64) error {
-	p := r.eng.pool
-	p.mu.Lock()
-	r.verify = false
-	p.mu.Unlock()
-	m, err := r.fromLeader(getRequest{Seq: received + 1, NextFor: r.want.replay.filter})
-	if errors.Is(err, ErrPermission) {
-		return r.want.fault("stream", strconv.Quote(r.stream), cause(err), err)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	switch {
-	case r.received != received:
-	case err != nil:
-		r.distrust() // the connection or the leader is in trouble
-	case m == nil || m.seq > r.end:
-		r.complete = true
-	default:
-		r.distrust()
-	}
-	return nil
-}
-
-// close ends the subscription and deletes the consumers.
-func (r *replay) close() {
-	p := r.eng.pool
-	p.mu.Lock()
-	r.pulling, r.consumer = false, ""
-	p.mu.Unlock()
-	if r.joined != nil {
-		r.inlet.Unsubscribe()
-		close(r.closing)
-		<-r.joined
-	}
-	r.clean("")
-}
-
-// clean deletes the replay's consumers but one. What cannot be deleted in time
-// expires by itself.
-func (r *replay) clean(keep string) {
-	ctx, cancel := context.WithTimeout(context.Background(), apiTimeout)
-	defer cancel()
-	var left []string
-	for _, name := range r.owned {
-		if name == keep {
-			left = append(left, name)
-			continue
-		}
-		for tries := 0; ; tries++ {
-			if !r.eng.nc.IsConnected() {
-				left = append(left, name)
-				break
-			}
-			limited, cancel := context.WithTimeout(ctx, patience(tries))
-			err := r.eng.call(limited, "CONSUMER.DELETE."+r.stream+"."+name, func(ctx context.Context) error {
-				return r.eng.js.DeleteConsumer(ctx, r.stream, name)
-			})
-			cancel()
-			if err == nil || hasCode(err, codeConsumerNotFound) || hasCode(err, codeStreamNotFound) {
-				break
-			}
-			if !passes(err) || keep != "" || !wait(ctx, 100*time.Millisecond) {
-				left = append(left, name)
-				break
-			}
-		}
-	}
-	r.owned = left
-}
-
-// awaitConnection waits until the connection is up or the intake has ended.
-func (r *replay) awaitConnection() error {
-	for !r.eng.nc.IsConnected() {
-		if r.eng.nc.IsClosed() {
-			return r.want.fault("", "", cause(ErrConnectionClosed), ErrConnectionClosed)
+// try asks JetStream's API again and again while the failure is transient. One that does
+// not answer at all is given up.
+func (r *replay) try(fn func(context.Context) error) error {
+	l := r.env.link
+	for !l.up() {
+		if l.is() == nats.CLOSED {
+			return ErrConnectionClosed
 		}
 		if !wait(r.intake, 50*time.Millisecond) {
-			return nil
+			return r.intake.Err()
 		}
 	}
-	return nil
-}
-
-// unlessEnded leaves out what only says that the intake has ended.
-func (r *replay) unlessEnded(err error) error {
-	if r.intake.Err() != nil {
-		return nil
+	begun, logged := time.Now(), false
+	var absent error
+	err := retry{
+		told: func(err error) {
+			if !logged {
+				logged = true
+				r.env.log.Warn("natsx: replay cannot start yet, trying again", "replay", r.want.replay.filter, "error", err)
+			}
+		},
+		enough: func(err error) bool {
+			if errors.Is(err, nats.ErrNoResponders) && l.up() && time.Since(begun) > startPatience {
+				absent = fmt.Errorf("%w: the server does not answer on %q: %w", ErrNoJetStream, r.env.api.prefix, err)
+			}
+			return absent != nil || hasCode(err, codeStreamNotFound)
+		},
+	}.do(r.intake, fn)
+	if absent != nil {
+		return absent
 	}
-	return err
+	return closedCause(err)
 }
 
-// onAsyncError ends the replay when it lacks a permission.
-func (r *replay) onAsyncError(_ *nats.Subscription, err error) {
-	denied := permissionError(err)
-	if denied == nil {
+// unreadable is the fault of a stream that cannot be read on.
+func (r *replay) unreadable(err error) error {
+	denied, ok := errors.AsType[*PermissionError](err)
+	switch {
+	case ok && denied.Operation == "subscribe":
+		return r.want.fault(denied.Operation, strconv.Quote(denied.Subject), "permission denied by the server", denied)
+	case errors.Is(err, ErrConnectionClosed):
+		return r.want.fault("", "", cause(err), err)
+	case errors.Is(err, ErrStreamDeleted), errors.Is(err, ErrPermission):
+		return r.want.fault("stream", strconv.Quote(r.stream), cause(err), err)
+	}
+	return r.want.fault("stream", strconv.Quote(r.stream), "could not be read: "+cause(err), err)
+}
+
+// arrive takes messages, none at the end, and reports whether more are wanted.
+func (r *replay) arrive(burst []arrival) (more bool) {
+	var ds [readBurst]*delivery
+	for i, a := range burst {
+		ds[i] = &delivery{msg: Msg{Subject: a.msg.Subject, Data: a.msg.Data, Header: a.msg.Header, from: r.from, seq: a.sequence, time: a.time}}
+	}
+	p := r.env.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := processTime()
+	for i, a := range burst {
+		if r.stopping || r.limited() {
+			break
+		}
+		r.take(ds[i], a, now)
+	}
+	if r.stopping {
+		return false
+	}
+	if len(burst) == 0 || r.limited() {
+		r.complete = true
+	}
+	r.supply()
+	if r.over() {
+		notify(r.wake)
+	}
+	return !r.complete
+}
+
+// take takes a message. The pool is locked.
+func (r *replay) take(d *delivery, a arrival, now int64) {
+	waited := now - r.asking
+	r.asking = now
+	r.received = a.sequence
+	if r.schedules && len(a.msg.Header[headerSchedule]) > 0 {
 		return
 	}
-	p := r.eng.pool
-	p.mu.Lock()
-	pulls := r.eng.apiPrefix + "CONSUMER.MSG.NEXT." + r.stream + "." + r.consumer
-	mine := r.inbox != "" && (denied.Subject == r.inbox+".*" || denied.Subject == pulls)
-	p.mu.Unlock()
-	if mine {
-		r.halt(r.want.fault(denied.Operation, strconv.Quote(denied.Subject), "permission denied by the server", denied))
+	w := r.newWork(d, a)
+	r.accepted++
+	r.hand.push(a.sequence, a.size)
+	r.bytes += a.size
+	if r.pace.speed == 0 {
+		r.admit(w)
+		return
 	}
+	w.due = r.pace.due(a.time, now, waited)
+	if r.early.push(w); r.early.len() == 1 {
+		r.env.agenda.set(&r.release, w.due)
+	}
+}
+
+// demand is the policy of the replay's pulls: half a window at a time.
+func (r *replay) demand(now int64, pl *puller) demand {
+	p := r.env.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d := demand{stay: orderedStay, heartbeat: orderedBeat}
+	r.short = 0
+	if r.complete || r.stopping {
+		return d
+	}
+	window := min(replayWindow, max(replayBytes/int(max(pl.size, 1)), 1))
+	d.refill = (window + 1) / 2
+	d.messages = window - r.early.len() - r.backlog.len() - r.lane.inHand()
+	if r.keys != nil {
+		d.messages -= r.keys.waiting
+	}
+	missing := d.refill - (d.messages - pl.outstanding)
+	if r.bytes > replayBytes || r.hand.len()+pl.outstanding > replayAhead {
+		d.messages, missing = 0, max(missing, 1)
+	}
+	if missing > 0 {
+		r.short = missing
+		r.heldOff = r.heldOff || pl.outstanding == 0
+		return d
+	}
+	if r.heldOff {
+		r.heldOff, r.asking = false, now
+	}
+	if want := r.want.replay; want.set&replayLimit != 0 {
+		d.messages = min(d.messages, want.limit-r.accepted)
+	}
+	return d
+}
+
+// ledger holds the sequences in hand, in stream order, to find the lowest of them.
+type ledger struct {
+	ring  []entry // its length is a power of two
+	head  int
+	count int
+}
+
+type entry struct {
+	seq  uint64
+	size int
+	done bool
+}
+
+func (l *ledger) len() int { return l.count }
+
+func (l *ledger) at(i int) *entry { return &l.ring[(l.head+i)&(len(l.ring)-1)] }
+
+// push adds a sequence above all others.
+func (l *ledger) push(seq uint64, size int) {
+	if l.count == len(l.ring) {
+		ring := make([]entry, max(64, 2*len(l.ring)))
+		for i := range l.count {
+			ring[i] = *l.at(i)
+		}
+		l.ring, l.head = ring, 0
+	}
+	l.count++
+	*l.at(l.count - 1) = entry{seq: seq, size: size}
+}
+
+// settle marks a sequence as done and returns its size.
+func (l *ledger) settle(seq uint64) int {
+	i := 0
+	if l.at(0).seq != seq {
+		i = sort.Search(l.count, func(i int) bool { return l.at(i).seq >= seq })
+	}
+	e := l.at(i)
+	e.done = true
+	size := e.size
+	for l.count > 0 && l.at(0).done {
+		l.head = (l.head + 1) & (len(l.ring) - 1)
+		l.count--
+	}
+	return size
+}
+
+// lowest is the lowest sequence that is not done.
+func (l *ledger) lowest() (seq uint64, any bool) {
+	if l.count == 0 {
+		return 0, false
+	}
+	return l.at(0).seq, true
+}
+
+// tempo says when messages are due. Times are Unix nanoseconds of the stream and
+// nanoseconds of processTime.
+type tempo struct {
+	speed  float64 // above zero
+	begun  bool
+	stored int64 // time of the message that the clock started with
+	base   int64 // when that one was due
+	last   int64 // when the latest one is due
+}
+
+// tempoSlack is how long a late message may be waited for before the clock is put
+// back.
+const tempoSlack = int64(100 * time.Millisecond)
+
+// due is when a message that was stored at the time stored and comes in now is to
+// be handled: never before the message ahead of it. For as long as waited it was
+// waited for: what is late beyond that was asked for late, while handlers were
+// busy, and is caught up with.
+func (p *tempo) due(stored, now, waited int64) int64 {
+	if !p.begun {
+		p.begun, p.stored, p.base, p.last = true, stored, now, now
+		return now
+	}
+	gap := float64(stored-p.stored) / p.speed
+	due := p.base + int64(max(min(gap, math.MaxInt64/4), -math.MaxInt64/4))
+	if late := min(now-due, waited); late > tempoSlack {
+		p.base += late
+		due += late
+	}
+	p.last = max(due, p.last)
+	return p.last
 }

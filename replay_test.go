@@ -23,20 +23,20 @@ func historyStream(t testing.TB, nc *nats.Conn) {
 	createStream(t, nc, jetstream.StreamConfig{Name: "HISTORY", Subjects: []string{"history.>"}})
 }
 
-// history is what a replay's handler saw.
-type history struct {
+// handledSeqs is what a replay's handler saw.
+type handledSeqs struct {
 	mu   sync.Mutex
 	seqs []uint64
 }
 
-func (h *history) handle(_ context.Context, m *Msg) error {
+func (h *handledSeqs) handle(_ context.Context, m *Msg) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.seqs = append(h.seqs, m.Sequence())
 	return nil
 }
 
-func (h *history) seen() []uint64 {
+func (h *handledSeqs) seen() []uint64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return append([]uint64(nil), h.seqs...)
@@ -170,7 +170,7 @@ func TestReplayBounds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var seen history
+			var seen handledSeqs
 			var last ReplayProgress
 			report, err := NewBroker(nc).Replay(testContext(t), c.replay.Handle(seen.handle).
 				Progress(func(p ReplayProgress) { last = p }))
@@ -224,7 +224,7 @@ func TestReplayStopsAtAnError(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := NewBroker(nc)
-			var seen history
+			var seen handledSeqs
 			mended := false
 			spec := Replay("history.>").Handle(func(ctx context.Context, m *Msg) error {
 				if m.Sequence() == 42 && !mended {
@@ -375,7 +375,7 @@ func TestReplayOnALaggingReplica(t *testing.T) {
 		"both":       {Replay("history.x").FromTime(at[8]).UntilTime(at[12].Add(-1)), 8, 11},
 		"nothing":    {Replay("history.x").FromTime(at[20].Add(1)), 1, 0},
 	} {
-		var seen history
+		var seen handledSeqs
 		report, err := NewBroker(nc, WithJetStream(js)).Replay(testContext(t), c.replay.Handle(seen.handle))
 		if err != nil || c.last > 0 && report.Next != c.last+1 {
 			t.Errorf("%s: got %+v, %v", name, report, err)
@@ -416,7 +416,7 @@ func TestReplayPassesSchedulesOver(t *testing.T) {
 		"limited":       {Replay("history.>").Limit(2), []uint64{2, 4}, 5},
 		"only one left": {Replay("history.>").FromSequence(7), nil, 8},
 	} {
-		var seen history
+		var seen handledSeqs
 		var last ReplayProgress
 		report, err := NewBroker(nc).Replay(testContext(t), c.replay.Handle(seen.handle).Progress(func(p ReplayProgress) { last = p }))
 		if err != nil || report.Next != c.next || report.Handled != uint64(len(c.want)) {
@@ -464,7 +464,7 @@ func TestReplayEndsWhereTheStreamWas(t *testing.T) {
 }
 
 // inOrderOnce fails the test unless 1 to count were seen in order.
-func (h *history) inOrderOnce(t testing.TB, count uint64) {
+func (h *handledSeqs) inOrderOnce(t testing.TB, count uint64) {
 	t.Helper()
 	if diff := cmp.Diff(sequences(1, count), h.seen()); diff != "" {
 		t.Errorf("handled (-want +got):\n%s", diff[:min(len(diff), 2000)])
@@ -507,7 +507,7 @@ func TestReplaySurvives(t *testing.T) {
 				nc := connect(t, p.url())
 				chronicle(t, nc, count, 5)
 				control := connect(t, p.url())
-				var seen history
+				var seen handledSeqs
 				var runs tally
 				var once, twice sync.Once
 				report, err := NewBroker(nc).Replay(testContext(t), replay.Handle(func(ctx context.Context, m *Msg) error {
@@ -537,6 +537,130 @@ func TestReplaySurvives(t *testing.T) {
 	}
 }
 
+// Of the consumers that a replay loses none is left to the server for long.
+func TestReplayKeepsOneConsumer(t *testing.T) {
+	t.Parallel()
+	const count = 4 * replayWindow
+	url := startServer(t).ClientURL()
+	nc, admin := connect(t, url), connect(t, url)
+	chronicle(t, admin, count, 1)
+	var seen handledSeqs
+	_, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Handle(func(ctx context.Context, m *Msg) error {
+		switch m.Sequence() {
+		case 1, replayWindow, 2 * replayWindow:
+			reconnects := nc.Stats().Reconnects
+			if err := nc.ForceReconnect(); err != nil {
+				return err
+			}
+			eventually(t, "it is connected again", func() bool { return nc.Stats().Reconnects > reconnects })
+		case 3*replayWindow - replayWindow/2:
+			began := time.Now()
+			eventually(t, "one consumer is left", func() bool { return consumers(t, admin, "HISTORY") == 1 })
+			if took := time.Since(began); took > ReplayInactive/2 {
+				t.Errorf("the others were left for %s", took)
+			}
+		}
+		return seen.handle(ctx, m)
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen.inOrderOnce(t, count)
+}
+
+// The total is counted at the start: what lies within the bounds, whatever else the
+// stream has.
+func TestReplayCountsItsTotal(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	historyStream(t, nc)
+	var at [101]time.Time // by sequence
+	for i := range 100 {
+		publish(t, nc, &nats.Msg{Subject: fmt.Sprint("history.", i%4)})
+	}
+	for _, m := range letters(t, nc, "HISTORY") {
+		at[m.Sequence] = m.Time
+	}
+	for name, c := range map[string]struct {
+		replay ReplayBuilder
+		want   uint64
+	}{
+		"all":             {Replay("history.>"), 100},
+		"a subject":       {Replay("history.0"), 25},
+		"from a sequence": {Replay("history.>").FromSequence(41), 60},
+		"from a time":     {Replay("history.>").FromTime(at[71]), 30},
+		"until sequence":  {Replay("history.>").UntilSequence(20), 20},
+		"until time":      {Replay("history.0").UntilTime(at[40]), 10},
+		"both ends":       {Replay("history.>").FromTime(at[11]).UntilTime(at[40]).UntilSequence(30), 20},
+		"a limit":         {Replay("history.>").Limit(7), 7},
+		"a limit beyond":  {Replay("history.0").Limit(70), 25},
+		"nothing":         {Replay("history.>").FromSequence(101), 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := NewBroker(nc)
+			e := newEnv(testContext(t), &b.settings, nc, jetStream(t, nc), 1)
+			defer e.close()
+			r := newReplay(testContext(t), e, c.replay.Handle(succeed))
+			defer r.endIntake()
+			if err := r.openSource(); err != nil {
+				t.Fatal(err)
+			}
+			defer r.reader.close()
+			if r.total != c.want {
+				t.Errorf("got a total of %d, want %d", r.total, c.want)
+			}
+		})
+	}
+}
+
+// A connection that is up in name only is found, also while the replay has enough to do.
+func TestReplaySurvivesABlackHole(t *testing.T) {
+	t.Parallel()
+	const count = 3 * replayWindow
+	s := startServer(t)
+	admin := connect(t, s.ClientURL())
+	chronicle(t, admin, count, 5)
+	p := startProxy(t, s.ClientURL())
+	nc := connect(t, p.url())
+	var seen handledSeqs
+	report, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Handle(func(ctx context.Context, m *Msg) error {
+		if m.Sequence() == 100 {
+			p.freezeExisting()
+		}
+		return seen.handle(ctx, m)
+	}))
+	if err != nil || report.Handled != count || report.Took > testLimit/4 {
+		t.Errorf("got %+v, %v", report, err)
+	}
+	seen.inOrderOnce(t, count)
+	if nc.Stats().Reconnects == 0 {
+		t.Error("the connection was not replaced")
+	}
+	noConsumers(t, admin, "HISTORY")
+}
+
+// A connection that is closed for good ends a replay: what was handled is in its report.
+func TestReplayOfAClosedConnection(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	chronicle(t, nc, 3*replayWindow, 5)
+	var seen handledSeqs
+	report, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Handle(func(ctx context.Context, m *Msg) error {
+		if m.Sequence() == 100 {
+			nc.Close()
+		}
+		return seen.handle(ctx, m)
+	}))
+	if _, ok := errors.AsType[*ReplayError](err); !ok || !errors.Is(err, ErrConnectionClosed) {
+		t.Errorf("got %v, want ErrConnectionClosed in a *ReplayError", err)
+	}
+	n := uint64(len(seen.seen()))
+	if n < 100 || n >= 3*replayWindow || report.Handled != n || report.Next != n+1 {
+		t.Errorf("got %+v after %d", report, n)
+	}
+}
+
 func TestReplaySurvivesLeaderChanges(t *testing.T) {
 	t.Parallel()
 	const count = 8000
@@ -558,7 +682,7 @@ func TestReplaySurvivesLeaderChanges(t *testing.T) {
 		}
 		return names, list.Err() == nil
 	}
-	var seen history
+	var seen handledSeqs
 	report, err := NewBroker(nc).Replay(testContext(t), Replay("history.>").Handle(func(ctx context.Context, m *Msg) error {
 		switch m.Sequence() {
 		case count / 4:

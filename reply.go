@@ -5,16 +5,10 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
-	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/micro"
 )
-
-// timeoutHeader tells a responder how long the requester still waits, as a Go
-// duration. It is a duration and not a time so that it needs no common clock; it
-// counts from the arrival of the request.
-const timeoutHeader = "Natsx-Timeout"
 
 // replyFor is what a requester is told of err, which is not nil. It is internal
 // when that is less than err says, so that err is to be logged.
@@ -68,26 +62,4 @@ func cloneHeader(h nats.Header) nats.Header {
 		c[k] = v
 	}
 	return c
-}
-
-// replyError is the error in the headers of a reply, or nil.
-func replyError(h nats.Header) *ReplyError {
-	code, message := h.Get(micro.ErrorCodeHeader), h.Get(micro.ErrorHeader)
-	if code == "" && message == "" {
-		return nil
-	}
-	e := &ReplyError{Message: message, RawCode: code}
-	e.Code, _ = strconv.Atoi(code)
-	return e
-}
-
-// requestTimeout is how long the requester of m waits, counted from its arrival;
-// ok is false when it does not say, or nothing that makes sense.
-func requestTimeout(h nats.Header) (d time.Duration, ok bool) {
-	text := h.Get(timeoutHeader)
-	if text == "" { // which costs an error to parse
-		return 0, false
-	}
-	d, err := time.ParseDuration(text)
-	return d, err == nil && d > 0
 }

@@ -193,7 +193,7 @@ func TestRequestThatWaitedTooLongIsNotRun(t *testing.T) {
 	eventually(t, "all are counted", func() bool { s := r.Stats().Routes[0]; return s.Succeeded == 2 && s.Failed == 1 })
 	for range 3 {
 		e := receive(t, events, "an event")
-		if string(e.Msg.Data) == "hasty" && (e.Outcome != Failed || e.Duration != 0 || !errors.Is(e.Err, context.DeadlineExceeded)) {
+		if string(e.Msg.Data) == "hasty" && (e.Outcome != OutcomeFailed || e.Duration != 0 || !errors.Is(e.Err, context.DeadlineExceeded)) {
 			t.Errorf("got %+v, want one that failed without a run", e)
 		}
 	}
@@ -360,26 +360,26 @@ func TestEveryRequestIsAnswered(t *testing.T) {
 		outcome Outcome
 		logged  string // and the requester is not told
 	}{
-		{"success", func(context.Context, *Msg) ([]byte, error) { return []byte("yes"), nil }, "yes", Succeeded, ""},
-		{"fail", func(context.Context, *Msg) ([]byte, error) { return nil, Fail(404, "no such") }, "404 no such", Failed, ""},
-		{"permanent", func(context.Context, *Msg) ([]byte, error) { return nil, Permanent(Fail(410, "gone")) }, "410 gone", Failed, ""},
-		{"error", func(context.Context, *Msg) ([]byte, error) { return nil, errors.New("secret") }, "500 internal error", Failed, "secret"},
-		{"discard", func(context.Context, *Msg) ([]byte, error) { return nil, Discard(errors.New("secret")) }, "500 internal error", Failed, "secret"},
-		{"panic", func(context.Context, *Msg) ([]byte, error) { panic("secret") }, "500 internal error", Failed, "stack=goroutine"},
-		{"exit", func(context.Context, *Msg) ([]byte, error) { runtime.Goexit(); return nil, nil }, "500 internal error", Failed, "runtime.Goexit"},
-		{"timeout", func(context.Context, *Msg) ([]byte, error) { return nil, context.DeadlineExceeded }, "504 timeout", Failed, "context deadline exceeded"},
-		{"undecodable", JSONReply(func(context.Context, int) (int, error) { return 0, nil }), "400 request does not decode as application/json", Failed, ""},
-		{"beyond the limit", DecodeReply(LimitCodec(JSONCodec{}, 8), func(context.Context, int) (int, error) { return 0, nil }), "413 request is larger than 8 bytes", Failed, ""},
-		{"unencodable", DecodeReply(textCodec{}, func(context.Context, string) (chan int, error) { return nil, nil }), "500 internal error", Failed, "no text"},
-		{"too large", func(context.Context, *Msg) ([]byte, error) { return make([]byte, 8<<10+1), nil }, "500 answer is larger than 8192 bytes", Failed, ""},
+		{"success", func(context.Context, *Msg) ([]byte, error) { return []byte("yes"), nil }, "yes", OutcomeSucceeded, ""},
+		{"fail", func(context.Context, *Msg) ([]byte, error) { return nil, Fail(404, "no such") }, "404 no such", OutcomeFailed, ""},
+		{"permanent", func(context.Context, *Msg) ([]byte, error) { return nil, Permanent(Fail(410, "gone")) }, "410 gone", OutcomeFailed, ""},
+		{"error", func(context.Context, *Msg) ([]byte, error) { return nil, errors.New("secret") }, "500 internal error", OutcomeFailed, "secret"},
+		{"discard", func(context.Context, *Msg) ([]byte, error) { return nil, Discard(errors.New("secret")) }, "500 internal error", OutcomeFailed, "secret"},
+		{"panic", func(context.Context, *Msg) ([]byte, error) { panic("secret") }, "500 internal error", OutcomeFailed, "stack=goroutine"},
+		{"exit", func(context.Context, *Msg) ([]byte, error) { runtime.Goexit(); return nil, nil }, "500 internal error", OutcomeFailed, "runtime.Goexit"},
+		{"timeout", func(context.Context, *Msg) ([]byte, error) { return nil, context.DeadlineExceeded }, "504 timeout", OutcomeFailed, "context deadline exceeded"},
+		{"undecodable", JSONReply(func(context.Context, int) (int, error) { return 0, nil }), "400 request does not decode as application/json", OutcomeFailed, ""},
+		{"beyond the limit", DecodeReply(LimitCodec(JSONCodec{}, 8), func(context.Context, int) (int, error) { return 0, nil }), "413 request is larger than 8 bytes", OutcomeFailed, ""},
+		{"unencodable", DecodeReply(textCodec{}, func(context.Context, string) (chan int, error) { return nil, nil }), "500 internal error", OutcomeFailed, "no text"},
+		{"too large", func(context.Context, *Msg) ([]byte, error) { return make([]byte, 8<<10+1), nil }, "500 answer is larger than 8192 bytes", OutcomeFailed, ""},
 		{"header too large", func(_ context.Context, m *Msg) ([]byte, error) {
 			m.ReplyHeader().Set("K", strings.Repeat("v", 8<<10))
 			return nil, Fail(404, "no such")
-		}, "500 answer is larger than 8192 bytes", Failed, ""},
+		}, "500 answer is larger than 8192 bytes", OutcomeFailed, ""},
 		{"bad header", func(_ context.Context, m *Msg) ([]byte, error) {
 			m.ReplyHeader()["a b"] = []string{"v"}
 			return nil, nil
-		}, "500 answer has an invalid header", Failed, "invalid header"},
+		}, "500 answer has an invalid header", OutcomeFailed, "invalid header"},
 	}
 	book, log := newLogBook()
 	events := make(chan Event, len(tests))
@@ -408,7 +408,7 @@ func TestEveryRequestIsAnswered(t *testing.T) {
 			t.Errorf("%s: answered %.100q, want %q", tt.request, got, tt.want)
 		}
 		e := receive(t, events, "the event")
-		if e.Outcome != tt.outcome || (e.Err == nil) != (tt.outcome == Succeeded) || e.Duration <= 0 || e.Route != "q" {
+		if e.Outcome != tt.outcome || (e.Err == nil) != (tt.outcome == OutcomeSucceeded) || e.Duration <= 0 || e.Route != "q" {
 			t.Errorf("%s: got %+v, want %s", tt.request, e, tt.outcome)
 		}
 		if tt.logged != "" && len(book.alarms(tt.logged)) == 0 {
@@ -417,7 +417,7 @@ func TestEveryRequestIsAnswered(t *testing.T) {
 		if _, ok := passed.Load(tt.request); !ok && tt.request != "panic" && tt.request != "exit" {
 			t.Errorf("%s: the middleware did not see it", tt.request)
 		}
-		if tt.outcome == Failed {
+		if tt.outcome == OutcomeFailed {
 			failed++
 		}
 	}

@@ -162,7 +162,7 @@ func timeoutLeft(ctx context.Context) string {
 
 // received is a reply, with the error that it carries.
 func received(r *nats.Msg) (*Msg, error) {
-	m := &Msg{Subject: r.Subject, Data: r.Data, Header: r.Header, reply: r.Reply}
+	m := &Msg{Subject: r.Subject, Data: r.Data, Header: r.Header, reply: r}
 	if e := replyError(r.Header); e != nil {
 		return m, e
 	}

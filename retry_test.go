@@ -79,7 +79,7 @@ func TestLargeMessagesAreAllHandled(t *testing.T) {
 				t.Errorf("got %d bytes, want %d", len(m.Data), size)
 			}
 			seen.add(m.Header.Get("X-Number"))
-			return work(ctx, 50*time.Millisecond)
+			return busyFor(ctx, 50*time.Millisecond)
 		}))
 	eventually(t, "all are settled", func() bool {
 		return seen.keys() >= messages && settled(t, nc, "LARGE", "d")

@@ -4,24 +4,27 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"runtime/debug"
-	"strings"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
+
+// startPatience is how long a route that starts waits for a JetStream that does not
+// answer at all, which is how a server without JetStream looks.
+const startPatience = 10 * time.Second
 
 // route is what core and durable routes have in common while they run.
 type route struct {
 	lane
-	eng     *engine
+	env     *env
 	spec    Spec
-	handler Handler // with the broker's middleware; a responder's answer goes into the delivery
-	log     *slog.Logger
-	lease   time.Duration // of a durable's messages, fixed once started
+	handler Handler // with the broker's middleware; a responder's answer goes into the work
+	from    *origin // of its messages; fixed once started
 
 	// Guarded by the pool's mutex.
 	stats  RouteStats
@@ -34,91 +37,71 @@ type route struct {
 	troubles   map[string]error // what keeps the route from its work, by kind
 }
 
-// runner is a running route.
-type runner interface {
-	job
-	base() *route
-	// locate finds and checks what the route needs.
-	locate(ctx context.Context) error
-	// start begins to receive.
-	start() error
-	// stop ends the intake: when it returns nothing more arrives. ctx bounds it.
-	stop(ctx context.Context)
-	// tick is called by the keeper all the time; it adds what needs a renewal.
-	tick(now int64, due []*delivery) []*delivery
-	// verify is called when messages may not come any more, and pulls may be lost.
-	verify(lost bool)
-	// denied tells whether the route needs what the server refused.
-	denied(*PermissionError) bool
-}
-
-func newRunner(e *engine, spec Spec) runner {
-	if spec.route.durable == "" {
-		r := &coreRoute{room: make(chan struct{}, 1)}
-		r.init(e, spec, r)
-		return r
-	}
-	r := &durableRoute{gate: make(chan struct{}, 1)}
-	r.init(e, spec, r)
-	return r
-}
-
-func (r *route) init(e *engine, spec Spec, owner job) {
-	r.eng, r.spec, r.log, r.owner = e, spec, e.log, owner
-	r.handler = e.wrap(spec)
+func (r *route) init(e *env, spec Spec, owner job) {
+	r.env, r.spec, r.owner = e, spec, owner
+	r.handler = wrap(spec, e.middleware)
 	r.troubles = map[string]error{}
+	r.requests = spec.kind == kindReply
 	r.limit = e.workers
 	if spec.route.set&optConcurrency != 0 {
 		r.limit = min(e.workers, spec.route.concurrency)
 	}
+	r.from = &origin{ctx: e.handlers}
+	r.lane.name, r.lane.timeout = "handler of "+spec.String(), spec.route.timeout
 	r.stats = RouteStats{Route: spec.route.filter, Durable: spec.route.durable}
 }
 
-// wrap puts the middleware around the route's function.
-func (e *engine) wrap(spec Spec) Handler {
+// wrap puts middleware around the function of a route.
+func wrap(spec Spec, middleware []Middleware) Handler {
 	h := spec.handler
 	if spec.kind == kindReply {
 		h = func(ctx context.Context, m *Msg) error {
 			data, err := spec.responder(ctx, m)
-			deliveryFrom(ctx).answer = data
+			deliveryFrom(ctx).work.answer = data
 			return err
 		}
 	}
-	for i := len(e.middleware) - 1; i >= 0; i-- {
-		h = e.middleware[i](h)
-	}
-	return h
+	return wrapHandler(h, middleware)
 }
 
 func (r *route) base() *route { return r }
 
-// about gives the log attributes of a delivery.
-func (r *route) about(d *delivery) []any {
-	args := []any{"route", r.spec.route.filter, "subject", d.msg.Subject}
-	if from := d.msg.origin(); from.durable != "" {
-		args = append(args, "durable", from.durable, "stream", from.stream, "sequence", d.msg.seq, "attempt", d.msg.Attempt())
+// names are the log attributes that name the route.
+func (r *route) names(more ...any) []any {
+	args := []any{"route", r.spec.route.filter}
+	if r.spec.route.durable != "" {
+		args = append(args, "durable", r.spec.route.durable)
 	}
-	if panicked, ok := errors.AsType[*PanicError](d.err); ok && len(panicked.Stack) > 0 {
+	return append(args, more...)
+}
+
+// about are the log attributes that name a message.
+func (r *route) about(w *work, more ...any) []any {
+	args := r.names("subject", w.raw.Subject)
+	if w.id.seq > 0 {
+		args = append(args, "stream", w.msg.origin().stream, "sequence", w.id.seq, "attempt", w.msg.Attempt())
+	}
+	if panicked, ok := w.err.(*PanicError); ok && len(panicked.Stack) > 0 {
 		args = append(args, "stack", string(panicked.Stack))
 	}
-	return args
+	return append(args, more...)
 }
 
 // fail ends Run by a fault of the route, which can settle nothing any more.
 func (r *route) fail(fault error) {
 	r.over.Store(true)
-	r.eng.fail(fault)
+	r.env.fail(fault)
 }
 
-// trouble records what keeps the route from its work, for Health, and logs it
-// when it is new.
+// trouble records what keeps the route from its work, for Health, and logs it when it
+// is new or another one.
 func (r *route) trouble(kind string, err error) {
 	r.troublesMu.Lock()
-	_, known := r.troubles[kind]
+	before, known := r.troubles[kind]
 	r.troubles[kind] = err
 	r.troublesMu.Unlock()
-	if !known {
-		r.log.Warn("natsx: route is unhealthy", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind, "error", err)
+	if !known || before.Error() != err.Error() && !transient(err) {
+		r.env.log.Warn("natsx: route is unhealthy", r.names("kind", kind, "error", err)...)
 	}
 }
 
@@ -129,84 +112,105 @@ func (r *route) clear(kind string) {
 	delete(r.troubles, kind)
 	r.troublesMu.Unlock()
 	if known {
-		r.log.Info("natsx: route is healthy again", "route", r.spec.route.filter, "durable", r.spec.route.durable, "kind", kind)
+		r.env.log.Info("natsx: route is healthy again", r.names("kind", kind)...)
 	}
 }
 
+// troubleIf is trouble while there is one, and else clear.
+func (r *route) troubleIf(is bool, kind string, err error) {
+	if is {
+		r.trouble(kind, err)
+	} else {
+		r.clear(kind)
+	}
+}
+
+// health is one [*RouteError] for each trouble.
 func (r *route) health() []error {
 	r.troublesMu.Lock()
 	defer r.troublesMu.Unlock()
 	var errs []error
-	for kind, err := range r.troubles {
-		errs = append(errs, &RouteError{
-			Route: r.spec.route.filter, Durable: r.spec.route.durable, Field: kind,
-			Reason: strings.TrimPrefix(err.Error(), "natsx: "), Err: err,
-		})
+	for _, kind := range slices.Sorted(maps.Keys(r.troubles)) {
+		err := r.troubles[kind]
+		errs = append(errs, r.spec.fault(kind, "", cause(err), err))
 	}
 	return errs
 }
 
-// count adds a finished delivery to the counters. The pool is locked.
-func (r *route) count(d *delivery) {
-	r.stats.HandlerTime += d.took()
-	switch d.outcome {
-	case Succeeded:
+// count adds a finished work to the counters. The pool is locked.
+func (r *route) count(w *work) {
+	r.stats.HandlerTime += w.took()
+	switch w.outcome {
+	case OutcomeSucceeded:
 		r.stats.Succeeded++
-	case Retried:
+	case OutcomeRetried:
 		r.stats.Retried++
-	case Dead:
+	case OutcomeDead:
 		r.stats.Dead++
-	case Discarded:
+	case OutcomeDiscarded:
 		r.stats.Discarded++
-	case Lapsed:
+	case OutcomeReturned:
+		r.stats.Returned++
+	case OutcomeLapsed:
 		r.stats.Lapsed++
-	case Failed:
+	case OutcomeFailed:
 		r.stats.Failed++
 	}
 }
 
-func (r *route) observe(d *delivery) {
-	o := r.eng.observer
-	if o == nil {
-		return
+// report is the route's counters as they are now.
+func (r *route) report() RouteStats {
+	p := r.env.pool
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := r.stats
+	st.Running = r.lane.running
+	st.Waiting = r.lane.waiting() + max(r.lane.taken-r.lane.running, 0)
+	return st
+}
+
+// observe tells the observer what became of w.
+func (r *route) observe(w *work) {
+	if r.env.observer != nil {
+		r.env.visit(r.observing(), func() { r.tellObserver(w) })
 	}
-	defer func() {
-		if v := recover(); v != nil {
-			r.eng.log.Error("natsx: observer panicked", append(r.about(d), "panic", v, "stack", string(debug.Stack()))...)
-		}
-	}()
-	o.Observe(d, Event{
-		Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &d.msg,
-		Outcome: d.outcome, Err: d.err, Duration: d.took(),
+}
+
+func (r *route) observing() string { return "observer of " + r.spec.String() }
+
+func (r *route) tellObserver(w *work) {
+	r.env.observer.Observe(w.delivery, Event{
+		Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &w.msg,
+		Outcome: w.outcome, Err: w.err, Duration: w.took(),
 	})
 }
 
-// subscribe makes sub the route's subscription. Its callbacks may have begun.
-func (r *route) subscribe(subject, queue string, receive nats.MsgHandler) error {
+// subscribe makes a subscription the route's own. Its callbacks may have begun.
+func (r *route) subscribe(subject, queue string, receive nats.MsgHandler) (*nats.Subscription, error) {
 	closed := make(chan struct{})
-	sub, err := r.eng.nc.QueueSubscribe(subject, queue, receive)
+	sub, err := r.env.api.nc.QueueSubscribe(subject, queue, receive)
 	if err != nil {
-		return r.spec.fault("subject", fmt.Sprintf("%q", subject), "could not subscribe: "+cause(err), err)
+		return nil, r.spec.fault("subject", fmt.Sprintf("%q", subject), "could not subscribe: "+cause(err), closedCause(err))
 	}
 	sub.SetClosedHandler(func(string) { close(closed) })
-	r.eng.pool.mu.Lock()
+	r.env.pool.mu.Lock()
 	r.sub, r.closed = sub, closed
-	r.eng.pool.mu.Unlock()
-	return nil
+	r.env.pool.mu.Unlock()
+	return sub, nil
 }
 
 // unsubscribe ends the subscription after the callbacks of all that the server
 // sent before it knew, and joins them. When ctx ends first, or without a
 // connection, what the client has buffered is dropped.
 func (r *route) unsubscribe(ctx context.Context) {
-	r.eng.pool.mu.Lock()
+	r.env.pool.mu.Lock()
 	sub, closed := r.sub, r.closed
 	r.sub = nil
-	r.eng.pool.mu.Unlock()
+	r.env.pool.mu.Unlock()
 	if sub == nil {
 		return
 	}
-	if !r.eng.nc.IsConnected() || sub.Drain() != nil {
+	if !r.env.link.up() || sub.Drain() != nil {
 		sub.Unsubscribe()
 	}
 	select {
@@ -214,4 +218,51 @@ func (r *route) unsubscribe(ctx context.Context) {
 	case <-ctx.Done():
 		sub.Unsubscribe()
 	}
+}
+
+// locateStream is the name of the stream of a route or replay: the given one, or the
+// only one that has the filter's subjects.
+func locateStream(given string, names func() ([]string, error)) (name string, reason string, err error) {
+	if given != "" {
+		return given, "", nil
+	}
+	found, err := names()
+	switch {
+	case err != nil:
+		return "", "could not be looked up by the filter: " + cause(err), err
+	case len(found) == 0:
+		return "", "no stream has the filter's subjects", ErrNoStream
+	case len(found) > 1:
+		return "", fmt.Sprintf("several have the filter's subjects: %q; name one with Stream", found), ErrAmbiguousStream
+	}
+	return found[0], "", nil
+}
+
+func (r *route) streamInfo(ctx context.Context, name string) (info *jetstream.StreamInfo, err error) {
+	err = r.tryOn(ctx, func(ctx context.Context) (err error) {
+		info, err = r.env.api.streamInfo(ctx, name)
+		return err
+	})
+	return info, err
+}
+
+// tryOn asks JetStream's API for a route that starts, again and again while the failure
+// is transient. One that does not answer at all is given up.
+func (r *route) tryOn(ctx context.Context, try func(context.Context) error) error {
+	begun := time.Now()
+	var absent error
+	err := retry{
+		told: func(err error) { r.trouble("start", err) },
+		enough: func(err error) bool {
+			if errors.Is(err, nats.ErrNoResponders) && r.env.link.up() && time.Since(begun) > startPatience {
+				absent = fmt.Errorf("%w: the server does not answer on %q: %w", ErrNoJetStream, r.env.api.prefix, err)
+			}
+			return absent != nil || hasCode(err, codeStreamNotFound) || r.env.failed()
+		},
+	}.do(ctx, try)
+	r.clear("start")
+	if absent != nil {
+		return absent
+	}
+	return err
 }

@@ -81,7 +81,7 @@ const mostAsked = 256
 // comes with an error.
 func startDiscovery(e *engine) (*discovery, error) {
 	s := e.service
-	inbox := e.nc.NewInbox()
+	inbox := e.api.nc.NewInbox()
 	d := &discovery{
 		service: s, eng: e, started: time.Now().UTC(),
 		identity: micro.ServiceIdentity{
@@ -97,7 +97,7 @@ func startDiscovery(e *engine) (*discovery, error) {
 			if err != nil {
 				return d, s.failure(err)
 			}
-			sub, err := e.nc.ChanSubscribe(subject, d.asked)
+			sub, err := e.api.nc.ChanSubscribe(subject, d.asked)
 			if err != nil {
 				return d, s.failure(err)
 			}
@@ -193,8 +193,8 @@ func (d *discovery) stats() micro.Stats {
 // responders are the engine's reply routes, in the order given to Run.
 func (e *engine) responders() []*coreRoute {
 	var found []*coreRoute
-	for _, r := range e.routes {
-		if c, ok := r.(*coreRoute); ok && c.isReply() {
+	for _, c := range e.cores {
+		if c.isReply() {
 			found = append(found, c)
 		}
 	}

@@ -9,18 +9,87 @@ import (
 	"time"
 )
 
-// errCrashed stands for an attempt that never came back: the message was
-// delivered once more than its attempts.
-var errCrashed = errors.New("natsx: every attempt ended without a result: its process crashed or lost the lease")
+// errCrashed stands for attempts that never came back: the message took its process
+// down each time it ran, in the end with nothing else of its route in hand.
+var errCrashed = errors.New("natsx: no attempt returned: each time its process ended")
+
+// judgement is what an error of a handler means, whatever the route.
+type judgement struct {
+	verdict verdict
+	after   time.Duration // of verdictRetryAfter
+}
+
+type verdict uint8
+
+const (
+	verdictSuccess verdict = iota
+	verdictRetry
+	verdictRetryAfter
+	verdictPanic
+	verdictPermanent
+	verdictUndecodable
+	verdictDiscard
+	verdictCrashed
+)
+
+// judge reads the outcome out of an error's chain. An error that panics when it is
+// asked for its chain, as a nil pointer in an error does, is replaced by the panic.
+func judge(err error) (j judgement, safe error) {
+	if err == nil {
+		return judgement{}, nil
+	}
+	defer func() {
+		if v := recover(); v != nil {
+			j, safe = judgement{verdict: verdictPanic}, &PanicError{Value: v, Stack: debug.Stack()}
+		}
+	}()
+	j.verdict = verdictRetry
+	switch {
+	case errors.Is(err, errCrashed):
+		j.verdict = verdictCrashed
+	case is[*discardError](err):
+		j.verdict = verdictDiscard
+	case is[*permanentError](err):
+		j.verdict = verdictPermanent
+	case is[*DecodeError](err):
+		j.verdict = verdictUndecodable
+	case is[*PanicError](err):
+		j.verdict = verdictPanic
+	default:
+		if later, ok := errors.AsType[*retryAfterError](err); ok {
+			j = judgement{verdictRetryAfter, later.delay}
+		}
+	}
+	return j, err
+}
+
+// OutcomeOf reports what a durable route with attempts left does with a message whose
+// handler returned err: [OutcomeSucceeded], [OutcomeRetried], [OutcomeDead] or
+// [OutcomeDiscarded]. Of an error in which several outcomes are wrapped it takes the
+// first of Discard, Permanent and retry.
+func OutcomeOf(err error) Outcome {
+	j, _ := judge(err)
+	switch j.verdict {
+	case verdictSuccess:
+		return OutcomeSucceeded
+	case verdictDiscard:
+		return OutcomeDiscarded
+	case verdictPermanent, verdictUndecodable, verdictCrashed:
+		return OutcomeDead
+	}
+	return OutcomeRetried
+}
 
 // action is what is done to a message after an attempt.
 type action uint8
 
 const (
-	actAck  action = iota // done
-	actNak                // deliver again after the delay
-	actTerm               // never deliver again, keep no letter
-	actBury               // move to the DLQ
+	actAck    action = iota // done
+	actNak                  // deliver again after the delay
+	actReturn               // deliver again at once: it was no attempt
+	actTerm                 // never deliver again, keep no letter
+	actBury                 // move to the DLQ
+	actHandle               // none yet
 )
 
 // settlement is the decision about one attempt.
@@ -28,43 +97,61 @@ type settlement struct {
 	action  action
 	delay   time.Duration // of actNak
 	reason  Reason        // of a dead message
+	expires bool          // it is dead since its stream would delete it before the next attempt
 	outcome Outcome
 }
 
-// decide tells what becomes of a message of a durable from the result of an
-// attempt alone. spread is a random number in [0, 1) for the jitter.
-func decide(r RouteBuilder, attempt int, err error, spread float64) settlement {
-	if err == nil {
-		return settlement{action: actAck, outcome: Succeeded}
-	}
+// circumstances are what a decision takes into account beside the result.
+type circumstances struct {
+	attempt int           // 1 for the first
+	cut     bool          // the handler's context was ended by a shutdown
+	life    time.Duration // until the stream deletes the message, 0 for never
+	spread  float64       // a random number in [0, 1) for the jitter
+}
+
+// decide is what becomes of a message of a durable from the result of an attempt
+// alone. A handler that a shutdown has cut off has not failed.
+func decide(r RouteBuilder, j judgement, c circumstances) settlement {
 	dead := func(reason Reason) settlement {
 		act := actTerm
 		if r.dlq != "" {
 			act = actBury
 		}
-		return settlement{action: act, reason: reason, outcome: Dead}
+		return settlement{action: act, reason: reason, outcome: OutcomeDead}
 	}
-	switch {
-	case errors.Is(err, errCrashed):
+	switch j.verdict {
+	case verdictSuccess:
+		return settlement{action: actAck, outcome: OutcomeSucceeded}
+	case verdictCrashed:
 		return dead(ReasonCrashed)
-	case is[*discardError](err):
-		return settlement{action: actTerm, outcome: Discarded}
-	case is[*permanentError](err):
+	case verdictDiscard:
+		return settlement{action: actTerm, outcome: OutcomeDiscarded}
+	case verdictPermanent:
 		return dead(ReasonPermanent)
-	case is[*DecodeError](err):
+	case verdictUndecodable:
 		return dead(ReasonUndecodable)
 	}
-	if n := r.attempts(); n > 0 && attempt >= n {
-		if is[*PanicError](err) {
-			return dead(ReasonPanic)
-		}
-		return dead(ReasonExhausted)
+	if c.cut {
+		return settlement{action: actReturn, outcome: OutcomeReturned}
 	}
-	if later, ok := errors.AsType[*retryAfterError](err); ok {
-		return settlement{action: actNak, delay: later.delay, outcome: Retried}
+	last := ReasonExhausted
+	if j.verdict == verdictPanic {
+		last = ReasonPanic
 	}
-	low, high := r.backoff()
-	return settlement{action: actNak, delay: backoffDelay(low, high, attempt, spread), outcome: Retried}
+	if n := r.attempts(); n > 0 && c.attempt >= n {
+		return dead(last)
+	}
+	s := settlement{action: actNak, delay: j.after, outcome: OutcomeRetried}
+	if j.verdict != verdictRetryAfter {
+		low, high := r.backoff()
+		s.delay = backoffDelay(low, high, c.attempt, c.spread)
+	}
+	// A stream's limit is not kept to the moment.
+	if c.life > 0 && s.delay >= c.life-min(c.life/10, time.Second) {
+		s = dead(last)
+		s.expires = true
+	}
+	return s
 }
 
 // backoffDelay is the delay before retry k (from 1): low*2^(k-1) spread by ±20 %
@@ -75,40 +162,30 @@ func backoffDelay(low, high time.Duration, k int, spread float64) time.Duration 
 	return min(time.Duration(min(d, math.MaxInt64/2)), high)
 }
 
-// invoke runs a handler and turns a panic into an error, also that of an error
-// which cannot be asked for its chain, as a nil pointer in it.
+// longestBackoff is the most that all delays between the attempts of r add up to.
+func longestBackoff(r RouteBuilder) time.Duration {
+	low, high := r.backoff()
+	var sum time.Duration
+	for k := 1; k < r.attempts(); k++ {
+		d := backoffDelay(low, high, k, 1)
+		if sum += d; sum > math.MaxInt64/4 {
+			break
+		}
+		if d == high { // so are all that follow
+			return sum + min(time.Duration(r.attempts()-1-k), math.MaxInt64/4/high)*high
+		}
+	}
+	return sum
+}
+
+// invoke runs a handler and turns a panic into an error.
 func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			err = &PanicError{Value: v, Stack: debug.Stack()}
 		}
 	}()
-	if err = h(ctx, m); err != nil {
-		_ = errors.Is(err, errCrashed)
-	}
-	return err
-}
-
-// attempt runs the route's handler on d within timeout, unless that is 0, and has
-// its owner conclude it exactly once, also when the handler leaves by
-// runtime.Goexit.
-func (r *route) attempt(d *delivery, timeout time.Duration) {
-	returned := false
-	defer func() {
-		if !returned {
-			d.ended = r.eng.now()
-			r.owner.conclude(d, &PanicError{Value: "runtime.Goexit"})
-		}
-	}()
-	var err error
-	if timeout > 0 {
-		err = invokeWithin(timeout, r.handler, d)
-	} else {
-		err = invoke(r.handler, d, &d.msg)
-	}
-	returned = true
-	d.ended = r.eng.now()
-	r.owner.conclude(d, err)
+	return h(ctx, m)
 }
 
 // invokeWithin is invoke with a deadline. What returns after the deadline has
@@ -121,11 +198,48 @@ func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
 	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return err
 	}
-	switch {
-	case err == nil:
+	if err == nil {
 		return fmt.Errorf("natsx: handler did not return within %s: %w", timeout, context.DeadlineExceeded)
-	case errors.Is(err, context.DeadlineExceeded):
+	}
+	_, err = judge(err)
+	if errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
 	return fmt.Errorf("natsx: handler did not return within %s: %w: %w", timeout, context.DeadlineExceeded, err)
+}
+
+// panicOf is the panic in err's chain, or nil.
+func panicOf(err error) (p *PanicError) {
+	defer func() { _ = recover() }() // of the chain of an error that cannot be asked
+	errors.As(err, &p)
+	return p
+}
+
+// wrapHandler puts middleware around a handler, the first outermost.
+func wrapHandler(h Handler, middleware []Middleware) Handler {
+	for i := len(middleware) - 1; i >= 0; i-- {
+		h = middleware[i](h)
+	}
+	return h
+}
+
+// attempt runs a handler on w within timeout, unless that is 0, and has the owner
+// conclude it exactly once, also when the handler leaves by runtime.Goexit.
+func attempt(owner job, h Handler, w *work, timeout time.Duration) {
+	returned := false
+	defer func() {
+		if !returned {
+			w.ended = processTime()
+			owner.conclude(w, &PanicError{Value: "runtime.Goexit"})
+		}
+	}()
+	var err error
+	if timeout > 0 {
+		err = invokeWithin(timeout, h, w.delivery)
+	} else {
+		err = invoke(h, w.delivery, &w.msg)
+	}
+	returned = true
+	w.ended = processTime()
+	owner.conclude(w, err)
 }

@@ -28,37 +28,116 @@ func TestDecide(t *testing.T) {
 		err     error
 		want    settlement
 	}{
-		{"success", limited, 1, nil, settlement{action: actAck, outcome: Succeeded}},
-		{"success on the last attempt", limited, 3, nil, settlement{action: actAck, outcome: Succeeded}},
-		{"first failure", limited, 1, boom, settlement{action: actNak, delay: time.Second, outcome: Retried}},
-		{"second failure", limited, 2, boom, settlement{action: actNak, delay: 2 * time.Second, outcome: Retried}},
-		{"last failure, no DLQ", limited, 3, boom, settlement{action: actTerm, reason: ReasonExhausted, outcome: Dead}},
-		{"last failure, DLQ", limited.DLQ("dlq"), 3, boom, settlement{action: actBury, reason: ReasonExhausted, outcome: Dead}},
-		{"past the last", limited.DLQ("dlq"), 9, boom, settlement{action: actBury, reason: ReasonExhausted, outcome: Dead}},
-		{"no retries", once.DLQ("dlq"), 1, boom, settlement{action: actBury, reason: ReasonExhausted, outcome: Dead}},
-		{"unlimited retries", forever.DLQ("dlq"), 1000, boom, settlement{action: actNak, delay: time.Minute, outcome: Retried}},
-		{"retry after", limited, 1, RetryAfter(7*time.Second, boom), settlement{action: actNak, delay: 7 * time.Second, outcome: Retried}},
-		{"retry after counts", limited.DLQ("dlq"), 3, RetryAfter(time.Second, boom), settlement{action: actBury, reason: ReasonExhausted, outcome: Dead}},
-		{"wrapped retry after", limited, 1, fmt.Errorf("wrapped: %w", RetryAfter(time.Hour, nil)), settlement{action: actNak, delay: time.Hour, outcome: Retried}},
-		{"permanent", forever.DLQ("dlq"), 1, Permanent(boom), settlement{action: actBury, reason: ReasonPermanent, outcome: Dead}},
-		{"permanent, no DLQ", forever, 1, fmt.Errorf("wrapped: %w", Permanent(boom)), settlement{action: actTerm, reason: ReasonPermanent, outcome: Dead}},
-		{"discard", limited.DLQ("dlq"), 1, Discard(boom), settlement{action: actTerm, outcome: Discarded}},
-		{"discard beats permanent", limited.DLQ("dlq"), 1, Discard(Permanent(boom)), settlement{action: actTerm, outcome: Discarded}},
-		{"undecodable", limited.DLQ("dlq"), 1, undecoded, settlement{action: actBury, reason: ReasonUndecodable, outcome: Dead}},
-		{"panic", limited.DLQ("dlq"), 1, panicked, settlement{action: actNak, delay: time.Second, outcome: Retried}},
-		{"last panic", limited.DLQ("dlq"), 3, panicked, settlement{action: actBury, reason: ReasonPanic, outcome: Dead}},
-		{"timeout", limited.DLQ("dlq"), 3, context.DeadlineExceeded, settlement{action: actBury, reason: ReasonExhausted, outcome: Dead}},
-		{"crashed", limited.DLQ("dlq"), 4, errCrashed, settlement{action: actBury, reason: ReasonCrashed, outcome: Dead}},
-		{"crashed, no DLQ", limited, 4, errCrashed, settlement{action: actTerm, reason: ReasonCrashed, outcome: Dead}},
+		{"success", limited, 1, nil, settlement{action: actAck, outcome: OutcomeSucceeded}},
+		{"success on the last attempt", limited, 3, nil, settlement{action: actAck, outcome: OutcomeSucceeded}},
+		{"first failure", limited, 1, boom, settlement{action: actNak, delay: time.Second, outcome: OutcomeRetried}},
+		{"second failure", limited, 2, boom, settlement{action: actNak, delay: 2 * time.Second, outcome: OutcomeRetried}},
+		{"last failure, no DLQ", limited, 3, boom, settlement{action: actTerm, reason: ReasonExhausted, outcome: OutcomeDead}},
+		{"last failure, DLQ", limited.DLQ("dlq"), 3, boom, settlement{action: actBury, reason: ReasonExhausted, outcome: OutcomeDead}},
+		{"past the last", limited.DLQ("dlq"), 9, boom, settlement{action: actBury, reason: ReasonExhausted, outcome: OutcomeDead}},
+		{"no retries", once.DLQ("dlq"), 1, boom, settlement{action: actBury, reason: ReasonExhausted, outcome: OutcomeDead}},
+		{"unlimited retries", forever.DLQ("dlq"), 1000, boom, settlement{action: actNak, delay: time.Minute, outcome: OutcomeRetried}},
+		{"retry after", limited, 1, RetryAfter(7*time.Second, boom), settlement{action: actNak, delay: 7 * time.Second, outcome: OutcomeRetried}},
+		{"retry after counts", limited.DLQ("dlq"), 3, RetryAfter(time.Second, boom), settlement{action: actBury, reason: ReasonExhausted, outcome: OutcomeDead}},
+		{"wrapped retry after", limited, 1, fmt.Errorf("wrapped: %w", RetryAfter(time.Hour, nil)), settlement{action: actNak, delay: time.Hour, outcome: OutcomeRetried}},
+		{"permanent", forever.DLQ("dlq"), 1, Permanent(boom), settlement{action: actBury, reason: ReasonPermanent, outcome: OutcomeDead}},
+		{"permanent, no DLQ", forever, 1, fmt.Errorf("wrapped: %w", Permanent(boom)), settlement{action: actTerm, reason: ReasonPermanent, outcome: OutcomeDead}},
+		{"discard", limited.DLQ("dlq"), 1, Discard(boom), settlement{action: actTerm, outcome: OutcomeDiscarded}},
+		{"discard beats permanent", limited.DLQ("dlq"), 1, Discard(Permanent(boom)), settlement{action: actTerm, outcome: OutcomeDiscarded}},
+		{"undecodable", limited.DLQ("dlq"), 1, undecoded, settlement{action: actBury, reason: ReasonUndecodable, outcome: OutcomeDead}},
+		{"panic", limited.DLQ("dlq"), 1, panicked, settlement{action: actNak, delay: time.Second, outcome: OutcomeRetried}},
+		{"last panic", limited.DLQ("dlq"), 3, panicked, settlement{action: actBury, reason: ReasonPanic, outcome: OutcomeDead}},
+		{"timeout", limited.DLQ("dlq"), 3, context.DeadlineExceeded, settlement{action: actBury, reason: ReasonExhausted, outcome: OutcomeDead}},
+		{"crashed", limited.DLQ("dlq"), 4, errCrashed, settlement{action: actBury, reason: ReasonCrashed, outcome: OutcomeDead}},
+		{"crashed, no DLQ", limited, 4, errCrashed, settlement{action: actTerm, reason: ReasonCrashed, outcome: OutcomeDead}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			got := decide(tt.route, tt.attempt, tt.err, half)
+			j, _ := judge(tt.err)
+			got := decide(tt.route, j, circumstances{attempt: tt.attempt, spread: half})
 			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(settlement{})); diff != "" {
 				t.Errorf("decide differs (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// What a shutdown cuts off has not failed, and what its stream deletes before the next
+// attempt is dead before.
+func TestDecideUnderCircumstances(t *testing.T) {
+	t.Parallel()
+	boom := errors.New("boom")
+	route := Route("a").Durable("d").Backoff(time.Second, time.Minute).Retry(2).DLQ("dlq")
+	returned := settlement{action: actReturn, outcome: OutcomeReturned}
+	dead := settlement{action: actBury, reason: ReasonExhausted, outcome: OutcomeDead, expires: true}
+	tests := []struct {
+		name string
+		err  error
+		c    circumstances
+		want settlement
+	}{
+		{"cut on the last attempt", boom, circumstances{attempt: 3, cut: true}, returned},
+		{"cut panic", &PanicError{Value: "boom"}, circumstances{attempt: 3, cut: true}, returned},
+		{"cut and done", nil, circumstances{attempt: 3, cut: true}, settlement{action: actAck, outcome: OutcomeSucceeded}},
+		{"cut and permanent", Permanent(boom), circumstances{attempt: 1, cut: true}, settlement{action: actBury, reason: ReasonPermanent, outcome: OutcomeDead}},
+		{"lives long enough", boom, circumstances{attempt: 1, spread: 0.5, life: 10 * time.Second}, settlement{action: actNak, delay: time.Second, outcome: OutcomeRetried}},
+		{"expires before the retry", boom, circumstances{attempt: 2, spread: 0.5, life: 2 * time.Second}, dead},
+		{"expires before RetryAfter", RetryAfter(time.Hour, boom), circumstances{attempt: 1, life: time.Minute}, dead},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			j, _ := judge(tt.err)
+			if diff := cmp.Diff(tt.want, decide(route, j, tt.c), cmp.AllowUnexported(settlement{})); diff != "" {
+				t.Errorf("decide differs (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestLongestBackoff(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		route RouteBuilder
+		want  time.Duration
+	}{
+		{Route("a"), 0},
+		{Route("a").Retry(0), 0},
+		{Route("a").Retry(1).Backoff(time.Second, time.Minute), 1200 * time.Millisecond},
+		{Route("a").Retry(3).Backoff(time.Second, 2*time.Second), 1200*time.Millisecond + 4*time.Second},
+		{Route("a").Retry(1e9).Backoff(time.Second, time.Second), 1e9 * time.Second},
+	} {
+		if got := longestBackoff(tt.route); got != tt.want {
+			t.Errorf("longest backoff of %+v is %v, want %v", tt.route, got, tt.want)
+		}
+	}
+}
+
+// badError panics when it is asked for its chain.
+type badError struct{}
+
+func (badError) Error() string { return "bad" }
+func (badError) As(any) bool   { panic("asked") }
+
+func TestOutcomeOf(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		err  error
+		want Outcome
+	}{
+		{nil, OutcomeSucceeded},
+		{errors.New("x"), OutcomeRetried},
+		{RetryAfter(time.Second, nil), OutcomeRetried},
+		{&PanicError{}, OutcomeRetried},
+		{badError{}, OutcomeRetried},
+		{Permanent(nil), OutcomeDead},
+		{&DecodeError{}, OutcomeDead},
+		{Discard(Permanent(nil)), OutcomeDiscarded},
+	} {
+		if got := OutcomeOf(tt.err); got != tt.want {
+			t.Errorf("OutcomeOf(%#v) = %s, want %s", tt.err, got, tt.want)
+		}
 	}
 }
 
@@ -159,7 +238,7 @@ func TestInvokeWithinFailsWhatReturnsLate(t *testing.T) {
 	t.Parallel()
 	boom := errors.New("boom")
 	for _, result := range []error{nil, boom, context.DeadlineExceeded, Permanent(boom)} {
-		d := &delivery{Context: context.Background()}
+		d := &delivery{}
 		err := invokeWithin(time.Millisecond, func(ctx context.Context, _ *Msg) error {
 			<-ctx.Done()
 			return result
@@ -168,7 +247,7 @@ func TestInvokeWithinFailsWhatReturnsLate(t *testing.T) {
 			t.Errorf("handler returned %v late: got %v", result, err)
 		}
 	}
-	d := &delivery{Context: context.Background()}
+	d := &delivery{}
 	if err := invokeWithin(time.Hour, func(context.Context, *Msg) error { return boom }, d); err != boom {
 		t.Errorf("in time: got %v, want %v", err, boom)
 	}

@@ -278,7 +278,7 @@ func TestStartUpWarnings(t *testing.T) {
 	if err := runBroker(t, NewBroker(nc, WithLogger(log)), Route("orders.*").Durable("d").DLQ("dlq.x").Handle(succeed)).stop(t); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"discards old letters", "duplicate window is shorter", "letters in memory", "inactive_threshold=1h0m0s"} {
+	for _, want := range []string{"discards old letters", "duplicate window shorter", "letters in memory", "inactive_threshold=1h0m0s"} {
 		if got := book.alarms(want); len(got) != 1 {
 			t.Errorf("%q was said %d times, want once: %q", want, len(got), book.alarms(""))
 		}
@@ -291,8 +291,8 @@ func TestServerWithoutJetStream(t *testing.T) {
 	nc := connect(t, startServer(t, func(o *server.Options) { o.JetStream = false }).ClientURL())
 	_, log := newLogBook()
 	r := startBroker(t, NewBroker(nc, WithLogger(log)), Route("orders.*").Durable("d").Handle(succeed))
-	if err := r.wait(t); !errors.Is(err, nats.ErrNoResponders) || !strings.Contains(err.Error(), "JetStream does not answer") {
-		t.Errorf("got %v, want a JetStream that does not answer", err)
+	if err := r.wait(t); !errors.Is(err, ErrNoJetStream) || !errors.Is(err, nats.ErrNoResponders) || !strings.Contains(err.Error(), "JetStream is not enabled") {
+		t.Errorf("got %v, want that JetStream is not enabled", err)
 	}
 }
 

@@ -269,16 +269,6 @@ func (s StreamSpec) DenyPurge() StreamSpec {
 	return s
 }
 
-// WithStreams has [Broker.Run] ensure these streams before any route starts, as
-// [StreamSpec.Ensure] does. One that captures a route's DLQ subject is created
-// with DiscardNew unless Discard or AllowMsgSchedules says otherwise: a full DLQ
-// refuses letters, which stay with their route, and loses none. Several calls add up,
-// and a name twice is [ErrOptionConflict]. They are made in the JetStream of
-// [WithJetStream]. Default is none.
-func WithStreams(specs ...StreamSpec) Option {
-	return func(b *Broker) { b.streams = append(b.streams, specs...) }
-}
-
 // Validate reports every fault of the description as joined [*StreamError]s,
 // without a server.
 func (s StreamSpec) Validate() error {

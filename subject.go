@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -222,3 +223,16 @@ func subjectToken(subject string, i int) string {
 func captures(info *jetstream.StreamInfo, subject string) bool {
 	return slices.ContainsFunc(info.Config.Subjects, func(s string) bool { return subjectMatches(s, subject) })
 }
+
+// Bounds of what a route accepts.
+const (
+	// MaxSubjectLength is the longest subject in bytes that natsx takes. A
+	// server closes the connection on a protocol line above 4,096 bytes, which
+	// holds the subject, the reply and the sizes.
+	MaxSubjectLength = 1024
+	// MaxNameLength is the longest name of a stream or durable in bytes, the
+	// server's JSMaxNameLen.
+	MaxNameLength = 255
+	// MinAckWait is the shortest lease that can be kept alive in time.
+	MinAckWait = 100 * time.Millisecond
+)

@@ -2,14 +2,47 @@ package natsx
 
 import (
 	"errors"
+	"fmt"
 	"math"
 	"strconv"
+	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nats.go/micro"
 )
 
-// ackInfo is what the reply subject of a delivered message tells.
+// Codes of JetStream's API errors that natsx acts on and nats.go does not name.
+const (
+	codeClusterNoPeers        jetstream.ErrorCode = 10005
+	codeClusterNoLeader       jetstream.ErrorCode = 10008
+	codeClusterNotLeader      jetstream.ErrorCode = 10009
+	codeClusterRequired       jetstream.ErrorCode = 10010
+	codeConsumerNotFound      jetstream.ErrorCode = 10014
+	codeInsufficientResources jetstream.ErrorCode = 10023
+	codeMaximumConsumers      jetstream.ErrorCode = 10026
+	codeNoAccount             jetstream.ErrorCode = 10035
+	codeClusterUnsupported    jetstream.ErrorCode = 10036
+	codeNoMessage             jetstream.ErrorCode = 10037
+	codeNotEnabledOnAccount   jetstream.ErrorCode = 10039
+	codeMessageTooLarge       jetstream.ErrorCode = 10054
+	codeStreamNotFound        jetstream.ErrorCode = 10059
+	codeNotEnabled            jetstream.ErrorCode = 10076
+	codeHeaderTooLarge        jetstream.ErrorCode = 10097
+	codeStreamOffline         jetstream.ErrorCode = 10118 // its server is down
+	codeConsumerOffline       jetstream.ErrorCode = 10119
+	codeMaxAckPendingLimit    jetstream.ErrorCode = 10121
+	codeConsumerExists        jetstream.ErrorCode = 10148
+)
+
+// hasCode reports whether err is a refusal of JetStream's API with this code.
+func hasCode(err error, code jetstream.ErrorCode) bool {
+	var js jetstream.JetStreamError
+	return errors.As(err, &js) && js.APIError() != nil && js.APIError().ErrorCode == code
+}
+
+// ackInfo is what the reply subject of a delivered message says.
 type ackInfo struct {
 	stream      string
 	consumer    string
@@ -68,6 +101,8 @@ func parseDelivery(reply string) (a ackInfo, ok bool) {
 	return a, okDelivered && okSeq && okHere && okTime && okPending && a.stream != "" && a.consumer != "" && nanos <= math.MaxInt64
 }
 
+func utoa(n uint64) string { return strconv.FormatUint(n, 10) }
+
 func parseUint(s string) (v uint64, ok bool) {
 	if s == "" || len(s) > 19 {
 		return 0, false
@@ -82,33 +117,177 @@ func parseUint(s string) (v uint64, ok bool) {
 	return v, true
 }
 
+// The bodies of acknowledgements (ADR-15 and docs.nats.io, Consumers).
 var (
 	ackAck        = []byte("+ACK")
 	ackInProgress = []byte("+WPI")
 )
 
+// ackNak asks for another delivery after a delay, 0 for at once.
 func ackNak(delay time.Duration) []byte {
+	if delay <= 0 {
+		return []byte("-NAK")
+	}
 	return append(strconv.AppendInt([]byte(`-NAK {"delay":`), int64(delay), 10), '}')
 }
 
 func ackTerm(reason string) []byte { return []byte("+TERM " + reason) }
 
-// pull is a request for a batch of messages; an empty one is none.
-type pull struct {
+// ackSubject is the reply subject of a first delivery.
+func ackSubject(stream, consumer string, seq uint64, stored int64) string {
+	return fmt.Sprintf("$JS.ACK.%s.%s.1.%d.1.%d.0", stream, consumer, seq, stored)
+}
+
+// Keys of a consumer's metadata: its identity, and the messages that ran with nothing
+// else of its route in hand.
+const (
+	metadataID    = "natsx-id"
+	metadataAlone = "natsx-alone"
+)
+
+// pullRequest asks a pull consumer for messages (ADR-13). Its zero value asks for none.
+type pullRequest struct {
+	batch     int
+	maxBytes  int64         // 0 for no bound
+	expires   time.Duration // 0 for none
+	heartbeat time.Duration // 0 for none; else at most half of expires
+	noWait    bool
+	token     uint64 // last token of the reply subject
+}
+
+// body is the request in JSON.
+func (p pullRequest) body() []byte {
+	b := strconv.AppendInt(append(make([]byte, 0, 128), `{"batch":`...), int64(p.batch), 10)
+	if p.expires > 0 {
+		b = strconv.AppendInt(append(b, `,"expires":`...), int64(p.expires), 10)
+	}
+	if p.maxBytes > 0 {
+		b = strconv.AppendInt(append(b, `,"max_bytes":`...), p.maxBytes, 10)
+	}
+	if p.heartbeat > 0 {
+		b = strconv.AppendInt(append(b, `,"idle_heartbeat":`...), int64(p.heartbeat), 10)
+	}
+	if p.noWait {
+		b = append(b, `,"no_wait":true`...)
+	}
+	return append(b, '}')
+}
+
+// statusKind is what a pull status message means.
+type statusKind uint8
+
+const (
+	statusHeartbeat     statusKind = iota // the pull waits on
+	statusNoMessages                      // 404: nothing is there, and the pull did not wait
+	statusEnded                           // the pull is over: expired, or its batch is complete
+	statusTooLarge                        // the next message does not fit into the pull's bytes
+	statusLimit                           // the consumer's limits do not allow such a pull
+	statusMoved                           // nobody serves the pull: another leader, a shutdown
+	statusDeleted                         // the consumer was deleted
+	statusStreamDeleted                   // its stream was deleted
+	statusRefused                         // anything else
+)
+
+// pullStatus is a pull status message: what the server says about one pull.
+type pullStatus struct {
+	kind       statusKind
+	token      uint64 // of the pull
+	left       int    // messages that the pull did not bring, as far as it says so
+	code, text string
+}
+
+// parseStatus reads a message without a reply subject. Only the server sends those
+// to the inbox of a pull: a message of a stream has an ack subject for its reply,
+// whatever headers its publisher wrote.
+func parseStatus(m *nats.Msg) pullStatus {
+	s := pullStatus{code: m.Header.Get("Status"), text: m.Header.Get("Description")}
+	s.token, _ = strconv.ParseUint(m.Subject[strings.LastIndexByte(m.Subject, '.')+1:], 10, 64)
+	s.left, _ = strconv.Atoi(m.Header.Get("Nats-Pending-Messages"))
+	switch {
+	case s.code == "100" || s.code == "":
+		s.kind = statusHeartbeat
+	case s.code == "404":
+		s.kind = statusNoMessages
+	case s.code == "408", strings.HasPrefix(s.text, "Batch Completed"):
+		s.kind = statusEnded
+	case strings.HasPrefix(s.text, "Message Size Exceeds MaxBytes"):
+		s.kind = statusTooLarge
+	case strings.HasPrefix(s.text, "Exceeded MaxRequest"):
+		s.kind = statusLimit
+	case s.code == "503", strings.HasPrefix(s.text, "Leadership Change"), strings.HasPrefix(s.text, "Server Shutdown"):
+		s.kind = statusMoved
+	case strings.HasPrefix(s.text, "Consumer Deleted"):
+		s.kind = statusDeleted
+	case strings.HasPrefix(s.text, "Stream Deleted"):
+		s.kind = statusStreamDeleted
+	default:
+		s.kind = statusRefused
+	}
+	return s
+}
+
+// pullLimits are a consumer's limits on pull requests, 0 for none.
+type pullLimits struct {
 	batch   int
-	token   uint64 // last token of its reply subject, to tell its status messages
-	sent    int64  // engine time
-	expires int64  // engine time
+	bytes   int64
+	expires time.Duration
+}
+
+func pullLimitsOf(c jetstream.ConsumerConfig) pullLimits {
+	return pullLimits{c.MaxRequestBatch, int64(c.MaxRequestMaxBytes), c.MaxRequestExpires}
+}
+
+// learn takes the limit out of the text of a statusLimit, such as "Exceeded
+// MaxRequestBatch of 10", and reports whether it understood it.
+func (l *pullLimits) learn(text string) bool {
+	name, value, _ := strings.Cut(text, " of ")
+	switch strings.TrimPrefix(name, "Exceeded ") {
+	case "MaxRequestBatch":
+		n, err := strconv.Atoi(value)
+		if err != nil || n < 1 {
+			return false
+		}
+		l.batch = n
+	case "MaxRequestMaxBytes":
+		n, err := strconv.ParseInt(value, 10, 64)
+		if err != nil || n < 1 {
+			return false
+		}
+		l.bytes = n
+	case "MaxRequestExpires":
+		d, err := time.ParseDuration(value)
+		if err != nil || d <= 0 {
+			return false
+		}
+		l.expires = d
+	default:
+		return false
+	}
+	return true
+}
+
+// apply makes p one that the limits allow.
+func (l pullLimits) apply(p pullRequest) pullRequest {
+	if l.batch > 0 {
+		p.batch = min(p.batch, l.batch)
+	}
+	if l.bytes > 0 && p.maxBytes > 0 {
+		p.maxBytes = min(p.maxBytes, l.bytes)
+	}
+	if l.expires > 0 && p.expires > l.expires {
+		// The server compares it with a moment that lies later than ours.
+		p.expires = l.expires
+	}
+	p.heartbeat = min(p.heartbeat, p.expires/2)
+	return p
 }
 
 // pullError is a pull that the server did not take.
 type pullError struct{ code, text string }
 
-func hasCode(err error, code jetstream.ErrorCode) bool {
-	var js jetstream.JetStreamError
-	return errors.As(err, &js) && js.APIError() != nil && js.APIError().ErrorCode == code
-}
+func (e *pullError) Error() string { return fmt.Sprintf("natsx: pull refused: %s %s", e.code, e.text) }
 
+// trailingNumber is the number at the end of s, 0 for none.
 func trailingNumber(s string) int {
 	i := len(s)
 	for i > 0 && s[i-1] >= '0' && s[i-1] <= '9' {
@@ -118,8 +297,44 @@ func trailingNumber(s string) int {
 	return n
 }
 
-// pullLimits are the server's on pulls of this consumer; 0 is none.
-type pullLimits struct {
-	batch, bytes int
-	expires      time.Duration
+// messageSize is what counts against the server's max payload: headers as they
+// go over the wire, and data. It is of a message that is to be sent.
+func messageSize(m *nats.Msg) int { return m.Size() - len(m.Subject) - len(m.Reply) }
+
+// timeoutHeader tells a responder how long the requester still waits, as a Go
+// duration. It is a duration and not a time so that it needs no common clock; it
+// counts from the arrival of the request.
+const timeoutHeader = "Natsx-Timeout"
+
+// replyError is the error in the headers of a reply, or nil.
+func replyError(h nats.Header) *ReplyError {
+	code, message := h.Get(micro.ErrorCodeHeader), h.Get(micro.ErrorHeader)
+	if code == "" && message == "" {
+		return nil
+	}
+	e := &ReplyError{Message: message, RawCode: code}
+	e.Code, _ = strconv.Atoi(code)
+	return e
+}
+
+// requestTimeout is how long the requester of m waits, counted from its arrival;
+// ok is false when it does not say, or nothing that makes sense.
+func requestTimeout(h nats.Header) (d time.Duration, ok bool) {
+	text := h.Get(timeoutHeader)
+	if text == "" { // which costs an error to parse
+		return 0, false
+	}
+	d, err := time.ParseDuration(text)
+	return d, err == nil && d > 0
+}
+
+// withMetadata is a copy of m with one value more.
+func withMetadata(m map[string]string, key, value string) map[string]string {
+	next := map[string]string{key: value}
+	for k, v := range m {
+		if k != key && !strings.HasPrefix(k, "_nats.") { // which the server makes
+			next[k] = v
+		}
+	}
+	return next
 }

@@ -17,8 +17,8 @@ func booked() (*tally, []natsx.DeadLetter) {
 	t.publish(2, order{ID: "o-02", Item: "tea", Card: cardDeclined, Cents: 240})
 	t.priced.Add(2)
 	t.audited.Add(2)
-	t.seen[1] = fate{outcome: natsx.Succeeded}
-	t.seen[2] = fate{outcome: natsx.Dead, retries: retries}
+	t.seen[1] = fate{outcome: natsx.OutcomeSucceeded}
+	t.seen[2] = fate{outcome: natsx.OutcomeDead, retries: retries}
 	return t, []natsx.DeadLetter{{Sequence: 2, Reason: natsx.ReasonExhausted, Attempts: 3}}
 }
 
@@ -29,11 +29,13 @@ func TestSummaryIsChecked(t *testing.T) {
 		fault string // empty when all fits
 	}{
 		"all fits":         {func(*tally, *[]natsx.DeadLetter) {}, ""},
-		"handled and lost": {func(t *tally, _ *[]natsx.DeadLetter) { t.seen[1] = fate{outcome: natsx.Dead} }, "o-01"},
+		"handled and lost": {func(t *tally, _ *[]natsx.DeadLetter) { t.seen[1] = fate{outcome: natsx.OutcomeDead} }, "o-01"},
 		"letter missing":   {func(_ *tally, ls *[]natsx.DeadLetter) { *ls = nil }, "o-02"},
 		"letter twice":     {func(_ *tally, ls *[]natsx.DeadLetter) { *ls = append(*ls, (*ls)[0]) }, "two dead letters"},
 		"other reason":     {func(_ *tally, ls *[]natsx.DeadLetter) { (*ls)[0].Reason = natsx.ReasonPanic }, "o-02"},
-		"a retry too few":  {func(t *tally, _ *[]natsx.DeadLetter) { t.seen[2] = fate{outcome: natsx.Dead, retries: retries - 1} }, "o-02"},
+		"a retry too few": {func(t *tally, _ *[]natsx.DeadLetter) {
+			t.seen[2] = fate{outcome: natsx.OutcomeDead, retries: retries - 1}
+		}, "o-02"},
 		"reply missing":    {func(t *tally, _ *[]natsx.DeadLetter) { t.priced.Add(-1) }, "replies"},
 		"order not sent":   {func(t *tally, _ *[]natsx.DeadLetter) { t.unsent.Add(1) }, "sent"},
 		"repeat stored":    {func(t *tally, _ *[]natsx.DeadLetter) { t.repeats.Add(1) }, "duplicates"},

@@ -26,19 +26,19 @@ type fate struct {
 func fateOf(o order) fate {
 	switch {
 	case o.Item == "":
-		return fate{outcome: natsx.Dead, reason: natsx.ReasonUndecodable}
+		return fate{outcome: natsx.OutcomeDead, reason: natsx.ReasonUndecodable}
 	case o.Card == cardCancelled:
-		return fate{outcome: natsx.Discarded}
+		return fate{outcome: natsx.OutcomeDiscarded}
 	case o.Cents == 0:
-		return fate{outcome: natsx.Dead, reason: natsx.ReasonPermanent}
+		return fate{outcome: natsx.OutcomeDead, reason: natsx.ReasonPermanent}
 	case o.Card == cardBusy:
-		return fate{outcome: natsx.Succeeded, retries: 1}
+		return fate{outcome: natsx.OutcomeSucceeded, retries: 1}
 	case o.Card == cardDeclined:
-		return fate{outcome: natsx.Dead, reason: natsx.ReasonExhausted, retries: retries}
+		return fate{outcome: natsx.OutcomeDead, reason: natsx.ReasonExhausted, retries: retries}
 	case o.Card == cardCursed:
-		return fate{outcome: natsx.Dead, reason: natsx.ReasonPanic, retries: retries}
+		return fate{outcome: natsx.OutcomeDead, reason: natsx.ReasonPanic, retries: retries}
 	}
-	return fate{outcome: natsx.Succeeded}
+	return fate{outcome: natsx.OutcomeSucceeded}
 }
 
 // tally keeps what was published beside what became of it, by the sequence in the
@@ -66,7 +66,7 @@ func newTally(say *screen, durable string, shared bool) *tally {
 }
 
 func (f fate) settled() bool {
-	return f.outcome == natsx.Succeeded || f.outcome == natsx.Dead || f.outcome == natsx.Discarded
+	return f.outcome == natsx.OutcomeSucceeded || f.outcome == natsx.OutcomeDead || f.outcome == natsx.OutcomeDiscarded
 }
 
 // publish books an order once its stream has it. Billing may have been faster.
@@ -91,7 +91,7 @@ func (t *tally) Observe(_ context.Context, e natsx.Event) {
 	seq := e.Msg.Sequence()
 	f := t.seen[seq]
 	f.outcome = e.Outcome
-	if e.Outcome == natsx.Retried {
+	if e.Outcome == natsx.OutcomeRetried {
 		f.retries++
 	}
 	t.seen[seq] = f
@@ -108,17 +108,17 @@ func (t *tally) show(e natsx.Event) {
 	var o order
 	_ = json.Unmarshal(e.Msg.Data, &o) // the zero order when it does not decode
 	switch e.Outcome {
-	case natsx.Succeeded:
+	case natsx.OutcomeSucceeded:
 		what := fmt.Sprintf("✓ charged %d.%02d for %d %s", o.Cents/100, o.Cents%100, o.Count, o.Item)
 		if attempt > 1 {
 			what += fmt.Sprintf(" at attempt %d", attempt)
 		}
 		t.say.line(green, "billing", id, what)
-	case natsx.Retried:
+	case natsx.OutcomeRetried:
 		t.say.line(yellow, "billing", id, fmt.Sprintf("↻ attempt %d: %s", attempt, brief(e.Err)))
-	case natsx.Dead:
+	case natsx.OutcomeDead:
 		t.say.line(red, "billing", id, fmt.Sprintf("✗ dead at attempt %d: %s", attempt, brief(e.Err)))
-	case natsx.Discarded:
+	case natsx.OutcomeDiscarded:
 		t.say.line(grey, "billing", id, "· discarded: "+brief(e.Err))
 	default:
 		t.say.line(yellow, "billing", id, "… "+string(e.Outcome))
@@ -202,14 +202,14 @@ func (t *tally) summary(letters []natsx.DeadLetter) (faults []string) {
 			fault("%s (sequence %d) ended as %+v, not as %+v", o.ID, seq, got, want)
 		}
 		switch got.outcome {
-		case natsx.Succeeded:
+		case natsx.OutcomeSucceeded:
 			handled++
 			if got.retries > 0 {
 				again++
 			}
-		case natsx.Discarded:
+		case natsx.OutcomeDiscarded:
 			discarded++
-		case natsx.Dead:
+		case natsx.OutcomeDead:
 			dead = append(dead, fmt.Sprintf("%-5s %-12s after %s: %s", o.ID, l.Reason, plural(l.Attempts, "attempt"), strings.TrimPrefix(l.Error, "natsx: ")))
 		}
 	}

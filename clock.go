@@ -1,0 +1,53 @@
+package natsx
+
+import (
+	"context"
+	"math"
+	"time"
+)
+
+var processStart = time.Now()
+
+// processTime is the clock of all that natsx measures and plans: nanoseconds since the
+// start of the process, monotonic and never 0.
+func processTime() int64 { return int64(time.Since(processStart)) + 1 }
+
+// wait pauses and reports whether ctx still lives.
+func wait(ctx context.Context, d time.Duration) bool {
+	if d <= 0 {
+		return ctx.Err() == nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// backoff is the pause between the tries of something that may fail for a while: first,
+// then twice as long each time, and at most most.
+type backoff struct {
+	first, most time.Duration
+	tries       int
+}
+
+// next is the length of the next pause.
+func (b *backoff) next() time.Duration {
+	d := float64(b.first) * math.Pow(2, float64(min(b.tries, 62)))
+	b.tries++
+	return time.Duration(min(d, float64(b.most)))
+}
+
+// wait pauses and reports whether ctx still lives.
+func (b *backoff) wait(ctx context.Context) bool { return wait(ctx, b.next()) }
+
+// notify tells a channel of capacity 1 something, unless it was told already.
+func notify(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}

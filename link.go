@@ -1,0 +1,225 @@
+package natsx
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+const (
+	// leastPatience and mostPatience bound how long the server may take to answer a ping
+	// before the connection counts as dead: a sixth of the shortest lease.
+	leastPatience = 500 * time.Millisecond
+	mostPatience  = 4 * time.Second
+	// reconnectPause is the shortest time between two forced reconnects.
+	reconnectPause = 2 * time.Second
+)
+
+// link is what natsx knows of one connection, shared by all that use it: what it
+// carries, whether it is up, and how to find that it is up in name only. It is safe
+// for concurrent use. Its state is read without the connection's lock, which nats.go
+// holds while it writes: through a network that stands still that may be long.
+type link struct {
+	nc     *nats.Conn
+	budget budget
+
+	status   atomic.Int32          // a nats.Status
+	cause    atomic.Pointer[error] // why it is not connected, as far as known
+	sessions atomic.Int64          // connections so far
+	checking atomic.Bool           // one goroutine makes sure of the connection
+
+	// Guarded by links.
+	users  int
+	events chan nats.Status
+	ended  chan struct{} // closed when the events are over
+
+	mu         sync.Mutex
+	watchers   map[*linkWatch]struct{}
+	lastForced time.Time
+}
+
+// linkWatch is told of changes of a link's status, on the link's goroutine.
+type linkWatch struct{ changed func(nats.Status) }
+
+var links = struct {
+	sync.Mutex
+	of map[*nats.Conn]*link
+}{of: map[*nats.Conn]*link{}}
+
+// openLink returns the link of nc, which the caller closes.
+func openLink(nc *nats.Conn) *link {
+	links.Lock()
+	defer links.Unlock()
+	l := links.of[nc]
+	if l == nil {
+		l = &link{nc: nc, watchers: map[*linkWatch]struct{}{}, ended: make(chan struct{})}
+		l.events = nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING, nats.DISCONNECTED, nats.CLOSED, nats.DRAINING_SUBS, nats.DRAINING_PUBS)
+		l.status.Store(int32(nc.Status()))
+		links.of[nc] = l
+		go l.follow()
+	}
+	l.users++
+	return l
+}
+
+func (l *link) close() {
+	links.Lock()
+	l.users--
+	last := l.users == 0
+	if last {
+		delete(links.of, l.nc)
+	}
+	links.Unlock()
+	if last {
+		l.nc.RemoveStatusListener(l.events)
+		<-l.ended
+	}
+}
+
+// follow keeps the status until the link is closed.
+func (l *link) follow() {
+	defer close(l.ended)
+	for s := range l.events {
+		switch s {
+		case nats.CONNECTED:
+			l.sessions.Add(1)
+			l.cause.Store(nil)
+		case nats.RECONNECTING, nats.DISCONNECTED, nats.CLOSED:
+			l.budget.disconnected(processTime())
+			if err := l.nc.LastError(); err != nil {
+				l.cause.Store(&err)
+			}
+		}
+		l.status.Store(int32(s))
+		l.mu.Lock()
+		watchers := make([]*linkWatch, 0, len(l.watchers))
+		for w := range l.watchers {
+			watchers = append(watchers, w)
+		}
+		l.mu.Unlock()
+		for _, w := range watchers {
+			w.changed(s)
+		}
+	}
+}
+
+// noteCause remembers why nc does not connect.
+func noteCause(nc *nats.Conn, err error) {
+	links.Lock()
+	defer links.Unlock()
+	if l := links.of[nc]; l != nil && err != nil {
+		l.cause.Store(&err)
+	}
+}
+
+// watch has changed called for each change of the status until the watch is stopped. It
+// must not block.
+func (l *link) watch(changed func(nats.Status)) *linkWatch {
+	w := &linkWatch{changed}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.watchers[w] = struct{}{}
+	return w
+}
+
+func (l *link) unwatch(w *linkWatch) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.watchers, w)
+}
+
+func (l *link) is() nats.Status { return nats.Status(l.status.Load()) }
+
+// up reports whether messages can be sent now.
+func (l *link) up() bool {
+	switch l.is() {
+	case nats.CONNECTED, nats.DRAINING_SUBS, nats.DRAINING_PUBS:
+		return true
+	}
+	return false
+}
+
+// why is the cause of a connection that is not up, or nil.
+func (l *link) why() error {
+	if err := l.cause.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// patienceFor is how long the server may take to answer a ping, where the shortest lease
+// is term, 0 for none.
+func patienceFor(term time.Duration) time.Duration {
+	if term == 0 {
+		return mostPatience
+	}
+	return min(max(term/6, leastPatience), mostPatience)
+}
+
+// ping makes a round trip to the server within limit, and reports whether it was
+// answered. It gives up when nothing at all comes from the server for as long as
+// patience: then the connection is not alive. A new connection is.
+func (l *link) ping(ctx context.Context, patience, limit time.Duration) (answered, alive bool) {
+	session := l.sessions.Load()
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- l.nc.FlushWithContext(ctx) }()
+	look := time.NewTicker(patience)
+	defer look.Stop()
+	for before := l.nc.Stats().InBytes; ; {
+		select {
+		case err := <-done:
+			return err == nil, true
+		case <-look.C:
+			now := l.nc.Stats().InBytes
+			if now == before {
+				cancel()
+				err := <-done
+				return err == nil, err == nil || l.sessions.Load() != session
+			}
+			before = now
+		}
+	}
+}
+
+// check makes sure of the connection in the background of its owner, once at a time,
+// and replaces one that is up in name only.
+func (l *link) check(ctx context.Context, patience time.Duration, log *slog.Logger, spawn func(func())) {
+	if !l.up() || !l.checking.CompareAndSwap(false, true) {
+		return
+	}
+	spawn(func() {
+		defer l.checking.Store(false)
+		if _, alive := l.ping(ctx, patience, 2*patience); !alive && ctx.Err() == nil {
+			l.reconnect(log)
+		}
+	})
+}
+
+// reconnect replaces a connection that is up in name only, but not one after another.
+// It reports whether the connection will come back as a new one.
+func (l *link) reconnect(log *slog.Logger) bool {
+	if !l.up() {
+		return true
+	}
+	l.mu.Lock()
+	early := time.Since(l.lastForced) < reconnectPause
+	if !early {
+		l.lastForced = time.Now()
+	}
+	l.mu.Unlock()
+	if early {
+		return false
+	}
+	log.Warn("natsx: connection does not answer, reconnecting", "server", l.nc.ConnectedUrlRedacted())
+	if err := l.nc.ForceReconnect(); err != nil {
+		log.Error("natsx: reconnect failed", "error", err)
+		return false
+	}
+	return true
+}

@@ -1,0 +1,310 @@
+package natsx
+
+import (
+	"slices"
+	"time"
+)
+
+const (
+	// statusGrace is how much later than a pull's end the server may say so.
+	statusGrace = time.Second
+	// refusalPause is the pause after a pull that the server refused.
+	refusalPause = time.Second
+	// movedPause is the pause before pulling again where nobody served the last pull;
+	// it doubles, up to refusalPause, while nobody does.
+	movedPause = 10 * time.Millisecond
+	// starvedPause is when a pull that the byte budget did not allow is tried again.
+	starvedPause = int64(2 * time.Millisecond)
+)
+
+// puller is the client's side of the pull protocol for one consumer (ADR-13): which
+// requests are at the server, what they may still bring, and the next one. It is a
+// state machine without clock, lock or connection: its owner tells it what happens,
+// under the owner's lock, and sends the requests that it returns. What is wanted is
+// decided by the owner's policy, which passes a demand.
+//
+// A request for messages is called real. A bell is a request that no message fits:
+// the server ends it when there is a message to deliver, and delivers nothing. An idle
+// consumer waits with a bell, so that no message can be on its way to it when it stops.
+type puller struct {
+	limits pullLimits // of the consumer
+	budget *budget    // bytes of the connection, nil for no bound
+	size   int64      // of a message in bytes, a moving mean
+
+	open        bool // requests may be sent
+	pulls       []pull
+	outstanding int   // messages asked for that have not come
+	asked       int64 // of the budget, for these
+	carried     int64 // bytes that came since the budget was told
+	tokens      uint64
+	heard       int64 // when the server was last heard
+	unheard     int64 // when the oldest pull was sent whose end should have been heard, 0 for none
+	notBefore   int64 // no request before
+	unserved    int   // requests in a row that nobody served
+	single      bool  // the next real request is for one message of any size
+	starved     bool  // the budget allowed nothing
+}
+
+// pull is a request at the server.
+type pull struct {
+	token     uint64
+	batch     int
+	bell      bool
+	sent      int64
+	expires   int64
+	heartbeat int64 // 0 for none
+}
+
+// demand is what a policy wants of the puller.
+type demand struct {
+	messages  int           // that may be here or on their way, beyond those that have come
+	refill    int           // the fewest messages that are worth a request
+	bell      bool          // when messages is 0: a bell is to wait at the server
+	stay      time.Duration // how long a request may wait at the server
+	heartbeat time.Duration // of a request that stays longer, 0 for none
+}
+
+// pullEvent is what a status means for the owner of the puller.
+type pullEvent uint8
+
+const (
+	pullGoesOn     pullEvent = iota // plan the next request
+	pullRang                        // a bell rang: there are messages
+	pullRefused                     // the server does not take such requests; the puller pauses
+	pullMoved                       // nobody serves the consumer at the moment
+	pullGone                        // the consumer was deleted
+	pullStreamGone                  // its stream was deleted
+)
+
+// message takes a message of size bytes into account.
+func (p *puller) message(now int64, size int) {
+	p.heard, p.unserved = now, 0
+	p.carried += int64(size)
+	if p.size == 0 {
+		p.size = int64(size)
+	} else {
+		p.size += (int64(size) - p.size) / 16
+	}
+	if p.outstanding == 0 {
+		return // of a pull that was given up
+	}
+	p.release(p.asked / int64(p.outstanding))
+	p.outstanding--
+	p.clear()
+}
+
+// status takes a pull status message into account.
+func (p *puller) status(now int64, s pullStatus) pullEvent {
+	p.heard = now
+	i := slices.IndexFunc(p.pulls, func(q pull) bool { return q.token == s.token })
+	if s.kind == statusHeartbeat {
+		return pullGoesOn
+	}
+	var ended pull
+	if i >= 0 {
+		ended = p.pulls[i]
+		p.end(i, s.left)
+	}
+	switch s.kind {
+	case statusNoMessages, statusEnded:
+		p.unserved = 0
+		return pullGoesOn
+	case statusTooLarge:
+		p.unserved = 0
+		if ended.bell {
+			return pullRang
+		}
+		// One that brought nothing would bring nothing again.
+		p.single = p.single || i >= 0 && s.left == ended.batch
+		return pullGoesOn
+	case statusLimit:
+		if p.limits.learn(s.text) {
+			return pullGoesOn
+		}
+	case statusDeleted:
+		return pullGone
+	case statusStreamDeleted:
+		return pullStreamGone
+	case statusMoved:
+		p.unserved++
+		pause := refusalPause
+		if p.unserved < 8 {
+			pause = min(movedPause<<(p.unserved-1), refusalPause)
+		}
+		if p.unserved == 1 && s.code != "503" {
+			pause = 0 // the next leader knows that it is one
+		}
+		p.notBefore = max(p.notBefore, now+int64(pause))
+		return pullMoved
+	}
+	p.notBefore = now + int64(refusalPause)
+	return pullRefused
+}
+
+// end removes a pull that brings left messages less than it asked for.
+func (p *puller) end(i, left int) {
+	ended := p.pulls[i]
+	p.pulls = slices.Delete(p.pulls, i, i+1)
+	if ended.bell {
+		return
+	}
+	p.outstanding -= left
+	// A pull may end without saying how much of it is left.
+	most := 0
+	for _, q := range p.pulls {
+		if !q.bell {
+			most += q.batch
+		}
+	}
+	before := p.outstanding + left
+	p.outstanding = min(max(p.outstanding, 0), most)
+	if before > 0 {
+		p.release(p.asked - p.asked*int64(p.outstanding)/int64(before))
+	}
+	p.clear()
+}
+
+// clear drops the pulls for messages when all of these have come, or will not.
+func (p *puller) clear() {
+	if p.outstanding == 0 {
+		p.pulls = slices.DeleteFunc(p.pulls, func(q pull) bool { return !q.bell })
+		p.release(p.asked)
+	}
+}
+
+// forget gives up every pull, which the server does not have any more, and returns
+// how many messages may have been lost on their way.
+func (p *puller) forget() (lost int) {
+	lost = p.outstanding
+	p.pulls, p.outstanding, p.unheard = p.pulls[:0], 0, 0
+	p.release(p.asked)
+	return lost
+}
+
+// expire gives up the pulls of which the server should have announced the end, and
+// reports whether it has been silent since: the end of a pull for one message is not
+// announced when that came.
+func (p *puller) expire(now int64) (silent bool) {
+	for i := 0; i < len(p.pulls); {
+		q := p.pulls[i]
+		over := q.expires+int64(statusGrace) < now
+		missed := q.heartbeat > 0 && now-max(p.heard, q.sent) > 2*q.heartbeat+int64(statusGrace)/4
+		if !over && !missed {
+			i++
+			continue
+		}
+		if missed || p.heard < q.expires {
+			silent = true
+			if p.unheard == 0 && !q.bell {
+				p.unheard = q.sent
+			}
+		}
+		p.end(i, q.batch)
+		i = 0 // it may have been the last
+	}
+	return silent
+}
+
+// wake is when expire or next has something to do though nothing happens, 0 for never.
+func (p *puller) wake(now int64) int64 {
+	at := int64(0)
+	soonest := func(t int64) {
+		if at == 0 || t < at {
+			at = t
+		}
+	}
+	for _, q := range p.pulls {
+		soonest(q.expires + int64(statusGrace) + 1)
+		if q.heartbeat > 0 {
+			soonest(max(p.heard, q.sent) + 2*q.heartbeat + int64(statusGrace)/4 + 1)
+		}
+	}
+	if p.open && p.notBefore > now {
+		soonest(p.notBefore)
+	}
+	return at
+}
+
+// next is the request that meets a demand, when there is one to send.
+func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
+	if !p.open || now < p.notBefore {
+		return r, false
+	}
+	p.budget.carry(now, p.carried)
+	p.carried = 0
+	real := d.messages > 0
+	if !real {
+		if !d.bell || len(p.pulls) > 0 {
+			return r, false
+		}
+		r = pullRequest{batch: 1, maxBytes: 1, expires: d.stay, heartbeat: d.heartbeat}
+	} else {
+		n := d.messages - p.outstanding
+		if n < max(d.refill, 1) {
+			return r, false
+		}
+		if p.single {
+			n = 1
+		}
+		if p.limits.batch > 0 {
+			n = min(n, p.limits.batch)
+		}
+		per, most := max(p.size, 1), n
+		// Where bytes are short, a few messages at a time would be a request for each.
+		if n = p.budget.grant(now, n, per, p.outstanding == 0); n == 0 || n < most && n < min(p.outstanding, d.messages-p.outstanding)/2 {
+			p.budget.release(int64(n) * per)
+			p.starved = true
+			return r, false
+		}
+		p.starved, p.single = false, false
+		r = pullRequest{batch: n, expires: d.stay, heartbeat: d.heartbeat}
+		if p.budget != nil && n > 1 {
+			// Messages may have become larger than those before. One alone needs no
+			// bound, and then no status message about its end either.
+			r.maxBytes = max(4*int64(n)*per, minPullBytes)
+		}
+		p.outstanding += n
+		p.asked += int64(n) * per
+	}
+	if r.heartbeat > 0 && r.expires <= r.heartbeat {
+		r.heartbeat = 0 // its end comes in time for one
+	}
+	r = p.limits.apply(r)
+	p.tokens++
+	r.token = p.tokens
+	p.pulls = append(p.pulls, pull{
+		token: r.token, batch: r.batch, bell: !real,
+		sent: now, expires: now + int64(r.expires), heartbeat: int64(r.heartbeat),
+	})
+	return r, true
+}
+
+// waitsUntil is when the last real pull ends at the server, 0 for none.
+func (p *puller) waitsUntil() (at int64) {
+	for _, q := range p.pulls {
+		if !q.bell {
+			at = max(at, q.expires)
+		}
+	}
+	return at
+}
+
+// since is when the oldest real pull was sent that may still bring something, and now
+// without one: no message that comes was delivered before.
+func (p *puller) since(now int64) int64 {
+	if p.unheard != 0 {
+		return p.unheard
+	}
+	for _, q := range p.pulls {
+		if !q.bell {
+			return q.sent
+		}
+	}
+	return now
+}
+
+// release gives bytes back to the budget.
+func (p *puller) release(bytes int64) {
+	p.asked -= bytes
+	p.budget.release(bytes)
+}
