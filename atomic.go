@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"time"
 
@@ -57,14 +56,38 @@ func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, err
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
 	b := atomicBatch{call: p.newCall(ctx), out: make([]outgoing, len(es))}
-	b.number(es[0].subject, slices.ContainsFunc(es, func(e Envelope) bool { return e.expects() }), len(es))
+	number := b.prepare(es)
+	ack, err := b.publish(ctx)
+	if err != nil {
+		b.giveBack(number)
+		return Ack{}, err
+	}
+	return ack, nil
+}
+
+// prepare settles the message ids of envelopes that were checked. In a handler they
+// are made of the batch as a whole: a part of a batch is not what another run stored.
+func (b *atomicBatch) prepare(es []Envelope) number {
+	var number number
+	if b.inDurable() {
+		number = b.d.output().take(batchDigest(es))
+	}
 	for i := range es {
-		o, err := b.prepare(ctx, &es[i], false)
-		if err != nil {
-			return Ack{}, err
+		o := outgoing{e: &es[i], id: es[i].msgID, subject: es[i].subject, carried: b.carried}
+		switch {
+		case o.id != "":
+		case number.n > 0:
+			o.id = b.d.output().id(number) + "/" + strconv.Itoa(i+1)
+		default:
+			o.id = b.p.nextID()
 		}
 		b.out[i] = o
 	}
+	return number
+}
+
+func (b *atomicBatch) publish(ctx context.Context) (Ack, error) {
+	p := b.p
 	if err := p.online(ctx); err != nil {
 		b.out[0].trouble = offline
 	}
@@ -81,7 +104,6 @@ func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, err
 		}
 		ack, wait, err := b.afterTry(ctx, at, err)
 		if wait < 0 {
-			b.numberAgain(err)
 			return ack, err
 		}
 		pause(ctx, wait)

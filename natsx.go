@@ -126,9 +126,8 @@ type delivery struct {
 	raw   *nats.Msg // as it came, for its dead letter
 	route *route
 
-	published atomic.Uint32           // envelopes published with this context so far
-	refused   atomic.Pointer[numbers] // of the last call, when it stored nothing; see call.number
-	settling  atomic.Int32            // see delivery.renewing
+	made     atomic.Pointer[made] // owned by publishing: what was published with this context
+	settling atomic.Int32         // see delivery.renewing
 
 	// The lease on a message of a durable. The times are the engine's.
 	lease      atomic.Int64 // when it ends; only ever moved to later

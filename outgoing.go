@@ -20,14 +20,6 @@ type call struct {
 	streams []*jetstream.StreamInfo // looked up for schedules
 	found   map[string]finding      // what the server said of subjects without responders
 	silent  time.Time               // when it last said nothing
-	refused *numbers                // of the handler's call before, when it stored nothing
-	numbers numbers                 // of a handler's envelopes
-}
-
-// numbers are those of one call's envelopes among what a handler published.
-type numbers struct {
-	subject  string // of the first
-	from, to uint32 // the first is from+1
 }
 
 type finding struct {
@@ -38,45 +30,31 @@ type finding struct {
 
 func (p *Publisher) newCall(ctx context.Context) call {
 	d := deliveryFrom(ctx)
-	c := call{p: p, d: d, carried: carriedFrom(d)}
-	if d != nil {
-		c.refused = d.refused.Swap(nil)
-	}
-	return c
+	return call{p: p, d: d, carried: carriedFrom(d)}
 }
 
-// number tells where the numbers of n envelopes begin. A handler that is refused
-// for a sequence, reads it anew and tries again uses the same numbers: when it runs
-// once more its first try may be taken, which must not be a second copy.
-func (c *call) number(subject string, expects bool, n int) {
-	if c.d == nil {
-		return
-	}
-	if r := c.refused; r != nil && expects && r.subject == subject {
-		// Unless another goroutine of the handler has numbers above.
-		c.d.published.CompareAndSwap(r.to, r.from)
-	}
-	from := c.d.published.Load()
-	c.numbers = numbers{subject: subject, from: from, to: from + uint32(n)}
-}
+// inDurable reports whether the call is a durable's handler's, whose envelopes have
+// message ids made of the handled message.
+func (c *call) inDurable() bool { return c.d != nil && c.d.msg.Durable() != "" }
 
-// numberAgain keeps the numbers of a call that stored nothing for the next one.
-func (c *call) numberAgain(err error) {
-	if c.d != nil && errors.Is(err, ErrWrongSequence) {
-		c.d.refused.Store(&c.numbers)
+// giveBack frees the number of what was not stored, as far as anybody knows.
+func (c *call) giveBack(number number) {
+	if number.n > 0 {
+		c.d.output().giveBack(number)
 	}
 }
 
-// mayHave tells whether a stream may have the message though it refuses it: from an
-// unanswered try, or from an earlier attempt of the handler.
-func (c *call) mayHave(o *outgoing) bool {
-	return o.unanswered > 0 || c.d != nil && o.id != "" && c.d.msg.Attempt() > 1
+// mayHave reports whether a stream may have the message though it refuses it: from an
+// unanswered try, an earlier attempt of the handler, or an earlier call.
+func (o *outgoing) mayHave() bool {
+	return o.id != "" && (o.unanswered > 0 || o.number.n > 0 || o.e.set&envMsgID != 0)
 }
 
 // outgoing is one envelope on its way to a stream, with what its tries share.
 type outgoing struct {
 	e       *Envelope
 	id      string
+	number  number    // of which the id is made
 	subject string    // where it is sent: the schedule's subject for a delayed one
 	due     time.Time // of a delayed one
 	carried []field   // headers of the handled message
@@ -94,31 +72,24 @@ func (c *call) prepare(ctx context.Context, e *Envelope, bare bool) (outgoing, e
 	if err := e.check(); err != nil {
 		return o, err
 	}
-	var n uint32
-	if c.d != nil {
-		n = c.d.published.Add(1)
-	}
-	if o.id == "" {
-		if c.d != nil && c.d.msg.Durable() != "" {
-			o.id = letterID(c.d) + "/" + strconv.FormatUint(uint64(n), 10)
-		} else if !bare {
-			o.id = c.p.nextID()
-		}
+	switch {
+	case o.id != "":
+	case c.inDurable():
+		made := c.d.output()
+		o.number = made.take(e.digest())
+		o.id = made.id(o.number)
+	case !bare:
+		o.id = c.p.nextID()
 	}
 	if e.delayed() {
-		subject, err := c.scheduleSubject(ctx, e.subject)
+		subject, err := c.scheduleSubject(ctx, &o)
 		if err != nil {
+			c.giveBack(o.number)
 			return o, err
 		}
 		o.subject, o.due = subject, e.due()
 	}
 	return o, nil
-}
-
-// letterID names the handled message: <stream>@<created>/<durable>/<sequence>.
-func letterID(d *delivery) string {
-	from := d.msg.origin()
-	return fmt.Sprintf("%s@%d/%s/%d", from.stream, from.created, from.durable, d.msg.seq)
 }
 
 // nextID returns an id that nobody else has. It is one subject token.
@@ -176,7 +147,7 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		case jetstream.JSErrCodeStreamWrongLastSequence:
 			// A server without replicas checks expectations before message ids:
 			// the sequence may be wrong because the message is stored.
-			if !c.mayHave(o) {
+			if !o.mayHave() {
 				break
 			}
 			ack, stored, err := c.p.probe(ctx, o)

@@ -86,15 +86,25 @@ type Ack struct {
 // that it does not set itself. In a durable's handler, an envelope without a
 // message id that goes to JetStream gets
 //
-//	<stream>@<created>/<durable>/<sequence>/<n>
+//	<stream>/<durable>/<sequence>@<stored time in Unix nanoseconds>/<hash>/<n>
 //
-// made of the handled message and the count n of envelopes that its handler
-// published so far. When the message is delivered again, its handler therefore
-// publishes nothing twice within the duplicate window, if it publishes the same
-// envelopes in the same order. One that is refused with [ErrWrongSequence] does not
-// count when the next call expects a sequence too and its first subject is the same:
-// a handler may read anew and try again. A handler that publishes from several
-// goroutines at once, or depends on the time, sets MsgID.
+// made of the handled message, a hash of the envelope and its number among equal
+// ones that the handler has stored. So when the message is handled again, what was
+// stored is not stored twice within the duplicate window, whatever else that run
+// publishes, in which order and from how many goroutines; and what is different is
+// never taken for a repetition. Equal envelopes in equal number are one: a handler that
+// stores two equal ones in one run and two in the next has stored two. An envelope that
+// was not stored, or of which that is unknown, leaves its number to the next equal one,
+// so that trying again is safe.
+//
+// Equal are envelopes with the same subject, payload, TTL, delay ([Envelope.After], or
+// the time of [Envelope.At]) and headers. The trace context (traceparent, tracestate)
+// and expected streams and sequences do not count. So an envelope that differs from
+// run to run, by a time or a random id in it, is another message in each: give it a
+// [Envelope.MsgID]. In an atomic batch the envelopes of the whole batch count.
+//
+// Of what one handler publishes, the first 131,072 different envelopes are counted one by
+// one. Of those beyond, a run that publishes them in another order may store some again.
 type Publisher struct {
 	nc     *nats.Conn
 	js     jetstream.JetStream
@@ -185,29 +195,36 @@ func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
 	call := p.newCall(ctx)
-	call.number(e.subject, e.expects(), 1)
 	o, err := call.prepare(ctx, &e, p.bare)
 	if err != nil {
 		return Ack{}, err
 	}
-	if err := p.online(ctx); err != nil {
+	ack, err := call.publish(ctx, &o)
+	if err != nil {
+		call.giveBack(o.number)
+		return Ack{}, err
+	}
+	return ack, nil
+}
+
+func (c *call) publish(ctx context.Context, o *outgoing) (Ack, error) {
+	if err := c.p.online(ctx); err != nil {
 		o.trouble = offline
 		return Ack{}, o.ended(err)
 	}
-	m := &nats.Msg{Subject: o.subject, Data: e.data, Header: make(nats.Header, len(e.headers)+4)}
+	m := &nats.Msg{Subject: o.subject, Data: o.e.data, Header: make(nats.Header, len(o.e.headers)+4)}
 	o.fill(m.Header)
 	for {
-		ack, err := o.try(ctx, p.nc, m)
+		ack, err := o.try(ctx, c.p.nc, m)
 		if err == nil {
 			return ack, nil
 		}
-		ack, wait, err := call.after(ctx, &o, err)
+		ack, wait, err := c.after(ctx, o, err)
 		if wait < 0 {
-			call.numberAgain(err)
 			return ack, err
 		}
 		if o.unanswered == 2 && o.trouble == "" {
-			if f := call.lookUp(ctx, o.subject); !f.exists && f.err == nil {
+			if f := c.lookUp(ctx, o.subject); !f.exists && f.err == nil {
 				o.trouble = noStreamHere
 			}
 		}

@@ -334,6 +334,9 @@ func (b *bulk) fail(i int, err error) {
 		b.errs = make([]error, len(b.es))
 	}
 	b.errs[i] = err
+	if b.slot[i] > 0 {
+		b.giveBack(b.out[b.slot[i]-1].number)
+	}
 }
 
 // abandon ends everything that has no ack.

@@ -394,7 +394,7 @@ func TestPublishEndsWithItsContext(t *testing.T) {
 func handling(parent context.Context, h nats.Header) context.Context {
 	return &delivery{
 		Context: parent,
-		msg:     Msg{Subject: "in", Header: h, from: &origin{stream: "IN", durable: "worker", created: 42}, seq: 7},
+		msg:     Msg{Subject: "in", Header: h, from: &origin{stream: "IN", durable: "worker"}, seq: 7, time: 42},
 	}
 }
 
@@ -415,9 +415,10 @@ func TestPublishFromAHandler(t *testing.T) {
 		}
 		cancel()
 	}
+	id := func(e Envelope) string { return "IN/worker/7@42/" + digestOf(e).String() + "/1" }
 	want := []nats.Header{
-		{"Nats-Msg-Id": {"IN@42/worker/7/1"}, "traceparent": {"tp"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
-		{"Nats-Msg-Id": {"IN@42/worker/7/2"}, "Traceparent": {"own"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
+		{"Nats-Msg-Id": {id(To("s.a"))}, "traceparent": {"tp"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
+		{"Nats-Msg-Id": {id(To("s.b"))}, "Traceparent": {"own"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
 		{"Nats-Msg-Id": {"own"}, "traceparent": {"tp"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
 	}
 	for i, h := range want {

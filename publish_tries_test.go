@@ -159,7 +159,7 @@ func (js knownJS) StreamNameBySubject(ctx context.Context, _ string) (string, er
 func TestPublishAllGivesUpOnSilence(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(context.Context) error { return nil }}))
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{JetStream: jetStream(t, nc), ask: func(context.Context) error { return nil }}))
 	eventually(t, "the errors say why", func() bool {
 		_, err := pub.publishAll(context.Background(), 300*time.Millisecond, []Envelope{To("a"), To("b")})
 		var failed *PublishError
@@ -181,7 +181,7 @@ func TestPublishAllTakesTheLastAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	var asked atomic.Int64
-	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(context.Context) error {
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{JetStream: jetStream(t, nc), ask: func(context.Context) error {
 		second := asked.Add(1) == 2
 		if second {
 			receive(t, late, "the envelope").Respond([]byte(storedFirst))
@@ -208,7 +208,7 @@ func TestPublishAllAsksASilentAPIOnce(t *testing.T) {
 	ctx, cancel := context.WithCancel(testContext(t))
 	defer cancel()
 	var asked atomic.Int64
-	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(ctx context.Context) error {
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{JetStream: jetStream(t, nc), ask: func(ctx context.Context) error {
 		asked.Add(1)
 		<-ctx.Done()
 		return ctx.Err()

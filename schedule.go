@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
@@ -17,8 +18,11 @@ const scheduleToken = "natsx-schedule"
 // captures its target.
 //
 // The server wants it to differ from the target and in the same stream, and a
-// later schedule on one subject replaces the earlier.
-func (c *call) scheduleSubject(ctx context.Context, target string) (string, error) {
+// later schedule on one subject replaces the earlier. So that of a handler, which
+// publishes it again when its message is handled again, has the same subject each time:
+// beyond the duplicate window too there is one of it.
+func (c *call) scheduleSubject(ctx context.Context, o *outgoing) (string, error) {
+	target := o.e.subject
 	info, err := c.streamOf(ctx, target)
 	if err != nil {
 		return "", err
@@ -33,6 +37,10 @@ func (c *call) scheduleSubject(ctx context.Context, target string) (string, erro
 		return "", refuse("has interest retention, which drops schedules")
 	}
 	id := c.p.nextID()
+	if o.number.n > 0 {
+		sum := sha256.Sum256([]byte(o.id))
+		id = digest(sum[:len(digest{})]).String()
+	}
 	subject := scheduleToken + "." + id + "." + target
 	if captures(info, subject) {
 		return subject, nil
