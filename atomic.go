@@ -270,7 +270,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, tim
 		first.trouble = o.trouble
 		return again(wait)
 	}
-	if err := b.p.denied(o.subject); err != nil {
+	if err := b.denied(o.subject); err != nil {
 		return Ack{}, -1, err
 	}
 	first.unanswered++

@@ -17,6 +17,7 @@ type call struct {
 	p       *Publisher
 	d       *delivery               // of the handler whose context it is, or nil
 	carried []field                 // headers of the handled message
+	mark    uint64                  // of denials when it began
 	streams []*jetstream.StreamInfo // looked up for schedules
 	found   map[string]finding      // what the server said of subjects without responders
 	silent  time.Time               // when it last said nothing
@@ -30,8 +31,12 @@ type finding struct {
 
 func (p *Publisher) newCall(ctx context.Context) call {
 	d := deliveryFrom(ctx)
-	return call{p: p, d: d, carried: carriedFrom(d)}
+	return call{p: p, d: d, carried: carriedFrom(d), mark: p.denials.mark()}
 }
+
+// denied is the permission that keeps a message on subject from being stored and
+// acknowledged, if the server has refused it since the call began.
+func (c *call) denied(subject string) error { return c.p.denials.of(subject, c.mark) }
 
 // inDurable reports whether the call is a durable's handler's, whose envelopes have
 // message ids made of the handled message.
@@ -169,7 +174,7 @@ func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait
 		wait = againWait(50*time.Millisecond, o.tries)
 	default:
 		o.unanswered++
-		if err := c.p.denied(o.subject); err != nil {
+		if err := c.denied(o.subject); err != nil {
 			return ack, -1, err
 		}
 		if o.id == "" && ctx.Err() == nil {
@@ -215,7 +220,7 @@ func (c *call) noResponders(ctx context.Context, o *outgoing) error {
 		o.trouble, o.unknown = leaderless, time.Time{}
 	case f.err == nil:
 		return failure(fmt.Sprintf("publish to %q: no stream captures the subject", o.subject), ErrNoStream)
-	case errors.Is(f.err, context.DeadlineExceeded) && c.p.denied(".STREAM.NAMES") == nil:
+	case errors.Is(f.err, context.DeadlineExceeded):
 		// The cluster is looking for the leader who would know.
 	case o.unknown.IsZero():
 		o.unknown = time.Now()
@@ -237,7 +242,10 @@ func (c *call) lookUp(ctx context.Context, subject string) finding {
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookupWait)
 	defer cancel()
-	_, err := c.p.js.StreamNameBySubject(ctx, subject)
+	err := requestWith(ctx, c.p.nc, apiPrefix(c.p.js)+"STREAM.NAMES", func(ctx context.Context) error {
+		_, err := c.p.js.StreamNameBySubject(ctx, subject)
+		return err
+	})
 	f := finding{exists: err == nil, at: time.Now()}
 	if err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
 		f.err = err

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -112,6 +113,8 @@ type Publisher struct {
 	fast   bool          // batches in PublishAll
 	prefix string        // of automatic message ids
 	count  atomic.Uint64 // automatic message ids so far
+
+	denials *denials // which the end of the publisher stops
 }
 
 // PublisherOption configures a [Publisher].
@@ -136,7 +139,8 @@ func WithoutMessageIDs() PublisherOption {
 
 // NewPublisher returns a publisher over nc, which must outlive it and is not nil.
 func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
-	p := &Publisher{nc: nc, prefix: rand.Text()[:16]}
+	p := &Publisher{nc: nc, prefix: rand.Text()[:16], denials: &denials{nc: nc}}
+	runtime.AddCleanup(p, (*denials).stop, p.denials)
 	for _, opt := range opts {
 		opt(p)
 	}
@@ -312,23 +316,28 @@ func (p *Publisher) localFailure(doing string, m *nats.Msg, err error) error {
 	case errors.Is(err, nats.ErrMaxPayload):
 		return failure(fmt.Sprintf("%s%d bytes of payload and headers are above the server's maximum of %d",
 			what, messageSize(m), p.nc.MaxPayload()), err)
-	case errors.Is(err, nats.ErrConnectionClosed):
+	case errors.Is(err, nats.ErrConnectionClosed), errors.Is(err, nats.ErrConnectionDraining):
 		return failure(what+"connection closed", ErrConnectionClosed, err)
 	}
 	return failure(what+strings.TrimPrefix(err.Error(), "natsx: "), err)
 }
 
-// denied tells whether the server has refused this user to publish to subject, or,
-// when that starts with a dot, to one that ends in it. The server says so to the
-// connection and not to the message.
-func (p *Publisher) denied(subject string) error {
-	e := permissionError(p.nc.LastError())
-	if e == nil || e.Operation != "publish" ||
-		e.Subject != subject && !(subject[0] == '.' && strings.HasSuffix(e.Subject, subject)) {
-		return nil
+// closed is an error for a connection on which nothing is published any more, with
+// [ErrConnectionClosed] and that of nats.go in its chain, and else nil.
+func (p *Publisher) closed() error {
+	switch p.nc.Status() {
+	case nats.CLOSED:
+		return errClosed
+	case nats.DRAINING_SUBS, nats.DRAINING_PUBS:
+		return errDraining
 	}
-	return e
+	return nil
 }
+
+var (
+	errClosed   = failure("connection closed", ErrConnectionClosed, nats.ErrConnectionClosed)
+	errDraining = failure("connection is draining", ErrConnectionClosed, nats.ErrConnectionDraining)
+)
 
 // withLimit ends ctx after d unless it has a deadline of its own.
 func withLimit(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
