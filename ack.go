@@ -9,8 +9,8 @@ import (
 )
 
 // parseAck reads a stream's answer to a publish: an ack, a refusal as
-// [*jetstream.APIError], or [ErrBadAck]. last is the stream of an earlier ack:
-// the same name is not allocated again.
+// [*jetstream.APIError] with an Ack that names the stream, or [ErrBadAck]. last is the
+// stream of an earlier ack: the same name is not allocated again.
 func parseAck(data []byte, last string) (Ack, error) {
 	if ack, ok := parsePlainAck(data, last); ok {
 		return ack, nil
@@ -25,7 +25,7 @@ func parseAck(data []byte, last string) (Ack, error) {
 		return Ack{}, failure(fmt.Sprintf("the answer %q is not an ack of a stream", cut(data, 64)), ErrBadAck)
 	}
 	if r.Error != nil {
-		return Ack{}, r.Error
+		return Ack{Stream: r.Stream}, r.Error
 	}
 	if r.Stream == "" {
 		return Ack{}, failure(fmt.Sprintf("the answer %q names no stream", cut(data, 64)), ErrBadAck)

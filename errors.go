@@ -170,7 +170,8 @@ var ErrTooLarge = errors.New("natsx: payload is too large")
 // Failures of a request, of publishing and of a running broker.
 var (
 	// ErrNoStream is a subject or filter of which no stream has a subject, a named
-	// stream that does not exist, or one that has none of the filter's subjects.
+	// stream that does not exist, or one that has none of the filter's subjects. It is
+	// JetStream's answer: a JetStream that does not answer is no reason for it.
 	ErrNoStream = errors.New("natsx: no stream")
 	// ErrAmbiguousStream is a filter of which several streams have subjects. A route
 	// or a replay then names one with Stream.
@@ -203,7 +204,8 @@ var (
 	// for what a route needs, a publish, a stream, a replay or dead letters. Of all but
 	// streams it comes as a [*PermissionError], which tells the subject.
 	ErrPermission = errors.New("natsx: permission denied")
-	// ErrConnectionClosed is a connection that was closed for good.
+	// ErrConnectionClosed is a connection that was closed for good; of a [Publisher],
+	// also one that is draining.
 	ErrConnectionClosed = errors.New("natsx: connection closed")
 	// ErrDrainTimeout is a shutdown that did not end in time, as a [*DrainError]; or,
 	// without one, that everything was handled and the last acknowledgements could

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"runtime"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -22,11 +21,6 @@ const (
 	// ackWait is how long the first try waits for its ack, see [tryWait]. Tries
 	// share the message id, so a slow ack costs a duplicate answer at most.
 	ackWait = time.Second
-	// lookupWait bounds one question to the JetStream API.
-	lookupWait = time.Second
-	// unknownStreamWait is how long a publish goes on without responders when
-	// it may not ask whether a stream captures the subject.
-	unknownStreamWait = 3 * time.Second
 )
 
 // Refusals of a publish.
@@ -39,16 +33,23 @@ var (
 	// ErrSchedulesNotAllowed is a delayed envelope for a stream that cannot
 	// keep message schedules.
 	ErrSchedulesNotAllowed = errors.New("natsx: message schedules are not allowed")
-	// ErrTTLNotAllowed is an envelope with a TTL for a stream without AllowMsgTTL.
+	// ErrTTLNotAllowed is an envelope with a TTL for a stream without AllowMsgTTL, which
+	// all streams of a server before 2.11 are. The message was not stored.
 	ErrTTLNotAllowed = errors.New("natsx: message TTL is not allowed")
+	// ErrNoAck is an envelope for a stream that acknowledges nothing (NoAck). It was sent
+	// once, and may be stored, unless the error says that it was not sent.
+	// [Publisher.Send] stores in such a stream without an ack.
+	ErrNoAck = errors.New("natsx: the stream does not acknowledge")
 	// ErrBadAck is an answer to a publish that no stream gave: a subscriber of
 	// the subject replied instead. Whether the message is stored is unknown.
 	ErrBadAck = errors.New("natsx: not an ack of a stream")
 )
 
-// SequenceError is a failed expectation. The message was not stored. Of an atomic
-// batch in which several may have failed, which the server does not tell, it names
-// the first. [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
+// SequenceError is a failed expectation. The message was not stored, unless the error
+// around it says that this is unknown: the server may have it from an earlier try, and
+// neither traces messages (from 2.11 on, for a user who may publish to inboxes) nor
+// lets them be read. Of an atomic batch in which several may have failed, which the
+// server does not tell, it names the first. [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
 // [*jetstream.APIError].
 type SequenceError struct {
 	Subject string // of the message
@@ -70,7 +71,7 @@ func (e *SequenceError) Error() string {
 // Unwrap returns [ErrWrongSequence] and the server's answer.
 func (e *SequenceError) Unwrap() []error { return []error{ErrWrongSequence, e.Err} }
 
-// Ack is a stream's word that it has the message.
+// Ack is a stream's confirmation of storage.
 type Ack struct {
 	Stream   string // that has the message
 	Sequence uint64 // 0 where [WithFastIngest] leaves it unknown
@@ -106,6 +107,10 @@ type Ack struct {
 //
 // Of what one handler publishes, the first 131,072 different envelopes are counted one by
 // one. Of those beyond, a run that publishes them in another order may store some again.
+//
+// A message that is too large with the headers that natsx adds goes without them:
+// first without those carried over, then without the codec's Content-Type, at last
+// without an automatic message id, as [WithoutMessageIDs] has it.
 type Publisher struct {
 	nc     *nats.Conn
 	js     jetstream.JetStream
@@ -113,6 +118,7 @@ type Publisher struct {
 	fast   bool          // batches in PublishAll
 	prefix string        // of automatic message ids
 	count  atomic.Uint64 // automatic message ids so far
+	recent recentStreams
 
 	denials *denials // which the end of the publisher stops
 }
@@ -123,6 +129,10 @@ type PublisherOption func(*Publisher)
 // WithPublisherJetStream sets the JetStream context that is asked about streams,
 // for a domain or an API prefix. It must be of the publisher's connection, which is
 // not checked. Default, also for nil, is a plain one.
+//
+// A publisher at a server with a JetStream domain, which may be a leaf node, needs one
+// with the domain of its streams to be told at once that no stream captures a subject:
+// see [Publisher.Publish].
 func WithPublisherJetStream(js jetstream.JetStream) PublisherOption {
 	return func(p *Publisher) { p.js = js }
 }
@@ -130,9 +140,9 @@ func WithPublisherJetStream(js jetstream.JetStream) PublisherOption {
 // WithoutMessageIDs leaves out the automatic message ids of Publish and
 // PublishAll, which cost a server about a third of its rate. Without an id a
 // second try might be a second copy. So an envelope that has none, neither its
-// own nor a handler's, waits for the one ack until ctx ends, and when that is
-// lost, as in a leader election, it is an error of which nobody knows whether the
-// message is stored.
+// own nor a handler's, is sent once, when the connection is up, and waits for the one
+// ack until ctx ends. When that is lost, as in a leader election, the error says that
+// the message may be stored; what says "not sent" is not stored.
 func WithoutMessageIDs() PublisherOption {
 	return func(p *Publisher) { p.bare = true }
 }
@@ -156,9 +166,9 @@ func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
 // while it reconnects; before it was up for the first time it takes no headers, which
 // is [nats.ErrHeadersNotSupported]. An envelope with a schedule or an expectation is
 // [ErrOptionConflict]: only a stream can honour it. A message id and a TTL are sent
-// along, for a stream that captures the subject. An ended ctx is its error, a closed
-// connection [ErrConnectionClosed], and a message above the server's maximum
-// [nats.ErrMaxPayload].
+// along, for a stream that captures the subject. An ended ctx is its error, a connection
+// that is closed or draining [ErrConnectionClosed], and a message above the server's
+// maximum [nats.ErrMaxPayload].
 func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {
@@ -167,7 +177,14 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 	if err := ctx.Err(); err != nil {
 		return failure(fmt.Sprintf("send to %q", m.Subject), err)
 	}
-	if err := p.nc.PublishMsg(m); err != nil {
+	if err := p.closed(); err != nil {
+		return p.localFailure("send to", m, err)
+	}
+	err = p.nc.PublishMsg(m)
+	for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, &e) {
+		err = p.nc.PublishMsg(m)
+	}
+	if err != nil {
 		return p.localFailure("send to", m, err)
 	}
 	return nil
@@ -175,65 +192,103 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 
 // Publish stores an envelope in a stream and returns its ack.
 //
-// Every try bears one message id, by default an automatic one, so that within
+// Every try has one message id, by default an automatic one, so that within
 // the stream's duplicate window no retry is a second copy. Without an ack it
 // tries again after a second, then after 2 s, 4 s and 8 s each, and it goes on
-// while the stream has no leader, more waits for it than the server holds, or the
-// connection was never up, until ctx ends or, when ctx has no deadline, for
-// [DefaultPublishTimeout]. The error is then [ErrTimeout] with
-// [context.DeadlineExceeded], or [context.Canceled]; the message may be stored
-// nevertheless, and another call has another id, unless the envelope brings one.
+// while the stream has no leader or no quorum, more waits for it than the server holds,
+// the JetStream API does not answer or the connection is down, until ctx ends or, when
+// ctx has no deadline, for [DefaultPublishTimeout]. The error is then [ErrTimeout] with
+// [context.DeadlineExceeded], or [context.Canceled], and says what was in the way. The
+// message may be stored nevertheless, unless the error says that it was not sent; and
+// another call has another id, unless the envelope brings one or a handler publishes
+// it (see [Publisher]).
 //
-// A subject that no stream captures is [ErrNoStream] at once, or after three
-// seconds where the JetStream API is not there, or may not be asked for stream
-// names; but where somebody subscribes to it, nobody acknowledges, and it is
-// [ErrTimeout]. What the server refuses is returned at once with its
-// [*jetstream.APIError] in the chain: [ErrWrongSequence], [ErrWrongStream],
-// [ErrTTLNotAllowed], [ErrSchedulesNotAllowed] and whatever else it may be. A
-// message above the server's maximum is [nats.ErrMaxPayload], a subject that the
-// user may not publish to [ErrPermission].
+// A subject that no stream captures is [ErrNoStream] at once, when the JetStream API
+// says so. At a server with a JetStream domain that is no proof: the server may be a leaf
+// node, and the stream in another domain. There the publisher goes on, unless
+// [WithPublisherJetStream] names the domain. Where somebody subscribes to the
+// subject, nobody acknowledges, and it is [ErrTimeout]. What the server refuses is
+// returned at once with its [*jetstream.APIError] in the chain: [ErrWrongSequence],
+// [ErrWrongStream], [ErrTTLNotAllowed], [ErrSchedulesNotAllowed] and whatever else it
+// may be. A TTL that the stream would ignore is [ErrTTLNotAllowed] before anything is
+// sent, a stream that does not acknowledge [ErrNoAck] after a second, a
+// message above the server's maximum [nats.ErrMaxPayload], a subject that the user may
+// not publish to [ErrPermission], a connection that is closed or draining
+// [ErrConnectionClosed].
 //
 // A delayed envelope (At, After) is stored as a schedule, see [Envelope.At], and
 // the ack is of the schedule.
 func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
-	call := p.newCall(ctx)
-	o, err := call.prepare(ctx, &e, p.bare)
+	c := p.newCall(ctx)
+	o, err := c.prepare(&e, p.bare)
 	if err != nil {
 		return Ack{}, err
 	}
-	ack, err := call.publish(ctx, &o)
+	ack, err := c.publish(ctx, &o)
 	if err != nil {
-		call.giveBack(o.number)
+		c.giveBack(o.number)
 		return Ack{}, err
 	}
 	return ack, nil
 }
 
+// publish has its first try wait for the answer in nats.go's own subscription, which
+// costs the server less than another one. What needs more tries is a bulk of one.
 func (c *call) publish(ctx context.Context, o *outgoing) (Ack, error) {
-	if err := c.p.online(ctx); err != nil {
-		o.trouble = offline
-		return Ack{}, o.ended(err)
+	if ctx.Err() != nil || !c.p.nc.IsConnected() {
+		if err := c.ending(ctx, o.subject); err != nil {
+			return Ack{}, o.ended(err)
+		}
+		return c.goOn(ctx, o, 0)
 	}
-	m := &nats.Msg{Subject: o.subject, Data: o.e.data, Header: make(nats.Header, len(o.e.headers)+4)}
-	o.fill(m.Header)
-	for {
-		ack, err := o.try(ctx, c.p.nc, m)
+	var ack Ack
+	err := c.locate(ctx, o)
+	if err == nil {
+		ack, err = c.try(ctx, o)
+		for errors.Is(err, nats.ErrMaxPayload) && o.slim(false) {
+			ack, err = c.try(ctx, o)
+		}
 		if err == nil {
 			return ack, nil
 		}
-		ack, wait, err := c.after(ctx, o, err)
-		if wait < 0 {
-			return ack, err
-		}
-		if o.unanswered == 2 && o.trouble == "" {
-			if f := c.lookUp(ctx, o.subject); !f.exists && f.err == nil {
-				o.trouble = noStreamHere
-			}
-		}
-		pause(ctx, wait)
 	}
+	ack, wait, err := c.after(ctx, o, ack, err)
+	if wait < 0 {
+		return ack, err
+	}
+	return c.goOn(ctx, o, wait)
+}
+
+// try publishes once. Without an id it is the only try, and waits until ctx ends, or
+// until it turns out that there will be no ack.
+func (c *call) try(ctx context.Context, o *outgoing) (Ack, error) {
+	m := &nats.Msg{Subject: o.subject, Data: o.e.data, Header: make(nats.Header, len(o.e.headers)+4)}
+	o.fill(m.Header)
+	if o.id != "" {
+		ctx, cancel := context.WithTimeout(ctx, ackWait)
+		defer cancel()
+		return publishOnce(ctx, c.p.nc, m)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	looked := make(chan struct{})
+	late := time.AfterFunc(ackWait, func() {
+		defer close(looked)
+		o.unanswered++
+		if err := c.unacknowledged(ctx, o); err != nil {
+			cancel(err)
+		}
+	})
+	ack, err := publishOnce(ctx, c.p.nc, m)
+	cancel(nil)
+	if !late.Stop() {
+		<-looked
+	}
+	if why := context.Cause(ctx); err != nil && (errors.Is(why, ErrNoAck) || errors.Is(why, ErrPermission)) {
+		return Ack{}, why
+	}
+	return ack, err
 }
 
 // online waits until the connection has been up once: until then nats.go knows
@@ -255,21 +310,11 @@ func tryWait(first time.Duration, unanswered int) time.Duration {
 	return first << min(unanswered, 3)
 }
 
-// try publishes once. Without an id it is the only try, and waits until ctx ends.
-func (o *outgoing) try(ctx context.Context, nc *nats.Conn, m *nats.Msg) (Ack, error) {
-	if o.id != "" {
-		limited, cancel := context.WithTimeout(ctx, tryWait(ackWait, o.unanswered))
-		defer cancel()
-		ctx = limited
-	}
-	return publishOnce(ctx, nc, m)
-}
-
 // publishOnce is one JetStream publish with one awaited and checked ack: no
 // retry, no check of the envelope. It waits until ctx ends.
 //
-// Nobody there is [nats.ErrNoResponders], a refusal [*jetstream.APIError], an
-// answer that no stream gave [ErrBadAck], an ack from another stream than the
+// Nobody there is [nats.ErrNoResponders], a refusal [*jetstream.APIError] with an Ack
+// that names the stream, an answer that no stream gave [ErrBadAck], an ack from another stream than the
 // one in the message's Nats-Expected-Stream [ErrWrongStream]. Anything else
 // leaves open whether the message is stored.
 func publishOnce(ctx context.Context, nc *nats.Conn, m *nats.Msg) (Ack, error) {
@@ -290,7 +335,7 @@ func checkedAck(data []byte, want, last string) (Ack, error) {
 	return ack, err
 }
 
-// isLocal tells the errors of a message that never left.
+// isLocal reports whether err is of a message that never left.
 func isLocal(err error) bool {
 	for _, local := range []error{
 		nats.ErrMaxPayload, nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrInvalidConnection,
@@ -319,7 +364,7 @@ func (p *Publisher) localFailure(doing string, m *nats.Msg, err error) error {
 	case errors.Is(err, nats.ErrConnectionClosed), errors.Is(err, nats.ErrConnectionDraining):
 		return failure(what+"connection closed", ErrConnectionClosed, err)
 	}
-	return failure(what+strings.TrimPrefix(err.Error(), "natsx: "), err)
+	return failure(what+cause(err), err)
 }
 
 // closed is an error for a connection on which nothing is published any more, with

@@ -76,8 +76,6 @@ func TestTriesWaitLongerAndLonger(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	pub := NewPublisher(nc)
 	ack := func(*nats.Msg) string { return storedFirst }
-	const wrong = `{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 9"},"stream":"S","seq":0}`
-	var probed atomic.Int64
 	for _, tt := range []struct {
 		name string
 		body func(*nats.Msg) string
@@ -101,33 +99,6 @@ func TestTriesWaitLongerAndLonger(t *testing.T) {
 			func(ctx context.Context, subject string) (Ack, error) {
 				return pub.PublishAtomic(ctx, To(subject), To(subject))
 			}, 6,
-		},
-		{
-			// The first try is not answered, the next ones meet a wrong sequence, and
-			// whether it is their own is what takes long to tell.
-			"probe",
-			func() func(m *nats.Msg) string {
-				var first atomic.Bool
-				return func(m *nats.Msg) string {
-					switch {
-					case m.Header.Get("Nats-Rollup") != "":
-						probed.Add(1)
-						return `{"stream":"S","seq":1,"duplicate":true}`
-					case first.CompareAndSwap(false, true):
-						return ""
-					}
-					return wrong
-				}
-			}(),
-			func(m *nats.Msg) time.Duration {
-				if m.Header.Get("Nats-Rollup") != "" {
-					return 5 * ackWait / 2
-				}
-				return 0
-			},
-			func(ctx context.Context, subject string) (Ack, error) {
-				return pub.Publish(ctx, To(subject).ExpectLastSequence(0))
-			}, 7,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
