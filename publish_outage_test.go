@@ -338,7 +338,10 @@ func TestPublishAtomicAsksBeforeItRepeats(t *testing.T) {
 					receive(t, watcher, "the first message")
 					receive(t, watcher, "the commit")
 				} else {
-					<-time.After(50 * time.Millisecond) // so that they are most likely in the link that is cut
+					eventually(t, "the batch is in the link that is cut", func() bool {
+						n, err := through.Buffered()
+						return err == nil && n == 0 && through.Stats().OutMsgs >= 2
+					})
 				}
 				proxy.refuse()
 				proxy.thaw()
