@@ -17,9 +17,8 @@ const scheduleToken = "natsx-schedule"
 // target.
 //
 // The server wants it to differ from the target and in the same stream, and a
-// later schedule on one subject replaces the earlier. So that of a handler, which
-// publishes it again when its message is handled again, has the same subject each time:
-// beyond the duplicate window too there is one of it.
+// later schedule on one subject replaces the earlier: so that of a handler has the
+// same subject in each run, and is one beyond the duplicate window too.
 func (c *call) schedule(ctx context.Context, o *outgoing) error {
 	target := o.e.subject
 	info, err := c.streamOf(ctx, target)
