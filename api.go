@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"regexp"
 	"strings"
 	"sync"
@@ -50,7 +51,7 @@ func inboxPrefix(nc *nats.Conn) string {
 
 // asyncHub passes the asynchronous errors of one connection to everyone who
 // watches it and then to the connection's own handler, which is put back when
-// nobody watches any more.
+// nobody watches any more, unless the application has set another meanwhile.
 type asyncHub struct {
 	nc       *nats.Conn
 	previous nats.ErrHandler
@@ -58,7 +59,7 @@ type asyncHub struct {
 }
 
 type asyncWatch struct {
-	hub *asyncHub
+	hub *asyncHub // guarded by hubs.Mutex
 	fn  func(*nats.Subscription, error)
 }
 
@@ -72,9 +73,16 @@ var hubs = struct {
 func watchAsync(nc *nats.Conn, fn func(*nats.Subscription, error)) *asyncWatch {
 	hubs.Lock()
 	defer hubs.Unlock()
-	h := hubs.of[nc]
-	if h == nil {
-		h = &asyncHub{nc: nc, previous: nc.ErrorHandler(), watchers: map[*asyncWatch]struct{}{}}
+	h, current := hubs.of[nc], nc.ErrorHandler()
+	if replaced := h; h == nil || !isHub(current) {
+		h = &asyncHub{nc: nc, previous: current, watchers: map[*asyncWatch]struct{}{}}
+		if replaced != nil {
+			// By the application, whose handler may call the one that it replaced.
+			h.watchers, replaced.watchers = replaced.watchers, nil
+			for w := range h.watchers {
+				w.hub = h
+			}
+		}
 		hubs.of[nc] = h
 		nc.SetErrorHandler(h.handle)
 	}
@@ -90,9 +98,16 @@ func (w *asyncWatch) stop() {
 	delete(w.hub.watchers, w)
 	if len(w.hub.watchers) == 0 && hubs.of[w.hub.nc] == w.hub {
 		delete(hubs.of, w.hub.nc)
-		w.hub.nc.SetErrorHandler(w.hub.previous)
+		if isHub(w.hub.nc.ErrorHandler()) {
+			w.hub.nc.SetErrorHandler(w.hub.previous)
+		}
 	}
 }
+
+var hubHandler = reflect.ValueOf((*asyncHub)(nil).handle).Pointer()
+
+// isHub reports whether fn is the handle of a hub; a connection has one of them.
+func isHub(fn nats.ErrHandler) bool { return reflect.ValueOf(fn).Pointer() == hubHandler }
 
 func (h *asyncHub) handle(nc *nats.Conn, sub *nats.Subscription, err error) {
 	hubs.Lock()
@@ -468,4 +483,14 @@ func requestWith(ctx context.Context, nc *nats.Conn, subject string, fn func(con
 		return context.Cause(ctx)
 	}
 	return err
+}
+
+// olderThan reports whether a server version is below major.minor. One that it cannot
+// read is not.
+func olderThan(version string, major, minor int) bool {
+	var have, part int
+	if n, _ := fmt.Sscanf(version, "%d.%d", &have, &part); n < 2 {
+		return false
+	}
+	return have < major || have == major && part < minor
 }

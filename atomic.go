@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -28,6 +28,7 @@ const (
 	// [tryWait].
 	commitWait = 2 * time.Second
 
+	codeWrongLastMsgID   jetstream.ErrorCode = 10070
 	codeAtomicDisabled   jetstream.ErrorCode = 10174
 	codeAtomicIncomplete jetstream.ErrorCode = 10176
 	codeAtomicDuplicate  jetstream.ErrorCode = 10201
@@ -46,46 +47,26 @@ const (
 // none before it has its subject ([ErrOptionConflict]).
 //
 // It tries again as [Publisher.Publish] does, with the same message ids, so that
-// no batch is stored twice within the duplicate window. A batch of which every
-// message id is already stored, be it by an unanswered try or when a handler runs
-// again, is acknowledged as a duplicate; one of which only some are is refused and
-// not stored.
+// no batch is stored twice within the duplicate window. A late ack of an earlier try
+// counts, and what is only late is not sent again: without an ack it first asks whether
+// the batch is stored. A batch of which every message id is already stored, be it by an
+// unanswered try or when a handler runs again, is acknowledged as a duplicate; one of
+// which only some are is refused and not stored.
 func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, error) {
 	if err := checkAtomic(es); err != nil {
 		return Ack{}, err
 	}
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
-	b := atomicBatch{call: p.newCall(ctx), out: make([]outgoing, len(es))}
-	b.number(es[0].subject, slices.ContainsFunc(es, func(e Envelope) bool { return e.expects() }), len(es))
-	for i := range es {
-		o, err := b.prepare(ctx, &es[i], false)
-		if err != nil {
-			return Ack{}, err
-		}
-		b.out[i] = o
+	c := p.newCall(ctx)
+	b := &atomicBatch{call: c, out: make([]outgoing, len(es))}
+	number := b.prepare(es)
+	ack, err := b.publish(ctx)
+	if err != nil {
+		c.giveBack(number)
+		return Ack{}, err
 	}
-	if err := p.online(ctx); err != nil {
-		b.out[0].trouble = offline
-	}
-	if err := ctx.Err(); err != nil {
-		return Ack{}, b.out[0].ended(err)
-	}
-	if old := p.nc.ConnectedServerVersion(); beforeAtomic(old) {
-		return Ack{}, failure(fmt.Sprintf("%s: server %s has no atomic batches", b.what(), old), ErrAtomicNotAllowed)
-	}
-	for {
-		ack, at, err := b.try(ctx)
-		if err == nil {
-			return ack, nil
-		}
-		ack, wait, err := b.afterTry(ctx, at, err)
-		if wait < 0 {
-			b.numberAgain(err)
-			return ack, err
-		}
-		pause(ctx, wait)
-	}
+	return ack, nil
 }
 
 // checkAtomic reports every fault of a batch that shows without a server.
@@ -122,139 +103,343 @@ func checkAtomic(es []Envelope) error {
 	return errors.Join(faults...)
 }
 
-// beforeAtomic tells whether a server version is below 2.12. One that it cannot
-// read is not.
-func beforeAtomic(version string) bool {
-	var major, minor int
-	if n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor); n < 2 {
-		return false
-	}
-	return major < 2 || major == 2 && minor < 12
+// atomicBatch is one PublishAtomic. One goroutine, the caller's, sends and receives.
+//
+// A try is sent and its ack awaited. Without one the stream is asked, in order behind
+// what was sent, whether it has the last message. Only when it has not, or does not answer
+// either, the batch is sent again.
+type atomicBatch struct {
+	*call
+	out      []outgoing
+	own      bool // an envelope brings its message id, which another batch may have stored
+	untraced bool // a probe had no answer
+	tick     *time.Ticker
+
+	inbox   string         // subject of the replies, which ends in <try>.<index>, or <try>.askToken
+	replies chan *nats.Msg // of all tries
+	try     int            // the latest
+	rest    []*nats.Msg    // of it, to be sent when the first message is staged
+	careful bool           // the stream had too much to do: the first message goes ahead
+	step    atomicStep
+	when    time.Time // of the next step, unless an answer comes first
 }
 
-// atomicBatch is one PublishAtomic.
-type atomicBatch struct {
-	call
-	out []outgoing
-}
+type atomicStep int
+
+const (
+	atomicSend  atomicStep = iota // the batch is to be sent
+	atomicStage                   // its first message is sent
+	atomicWait                    // its ack is awaited
+	atomicAsk                     // its ack, or whether its last message is stored
+)
+
+const askToken = "stored"
 
 func (b *atomicBatch) what() string {
 	return fmt.Sprintf("publish %d envelopes atomically to %q", len(b.out), b.out[0].subject)
 }
 
-// try sends the batch under an id of its own, since the server has forgotten what
-// an earlier try staged, or will. at is the envelope that an error is about.
-func (b *atomicBatch) try(ctx context.Context) (ack Ack, at int, err error) {
-	nc, id := b.p.nc, b.p.nextID()
-	inbox := nc.NewInbox() + "."
-	replies := make(chan *nats.Msg, len(b.out))
-	sub, err := nc.ChanSubscribe(inbox+"*", replies)
+// prepare settles the message ids of envelopes that were checked. In a handler they
+// are made of the batch as a whole: a part of a batch is not what another run stored.
+func (b *atomicBatch) prepare(es []Envelope) number {
+	var number number
+	if b.inDurable() {
+		number = b.d.output().take(batchDigest(es))
+	}
+	for i := range es {
+		o := outgoing{e: &es[i], id: es[i].msgID, subject: es[i].subject, carried: b.carried}
+		switch {
+		case o.id != "":
+			b.own = true
+		case number.n > 0:
+			o.id = b.d.output().id(number) + "/" + strconv.Itoa(i+1)
+		default:
+			o.id = b.p.nextID()
+		}
+		b.out[i] = o
+	}
+	return number
+}
+
+func (b *atomicBatch) publish(ctx context.Context) (Ack, error) {
+	if err := b.ending(ctx, ""); err != nil {
+		return Ack{}, b.ended(err)
+	}
+	b.inbox = b.p.nc.NewInbox() + "."
+	// What one try is answered is read before the next is sent.
+	b.replies = make(chan *nats.Msg, 3*len(b.out)+16)
+	sub, err := b.p.nc.ChanSubscribe(b.inbox+">", b.replies)
 	if err != nil {
-		return Ack{}, 0, err
+		return Ack{}, b.p.publishFailure(&b.out[0], err)
 	}
 	defer sub.Unsubscribe()
+	b.tick = time.NewTicker(25 * time.Millisecond)
+	defer b.tick.Stop()
+	for {
+		if err := b.ended(b.endingAny(ctx)); err != nil {
+			return Ack{}, err
+		}
+		ack, done, err := b.next(ctx)
+		if done {
+			return ack, err
+		}
+	}
+}
+
+// endingAny is call.ending for all envelopes.
+func (b *atomicBatch) endingAny(ctx context.Context) error {
+	if b.p.denials.count.Load() != b.mark {
+		for i := range b.out {
+			if err := b.denied(b.out[i].subject); err != nil {
+				return err
+			}
+		}
+	}
+	return b.ending(ctx, "")
+}
+
+// ended is the error of a batch whose time is over, nil for nil.
+func (b *atomicBatch) ended(why error) error {
+	if why == nil {
+		return nil
+	}
+	if down := b.p.down(); down != "" {
+		b.out[0].trouble = down
+	}
+	return b.out[0].ended(why)
+}
+
+// next takes the next step when it is due, and else the next answer.
+func (b *atomicBatch) next(ctx context.Context) (ack Ack, done bool, err error) {
+	if b.p.nc.IsConnected() && !b.when.After(time.Now()) {
+		return b.act(ctx)
+	}
+	select {
+	case r := <-b.replies:
+		return b.receive(ctx, r)
+	case <-b.tick.C:
+	case <-ctx.Done():
+	}
+	return Ack{}, false, nil
+}
+
+func (b *atomicBatch) act(ctx context.Context) (Ack, bool, error) {
+	first := &b.out[0]
+	switch b.step {
+	case atomicSend:
+		if old := b.p.nc.ConnectedServerVersion(); olderThan(old, 2, 12) {
+			return Ack{}, true, failure(fmt.Sprintf("%s: server %s has no atomic batches", b.what(), old), ErrAtomicNotAllowed)
+		}
+		if at, err := b.send(ctx); err != nil {
+			return b.afterTry(ctx, at, err)
+		}
+	case atomicStage:
+		b.wait(atomicSend, 0)
+	case atomicWait:
+		first.unanswered++
+		if err := b.unacknowledged(ctx, first); err != nil {
+			return Ack{}, true, err
+		}
+		m := b.p.probeFor(&b.out[len(b.out)-1])
+		m.Reply = fmt.Sprintf("%s%d.%s", b.inbox, b.try, askToken)
+		if err := b.p.nc.PublishMsg(m); err != nil {
+			return b.afterTry(ctx, len(b.out)-1, err)
+		}
+		b.wait(atomicAsk, tryWait(commitWait, first.unanswered))
+	case atomicAsk:
+		b.wait(atomicSend, 0)
+	}
+	return Ack{}, false, nil
+}
+
+func (b *atomicBatch) wait(step atomicStep, d time.Duration) {
+	b.step, b.when = step, time.Now().Add(d)
+}
+
+// send sends the batch under an id of its own, since the server has forgotten what
+// an earlier try staged, or will. at is the envelope that an error is about.
+func (b *atomicBatch) send(ctx context.Context) (at int, err error) {
+	nc, id := b.p.nc, b.p.nextID()
+	b.try++
 	last := len(b.out) - 1
 	messages := make([]*nats.Msg, len(b.out))
 	for i := range b.out {
 		o := &b.out[i]
-		m := &nats.Msg{Subject: o.subject, Reply: inbox + strconv.Itoa(i), Data: o.e.data, Header: nats.Header{}}
-		o.fill(m.Header)
-		m.Header[batchIDHeader] = []string{id}
-		m.Header[batchSequenceHeader] = []string{strconv.Itoa(i + 1)}
-		if i == last {
-			m.Header[batchCommitHeader] = []string{"1"}
+		if err := b.locate(ctx, o); err != nil {
+			return i, err
 		}
+		m := &nats.Msg{Subject: o.subject, Reply: fmt.Sprintf("%s%d.%d", b.inbox, b.try, i), Data: o.e.data}
 		// Rather than after the server has staged what comes before it.
-		if int64(messageSize(m)) > nc.MaxPayload() {
-			return Ack{}, i, nats.ErrMaxPayload
+		for fits := false; !fits; {
+			m.Header = nats.Header{batchIDHeader: {id}, batchSequenceHeader: {strconv.Itoa(i + 1)}}
+			if i == last {
+				m.Header[batchCommitHeader] = []string{"1"}
+			}
+			o.fill(m.Header)
+			fits = int64(messageSize(m)) <= nc.MaxPayload()
+			if !fits && !o.slim(true) {
+				return i, failure(fmt.Sprintf("publish to %q: %d bytes of payload and headers, with those of an atomic batch, are above the server's maximum of %d",
+					o.subject, messageSize(m), nc.MaxPayload()), nats.ErrMaxPayload)
+			}
 		}
 		messages[i] = m
 	}
-	for i, m := range messages {
-		if err := nc.PublishMsg(m); err != nil {
-			return Ack{}, i, err
+	b.out[0].tries = b.try
+	b.rest = messages
+	if b.careful && last > 0 {
+		b.wait(atomicStage, tryWait(commitWait, b.out[0].unanswered))
+		return 0, b.sendRest(1)
+	}
+	return b.sendAll()
+}
+
+// sendAll sends what is left of a try.
+func (b *atomicBatch) sendAll() (at int, err error) {
+	b.wait(atomicWait, tryWait(commitWait, b.out[0].unanswered))
+	err = b.sendRest(len(b.rest))
+	return len(b.out) - len(b.rest), err
+}
+
+func (b *atomicBatch) sendRest(n int) error {
+	for range n {
+		if err := b.p.nc.PublishMsg(b.rest[0]); err != nil {
+			return err
+		}
+		b.rest = b.rest[1:]
+	}
+	return nil
+}
+
+// receive takes an answer. What an earlier try is refused says nothing about the latest.
+func (b *atomicBatch) receive(ctx context.Context, r *nats.Msg) (Ack, bool, error) {
+	try, index, _ := strings.Cut(r.Subject[len(b.inbox):], ".")
+	latest := try == strconv.Itoa(b.try) && b.step != atomicSend
+	if index == askToken {
+		if latest && b.step == atomicAsk {
+			return b.receiveAsked(ctx, r)
+		}
+		return Ack{}, false, nil
+	}
+	i, err := strconv.Atoi(index)
+	last := len(b.out) - 1
+	if err != nil || i < 0 || i > last {
+		return Ack{}, false, nil
+	}
+	ack, err := atomicAnswer(r, b.out[i].e.stream, i == last)
+	switch {
+	case err == nil && i < last && ack == Ack{}: // staged
+		if latest && i == 0 && b.step == atomicStage {
+			if at, err := b.sendAll(); err != nil {
+				return b.afterTry(ctx, at, err)
+			}
+		}
+		return Ack{}, false, nil
+	case err == nil:
+		return ack, true, nil
+	case latest:
+		return b.afterTry(ctx, i, err)
+	}
+	return Ack{}, false, nil
+}
+
+// atomicAnswer reads the answer to one message of a batch, the zero Ack for one that
+// is staged.
+func atomicAnswer(r *nats.Msg, stream string, last bool) (Ack, error) {
+	if len(r.Data) == 0 {
+		if r.Header.Get("Status") == "503" {
+			return Ack{}, nats.ErrNoResponders
+		}
+		if !last {
+			return Ack{}, nil
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, tryWait(commitWait, b.out[0].unanswered))
-	defer cancel()
-	for {
-		var r *nats.Msg
-		select {
-		case r = <-replies:
-		case <-ctx.Done():
-			return Ack{}, last, ctx.Err()
-		}
-		i, err := strconv.Atoi(r.Subject[len(inbox):])
-		if err != nil || i < 0 || i > last {
-			continue
-		}
-		if len(r.Data) == 0 && r.Header.Get("Status") == "503" {
-			return Ack{}, i, nats.ErrNoResponders
-		}
-		if i < last && len(r.Data) == 0 {
-			continue // staged
-		}
-		ack, err := checkedAck(r.Data, b.out[i].e.stream, "")
-		if err == nil && i < last {
-			err = failure("an envelope of the batch was stored on its own", ErrAtomicNotAllowed)
-		}
-		return ack, i, err
+	ack, err := checkedAck(r.Data, stream, "")
+	if err == nil && !last {
+		err = failure("an envelope of the batch was stored on its own", ErrAtomicNotAllowed)
 	}
+	return ack, err
+}
+
+// receiveAsked takes the answer whether the last message is stored.
+func (b *atomicBatch) receiveAsked(ctx context.Context, r *nats.Msg) (Ack, bool, error) {
+	last := len(b.out) - 1
+	ack, err := atomicAnswer(r, "", true)
+	ack, stored, err := probed(ack, err)
+	switch {
+	case stored && !b.own:
+		return ack, true, nil
+	case errors.Is(err, nats.ErrNoResponders):
+		return b.afterTry(ctx, last, err)
+	case stored, err == nil:
+		// When it is stored, but maybe not with this batch, the server judges.
+		b.wait(atomicSend, 0)
+	}
+	return Ack{}, false, nil
 }
 
 // afterTry is [call.after] for a whole batch.
-func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, time.Duration, error) {
+func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, bool, error) {
 	first, o := &b.out[0], &b.out[at]
-	first.tries++
-	again := func(wait time.Duration) (Ack, time.Duration, error) { return first.again(ctx, wait) }
-	wait := againWait(40*time.Millisecond, first.tries)
+	again := func(trouble string) (Ack, bool, error) {
+		first.trouble = trouble
+		b.wait(atomicSend, first.pause(40*time.Millisecond))
+		return Ack{}, false, nil
+	}
+	var passing *lookupError
+	switch {
+	case errors.As(err, &passing):
+		return again(passing.reason)
+	case errors.Is(err, nats.ErrReconnectBufExceeded):
+		return again(disconnected)
+	case errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), errors.Is(err, ErrAtomicNotAllowed):
+		return Ack{}, true, b.p.publishFailure(o, err)
+	case is[*failedError](err):
+		return Ack{}, true, err // of send, which knows more
+	case isLocal(err):
+		return Ack{}, true, b.p.publishFailure(o, err)
+	}
 	var api *jetstream.APIError
 	switch {
 	case errors.As(err, &api):
 		switch api.ErrorCode {
 		case codeAtomicDisabled:
-			return Ack{}, -1, failure(b.what()+": the stream does not have AllowAtomicPublish", ErrAtomicNotAllowed, api)
+			return Ack{}, true, failure(b.what()+": the stream does not have AllowAtomicPublish", ErrAtomicNotAllowed, api)
 		case codeAtomicDuplicate:
-			ack, all, err := b.probeAll(ctx)
+			ack, stored, err := b.stored(ctx)
 			switch {
-			case all:
-				return ack, -1, nil
+			case stored:
+				return ack, true, nil
 			case err != nil:
-				return again(wait)
+				return again(first.trouble)
 			}
 		case codeAtomicIncomplete:
 			// What was staged is gone with its leader, or part of the batch went
 			// to another stream.
 			if err := b.oneStream(ctx); err != nil {
-				return Ack{}, -1, err
+				return Ack{}, true, err
 			}
-			return again(wait)
+			return again(first.trouble)
 		case codeTooManyRequests:
-			first.trouble = overloaded
-			return again(wait)
-		case codeAtomicInFlight, codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
-			first.trouble = inProcess
-			return again(wait)
+			b.careful = true
+			return again(overloaded)
+		case codeClusterNoLeader, codeClusterNotLeader:
+			return again(leaderless)
+		case codeAtomicInFlight:
+			b.careful = true
+			return again(batchesInUse)
+		case codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
+			return again(inProcess)
 		case jetstream.JSErrCodeStreamWrongLastSequence:
 			o = b.failed(o, api)
 		}
-		return Ack{}, -1, o.refusal(api)
-	case errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), errors.Is(err, ErrAtomicNotAllowed), isLocal(err):
-		return Ack{}, -1, b.p.publishFailure(o, err)
+		return Ack{}, true, o.refusal(api)
 	case errors.Is(err, nats.ErrNoResponders):
 		if err := b.noResponders(ctx, o); err != nil {
-			return Ack{}, -1, err
+			return Ack{}, true, err
 		}
-		first.trouble = o.trouble
-		return again(wait)
+		return again(o.trouble)
 	}
-	if err := b.p.denied(o.subject); err != nil {
-		return Ack{}, -1, err
-	}
-	first.unanswered++
-	// The commit may have been taken; then the next try is refused for its
-	// message ids, or as long as the commit is still on its way through a cluster.
-	return again(0)
+	return Ack{}, true, b.p.publishFailure(o, err)
 }
 
 // failed is the envelope whose expectation failed. The server names none, only the
@@ -269,13 +454,15 @@ func (b *atomicBatch) failed(o *outgoing, api *jetstream.APIError) *outgoing {
 	return o
 }
 
-// probeAll tells whether every message of the batch is stored, and where the last is.
-func (b *atomicBatch) probeAll(ctx context.Context) (ack Ack, all bool, err error) {
-	for i := range b.out {
-		ack, all, err = b.p.probe(ctx, &b.out[i])
-		if err != nil {
-			b.out[i].unanswered++
-		}
+// stored reports whether every message of a batch that was refused as a duplicate is
+// stored, and where the last is.
+func (b *atomicBatch) stored(ctx context.Context) (ack Ack, all bool, err error) {
+	of := b.out
+	if !b.own {
+		of = of[len(of)-1:] // nothing but the whole batch has these ids
+	}
+	for i := range of {
+		ack, all, err = b.has(ctx, &of[i])
 		if !all {
 			return Ack{}, false, err
 		}
@@ -283,10 +470,33 @@ func (b *atomicBatch) probeAll(ctx context.Context) (ack Ack, all bool, err erro
 	return ack, true, nil
 }
 
+// has reports whether one message is stored, and where. Where the server does not
+// trace for this user, the message is repeated as one that cannot be stored: after it has
+// looked for a duplicate, the server checks the id of the last message.
+func (b *atomicBatch) has(ctx context.Context, o *outgoing) (Ack, bool, error) {
+	if !b.untraced {
+		ack, stored, err := b.p.probe(ctx, o)
+		if err == nil {
+			return ack, stored, nil
+		}
+		b.untraced = true
+	}
+	m := &nats.Msg{Subject: o.subject, Data: o.e.data, Header: nats.Header{}}
+	o.fill(m.Header)
+	m.Header.Del(jetstream.ExpectedLastSeqHeader)
+	m.Header.Del(jetstream.ExpectedLastSubjSeqHeader)
+	m.Header.Set(jetstream.ExpectedLastMsgIDHeader, b.p.nextID())
+	ctx, cancel := context.WithTimeout(ctx, tryWait(ackWait, o.unanswered))
+	defer cancel()
+	ack, err := publishOnce(ctx, b.p.nc, m)
+	if hasCode(err, codeWrongLastMsgID) {
+		return Ack{}, false, nil
+	}
+	return probed(ack, err)
+}
+
 // oneStream looks up whether all subjects belong to one stream.
 func (b *atomicBatch) oneStream(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, lookupWait)
-	defer cancel()
 	home := ""
 	asked := make(map[string]bool)
 	for i := range b.out {
@@ -295,17 +505,20 @@ func (b *atomicBatch) oneStream(ctx context.Context) error {
 			continue
 		}
 		asked[subject] = true
-		name, err := b.p.js.StreamNameBySubject(ctx, subject)
+		f := b.lookUp(ctx, subject)
 		switch {
-		case errors.Is(err, jetstream.ErrStreamNotFound):
-			return failure(fmt.Sprintf("publish to %q: no stream captures the subject", subject), ErrNoStream)
-		case err != nil:
+		case f.err != nil:
 			return nil // it may be one
-		case home != "" && name != home:
+		case f.stream == "":
+			if err := b.noStream(subject); errors.Is(err, ErrNoStream) {
+				return err
+			}
+			return nil
+		case home != "" && f.stream != home:
 			return failure(fmt.Sprintf("publish atomically: %q is of stream %q and %q of stream %q",
-				b.out[0].subject, home, subject, name), ErrOptionConflict)
+				b.out[0].subject, home, subject, f.stream), ErrOptionConflict)
 		}
-		home = name
+		home = f.stream
 	}
 	return nil
 }

@@ -257,14 +257,14 @@ func TestPublishAtomicIsNeverSeenInParts(t *testing.T) {
 	}
 }
 
-func TestBeforeAtomic(t *testing.T) {
+func TestServerBefore(t *testing.T) {
 	t.Parallel()
 	for version, want := range map[string]bool{
 		"2.15.2": false, "2.12.0": false, "2.12.0-RC.1": false, "3.0.0": false, "": false, "x": false,
 		"2.11.9": true, "2.9.1": true, "1.4.0": true,
 	} {
-		if got := beforeAtomic(version); got != want {
-			t.Errorf("beforeAtomic(%q) = %t, want %t", version, got, want)
+		if got := olderThan(version, 2, 12); got != want {
+			t.Errorf("olderThan(%q, 2, 12) = %t, want %t", version, got, want)
 		}
 	}
 }

@@ -649,13 +649,3 @@ func (r *durableRoute) consumerInfo(ctx context.Context) (info *jetstream.Consum
 	})
 	return info, err
 }
-
-// olderThan reports whether a server version is below major.minor. One that it cannot
-// read is not.
-func olderThan(version string, major, minor int) bool {
-	var have, part int
-	if n, _ := fmt.Sscanf(version, "%d.%d", &have, &part); n < 2 {
-		return false
-	}
-	return have < major || have == major && part < minor
-}

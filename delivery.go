@@ -141,13 +141,6 @@ type work struct {
 // took is how long the handler ran.
 func (w *work) took() time.Duration { return time.Duration(w.ended - w.began) }
 
-// messageID is a message: a stream may use a sequence again, as after a restored
-// backup, but not for the same time.
-type messageID struct {
-	seq  uint64
-	time int64 // when it was stored, Unix nanoseconds
-}
-
 // leased is the lease on a message of a durable: the server's AckWait, counted from
 // the arrival and then from each renewal that the server has confirmed. Past its end
 // the message may be somebody else's.
@@ -196,3 +189,13 @@ func (l *leased) claim() {
 
 // settling reports whether the settling has begun.
 func (l *leased) settling() bool { return l.state.Load()%leaseStates == leaseSettled }
+
+// MsgFrom returns the message that is handled with ctx, or nil when ctx is not,
+// and does not derive from, a handler's context. A typed handler finds subject,
+// headers and attempt this way.
+func MsgFrom(ctx context.Context) *Msg {
+	if d := deliveryFrom(ctx); d != nil {
+		return &d.msg
+	}
+	return nil
+}

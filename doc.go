@@ -92,9 +92,9 @@
 // # Publishing and requests
 //
 // A [Publisher] sends envelopes, which [To] starts. What [Publisher.Publish] stores
-// bears a message id, so that no retry of its own is a second copy; inside a
-// durable's handler the id is made of the handled message, so that a redelivery does
-// not publish twice.
+// bears a message id, so that no retry of its own is a second copy. Inside a durable's
+// handler the id is made of the handled message and of the envelope, so that a
+// redelivery does not publish twice what is the same, and loses nothing that is not.
 //
 // A route with [RouteBuilder.Reply] answers every request, also when its responder
 // fails or panics. [Publisher.Request] and [RequestJSON] tell an error that was

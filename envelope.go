@@ -5,7 +5,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -121,9 +120,11 @@ func (e Envelope) MsgID(id string) Envelope {
 
 // TTL has the stream delete the message after d, in whole seconds rounded up, with
 // the header Nats-TTL (ADR-43). It is at least [MinTTL], 1 s, else [ErrOutOfRange];
-// default is none, and the stream's MaxAge holds. The stream must have AllowMsgTTL,
-// else it is [ErrTTLNotAllowed]. The TTL of a delayed message counts from its
-// delivery to the stream.
+// default is none, and the stream's MaxAge holds. The stream must have AllowMsgTTL
+// (nats-server 2.11), else it is [ErrTTLNotAllowed], and nothing is stored: since a server
+// may ignore a TTL, the stream is looked up, not more than once in ten seconds, and the
+// TTL refused where a server before 2.11 does not let it be looked up. The TTL of a
+// delayed message counts from its delivery to the stream.
 func (e Envelope) TTL(d time.Duration) Envelope {
 	e.set |= envTTL
 	e.ttl = d
@@ -145,8 +146,9 @@ func (e Envelope) TTL(d time.Duration) Envelope {
 // the stream leaves open with *. A consumer that matches it sees the schedule
 // early, with the header Nats-Schedule; durable routes of natsx pass it over. Any
 // other stream, and one with interest retention, which drops schedules, is
-// [ErrSchedulesNotAllowed]. The stream is looked up for each call; that no stream
-// captures the subject is [ErrNoStream].
+// [ErrSchedulesNotAllowed]. The stream is looked up for each call, as often as that has
+// no answer; that no stream captures the subject is [ErrNoStream]. In a durable's handler
+// the token is made of the message id, so that a repetition replaces its schedule.
 //
 // The zero time is [ErrOutOfRange]. At excludes [Envelope.After],
 // [Envelope.ExpectLastSubjectSequence], an atomic batch and core NATS
@@ -162,7 +164,8 @@ func (e Envelope) At(t time.Time) Envelope {
 }
 
 // After is [Envelope.At] with a delay from the time of publishing: that of the call
-// and not of the envelope. 0 comes at once, through a schedule nevertheless; below
+// and not of the envelope. In a handler it is the better of the two: with At, a time that
+// differs from run to run makes another message of it, see [Publisher]. 0 comes at once, through a schedule nevertheless; below
 // zero is [ErrOutOfRange].
 func (e Envelope) After(d time.Duration) Envelope {
 	e.set |= envAfter
@@ -344,40 +347,3 @@ func (e *Envelope) hasHeader(name string) bool {
 
 // carriedHeaders go from a handled message to what its handler publishes.
 var carriedHeaders = []string{"traceparent", "tracestate", "baggage", "Correlation-Id"}
-
-func carriedFrom(d *delivery) []field {
-	if d == nil {
-		return nil
-	}
-	var carried []field
-	for name, values := range d.msg.Header {
-		for _, c := range carriedHeaders {
-			if strings.EqualFold(name, c) {
-				for _, v := range values {
-					carried = append(carried, field{name, v})
-				}
-			}
-		}
-	}
-	return carried
-}
-
-// made is what a handler has published.
-type made struct {
-	published atomic.Uint32           // envelopes so far
-	refused   atomic.Pointer[numbers] // of the last call, when it stored nothing; see call.number
-}
-
-// output is what d's handler has published, for it to be added to.
-func (d *delivery) output() *made {
-	if d.made.Load() == nil {
-		d.made.CompareAndSwap(nil, &made{})
-	}
-	return d.made.Load()
-}
-
-// numbers are those of one call's envelopes among what a handler published.
-type numbers struct {
-	subject  string // of the first
-	from, to uint32 // the first is from+1
-}

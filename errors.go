@@ -175,7 +175,8 @@ var ErrTooLarge = errors.New("natsx: payload is too large")
 // Failures of a request, of publishing and of a running broker.
 var (
 	// ErrNoStream is a subject or filter of which no stream has a subject, a named
-	// stream that does not exist, or one that has none of the filter's subjects.
+	// stream that does not exist, or one that has none of the filter's subjects. It is
+	// JetStream's answer: a JetStream that does not answer is no reason for it.
 	ErrNoStream = errors.New("natsx: no stream")
 	// ErrAmbiguousStream is a filter of which several streams have subjects. A route
 	// or a replay then names one with Stream.
@@ -208,7 +209,8 @@ var (
 	// for what a route needs, a publish, a stream, a replay or dead letters. Of all but
 	// streams it comes as a [*PermissionError], which tells the subject.
 	ErrPermission = errors.New("natsx: permission denied")
-	// ErrConnectionClosed is a connection that was closed for good.
+	// ErrConnectionClosed is a connection that was closed for good; of a [Publisher],
+	// also one that is draining.
 	ErrConnectionClosed = errors.New("natsx: connection closed")
 	// ErrDrainTimeout is a shutdown that did not end in time, as a [*DrainError]; or,
 	// without one, that everything was handled and the last acknowledgements could
@@ -447,3 +449,51 @@ func (e *tooLargeError) Error() string {
 }
 
 func (e *tooLargeError) Unwrap() error { return ErrTooLarge }
+
+// Refusals of a publish.
+var (
+	// ErrWrongSequence is an expected last sequence that is not the actual one;
+	// see [SequenceError].
+	ErrWrongSequence = errors.New("natsx: wrong last sequence")
+	// ErrWrongStream is a stream other than the expected one.
+	ErrWrongStream = errors.New("natsx: wrong stream")
+	// ErrSchedulesNotAllowed is a delayed envelope for a stream that cannot
+	// keep message schedules.
+	ErrSchedulesNotAllowed = errors.New("natsx: message schedules are not allowed")
+	// ErrTTLNotAllowed is an envelope with a TTL for a stream without AllowMsgTTL, which
+	// all streams of a server before 2.11 are. The message was not stored.
+	ErrTTLNotAllowed = errors.New("natsx: message TTL is not allowed")
+	// ErrNoAck is an envelope for a stream that acknowledges nothing (NoAck). It was sent
+	// once, and may be stored, unless the error says that it was not sent.
+	// [Publisher.Send] stores in such a stream without an ack.
+	ErrNoAck = errors.New("natsx: the stream does not acknowledge")
+	// ErrBadAck is an answer to a publish that no stream gave: a subscriber of
+	// the subject replied instead. Whether the message is stored is unknown.
+	ErrBadAck = errors.New("natsx: not an ack of a stream")
+)
+
+// SequenceError is a failed expectation. The message was not stored, unless the error
+// around it says that this is unknown: the server may have it from an earlier try, and
+// neither traces messages (from 2.11 on, for a user who may publish to inboxes) nor
+// lets them be read. Of an atomic batch in which several may have failed, which the
+// server does not tell, it names the first. [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
+// [*jetstream.APIError].
+type SequenceError struct {
+	Subject string // of the message
+	Want    uint64 // the expected sequence
+	Have    uint64 // the actual one, when Known
+	Known   bool   // whether the server told the actual sequence
+	Err     error  // the server's answer
+}
+
+// Error names the subject and both sequences.
+func (e *SequenceError) Error() string {
+	have := "another"
+	if e.Known {
+		have = strconv.FormatUint(e.Have, 10)
+	}
+	return fmt.Sprintf("natsx: publish to %q: expected last sequence %d, have %s", e.Subject, e.Want, have)
+}
+
+// Unwrap returns [ErrWrongSequence] and the server's answer.
+func (e *SequenceError) Unwrap() []error { return []error{ErrWrongSequence, e.Err} }

@@ -79,6 +79,45 @@ func ExamplePublisher_Publish_deduplication() {
 	// ORDERS 1 true
 }
 
+// What a handler has stored is not stored again when its message is handled again, and
+// what it stores then for the first time is. The envelopes have no message ids of their
+// own: they are made of the handled message.
+func ExamplePublisher_Publish_handler() {
+	nc, stop := ordersServer()
+	defer stop()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+
+	pub := natsx.NewPublisher(nc)
+	if _, err := pub.Publish(ctx, natsx.To("orders.created").JSON(order{ID: "o-42"})); err != nil {
+		fmt.Println(err)
+		return
+	}
+	charge := func(ctx context.Context, m *natsx.Msg) error {
+		steps := []string{"orders.reserved", "orders.paid"}
+		for _, step := range steps[:m.Attempt()] {
+			ack, err := pub.Publish(ctx, natsx.To(step).Data(m.Data))
+			if err != nil {
+				return err
+			}
+			fmt.Println(m.Attempt(), step, ack.Sequence, ack.Duplicate)
+		}
+		if m.Attempt() == 1 {
+			return errors.New("the payment is down")
+		}
+		cancel()
+		return nil
+	}
+	err := natsx.NewBroker(nc, quiet).Run(ctx,
+		natsx.Route("orders.created").Durable("billing").Retry(3).Backoff(time.Millisecond, time.Second).Handle(charge))
+	fmt.Println(err)
+	// Output:
+	// 1 orders.reserved 2 false
+	// 2 orders.reserved 2 true
+	// 2 orders.paid 3 false
+	// <nil>
+}
+
 // A subject that no stream captures is told at once.
 func ExamplePublisher_Publish_noStream() {
 	nc, stop := ordersServer()

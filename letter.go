@@ -315,3 +315,10 @@ type heldLetter struct {
 	stored bool   // the DLQ has it
 	held   bool   // in the letter box: its worker has left it
 }
+
+// messageID is a message: a stream may use a sequence again, as after a restored
+// backup, but not for the same time.
+type messageID struct {
+	seq  uint64
+	time int64 // when it was stored, Unix nanoseconds
+}

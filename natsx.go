@@ -107,13 +107,3 @@ func (m *Msg) origin() *origin {
 	}
 	return m.from
 }
-
-// MsgFrom returns the message that is handled with ctx, or nil when ctx is not,
-// and does not derive from, a handler's context. A typed handler finds subject,
-// headers and attempt this way.
-func MsgFrom(ctx context.Context) *Msg {
-	if d := deliveryFrom(ctx); d != nil {
-		return &d.msg
-	}
-	return nil
-}

@@ -12,99 +12,73 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// call is what the envelopes of one call have in common.
+// call is what the envelopes of one call have in common. It is not safe for
+// concurrent use.
 type call struct {
 	p       *Publisher
-	d       *delivery               // of the handler whose context it is, or nil
-	carried []field                 // headers of the handled message
-	streams []*jetstream.StreamInfo // looked up for schedules
-	found   map[string]finding      // what the server said of subjects without responders
-	silent  time.Time               // when it last said nothing
-	refused *numbers                // of the handler's call before, when it stored nothing
-	numbers numbers                 // of a handler's envelopes
+	d       *delivery // of the handler whose context it is, or nil
+	carried []field   // headers of the handled message
+	mark    uint64    // of denials when it began
+
+	streams []*jetstream.StreamInfo // looked up
+	found   map[string]finding      // by subject
+	silent  time.Time               // when the JetStream API last did not answer
 }
 
-type finding struct {
-	exists bool
-	err    error // why the question was not answered
-	at     time.Time
-}
-
-func (p *Publisher) newCall(ctx context.Context) call {
+func (p *Publisher) newCall(ctx context.Context) *call {
 	d := deliveryFrom(ctx)
-	c := call{p: p, d: d, carried: carriedFrom(d)}
-	if d != nil {
-		c.refused = d.output().refused.Swap(nil)
-	}
-	return c
+	return &call{p: p, d: d, carried: carriedFrom(d), mark: p.denials.mark()}
 }
 
-// number tells where the numbers of n envelopes begin. A handler that is refused
-// for a sequence, reads it anew and tries again uses the same numbers: when it runs
-// once more its first try may be taken, which must not be a second copy.
-func (c *call) number(subject string, expects bool, n int) {
-	if c.d == nil {
-		return
-	}
-	if r := c.refused; r != nil && expects && r.subject == subject {
-		// Unless another goroutine of the handler has numbers above.
-		c.d.output().published.CompareAndSwap(r.to, r.from)
-	}
-	from := c.d.output().published.Load()
-	c.numbers = numbers{subject: subject, from: from, to: from + uint32(n)}
-}
+// denied is the permission that keeps a message on subject from being stored and
+// acknowledged, if the server has refused it since the call began.
+func (c *call) denied(subject string) error { return c.p.denials.of(subject, c.mark) }
 
-// numberAgain keeps the numbers of a call that stored nothing for the next one.
-func (c *call) numberAgain(err error) {
-	if c.d != nil && errors.Is(err, ErrWrongSequence) {
-		c.d.output().refused.Store(&c.numbers)
-	}
-}
+// inDurable reports whether the call is a durable's handler's, whose envelopes have
+// message ids made of the handled message.
+func (c *call) inDurable() bool { return c.d != nil && c.d.msg.Durable() != "" }
 
-// mayHave tells whether a stream may have the message though it refuses it: from an
-// unanswered try, or from an earlier attempt of the handler.
-func (c *call) mayHave(o *outgoing) bool {
-	return o.unanswered > 0 || c.d != nil && o.id != "" && c.d.msg.Attempt() > 1
+// giveBack frees the number of what was not stored, as far as anybody knows.
+func (c *call) giveBack(number number) {
+	if number.n > 0 {
+		c.d.output().giveBack(number)
+	}
 }
 
 // outgoing is one envelope on its way to a stream, with what its tries share.
 type outgoing struct {
 	e       *Envelope
-	id      string
+	id      string    // message id, empty for none
+	number  number    // of which the id is made
 	subject string    // where it is sent: the schedule's subject for a delayed one
 	due     time.Time // of a delayed one
 	carried []field   // headers of the handled message
+	located bool      // call.locate found nothing against it
 
-	tries      int
-	unanswered int       // of those, after which the message may be stored
-	trouble    string    // what kept its stream from taking it, when last heard of
-	unknown    time.Time // when it first met nobody, and nobody could say why
+	tries      int    // sent so many times
+	unanswered int    // of those, after which the message may be stored
+	waits      int    // before another try
+	trouble    string // what kept its stream from taking it, when last heard of
 }
 
-// prepare judges the envelope and settles its message id and subject. A bare one
-// gets no automatic id.
-func (c *call) prepare(ctx context.Context, e *Envelope, bare bool) (outgoing, error) {
+// prepare judges the envelope and settles its message id. A bare one gets no automatic
+// id.
+func (c *call) prepare(e *Envelope, bare bool) (outgoing, error) {
 	o := outgoing{e: e, id: e.msgID, subject: e.subject, carried: c.carried}
 	if err := e.check(); err != nil {
 		return o, err
 	}
-	var n uint32
-	if c.d != nil {
-		n = c.d.output().published.Add(1)
-	}
-	if o.id == "" {
-		if c.d != nil && c.d.msg.Durable() != "" {
-			o.id = deliveryID(c.d.msg.Stream(), c.d.msg.Durable(), messageID{c.d.msg.seq, c.d.msg.time}) + "/" + strconv.FormatUint(uint64(n), 10)
-		} else if !bare {
-			o.id = c.p.nextID()
-		}
-	}
 	if e.delayed() {
-		subject, err := c.scheduleSubject(ctx, e.subject)
-		if err != nil {
-			return o, err
-		}
-		o.subject, o.due = subject, e.due()
+		o.due = e.due()
+	}
+	switch {
+	case o.id != "":
+	case c.inDurable():
+		made := c.d.output()
+		o.number = made.take(e.digest())
+		o.id = made.id(o.number)
+	case !bare:
+		o.id = c.p.nextID()
 	}
 	return o, nil
 }
@@ -144,67 +118,141 @@ func (o *outgoing) fill(h nats.Header) {
 	}
 }
 
+// slim leaves out one of the headers that natsx adds, the least needed first, for a
+// message that is too large with them. It returns false when none is left, or only the
+// id and that is needed.
+func (o *outgoing) slim(needID bool) bool {
+	switch {
+	case len(o.carried) > 0:
+		o.carried = nil
+	case o.e.contentType != "":
+		plain := *o.e
+		plain.contentType = ""
+		o.e = &plain
+	case o.id != "" && o.e.set&envMsgID == 0 && !needID:
+		o.id = ""
+	default:
+		return false
+	}
+	return true
+}
+
+// mayHave reports whether a stream may have the message though it refuses it: from an
+// unanswered try, an earlier attempt of the handler, or an earlier call.
+func (o *outgoing) mayHave() bool {
+	return o.id != "" && (o.unanswered > 0 || o.number.n > 0 || o.e.set&envMsgID != 0)
+}
+
 // after decides what follows a failed try: another one after a wait, or, when
-// wait is negative, the end with this ack or error.
-func (c *call) after(ctx context.Context, o *outgoing, err error) (ack Ack, wait time.Duration, _ error) {
-	o.tries++
+// wait is negative, the end with this ack or error. The ack of a refusal names the
+// stream that refused.
+func (c *call) after(ctx context.Context, o *outgoing, ack Ack, err error) (_ Ack, wait time.Duration, _ error) {
 	var api *jetstream.APIError
+	var passing *lookupError
+	switch {
+	case errors.As(err, &passing):
+		o.trouble = passing.reason
+		return c.again(ctx, o, o.pause(50*time.Millisecond))
+	case errors.Is(err, nats.ErrReconnectBufExceeded):
+		o.trouble = disconnected
+		return c.again(ctx, o, o.pause(50*time.Millisecond))
+	case errors.Is(err, nats.ErrMaxPayload) && o.slim(false):
+		return c.again(ctx, o, 0)
+	case errors.Is(err, ErrNoStream), errors.Is(err, ErrNoAck), errors.Is(err, ErrTTLNotAllowed), errors.Is(err, ErrSchedulesNotAllowed), errors.Is(err, ErrPermission):
+		return Ack{}, -1, err // of call.locate
+	case isLocal(err):
+		return Ack{}, -1, c.p.publishFailure(o, err)
+	}
+	o.tries++
 	switch {
 	case errors.As(err, &api):
 		switch api.ErrorCode {
 		case codeTooManyRequests:
 			o.trouble = overloaded
-			return o.again(ctx, againWait(50*time.Millisecond, o.tries))
+			return c.again(ctx, o, o.pause(50*time.Millisecond))
+		case codeClusterNoLeader, codeClusterNotLeader:
+			o.trouble = leaderless
+			return c.again(ctx, o, o.pause(50*time.Millisecond))
 		case codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
 			// A message with this id, or one on the expected subject, is on its
 			// way through the cluster; the next try learns what became of it. A server
 			// (as of 2.15) that led before may keep an id of then for all of its window.
 			o.trouble = inProcess
-			return o.again(ctx, againWait(20*time.Millisecond, o.tries))
+			return c.again(ctx, o, o.pause(20*time.Millisecond))
+		case jetstream.JSErrCodeStreamMessageExceedsMaximum:
+			if o.slim(false) {
+				return c.again(ctx, o, 0)
+			}
 		case jetstream.JSErrCodeStreamWrongLastSequence:
-			// A server without replicas checks expectations before message ids:
-			// the sequence may be wrong because the message is stored.
-			if !c.mayHave(o) {
-				break
-			}
-			ack, stored, err := c.p.probe(ctx, o)
-			switch {
-			case stored:
-				return ack, -1, nil
-			case err != nil:
-				o.unanswered++
-				return o.again(ctx, 100*time.Millisecond)
-			}
+			return c.wrongSequence(ctx, o, ack.Stream, api)
 		}
-		return ack, -1, o.refusal(api)
-	case errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
-		return ack, -1, c.p.publishFailure(o, err)
+		return Ack{}, -1, o.refusal(api)
+	case errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck):
+		return Ack{}, -1, c.p.publishFailure(o, err)
 	case errors.Is(err, nats.ErrNoResponders):
 		if err := c.noResponders(ctx, o); err != nil {
-			return ack, -1, err
+			return Ack{}, -1, err
 		}
-		wait = againWait(50*time.Millisecond, o.tries)
-	default:
-		o.unanswered++
-		if err := c.p.denied(o.subject); err != nil {
-			return ack, -1, err
-		}
-		if o.id == "" && ctx.Err() == nil {
-			return ack, -1, failure(fmt.Sprintf("publish to %q: no ack, and the message may be stored: %v", o.subject, err), err)
-		}
-		if !errors.Is(err, context.DeadlineExceeded) {
-			wait = 100 * time.Millisecond
+		return c.again(ctx, o, o.pause(50*time.Millisecond))
+	}
+	o.unanswered++
+	if ctx.Err() == nil {
+		if err := c.unacknowledged(ctx, o); err != nil {
+			return Ack{}, -1, err
 		}
 	}
-	return o.again(ctx, wait)
+	if o.id == "" && ctx.Err() == nil {
+		return Ack{}, -1, failure(fmt.Sprintf("publish to %q: no ack, and the message may be stored: %s", o.subject, cause(err)), err)
+	}
+	if !errors.Is(err, context.DeadlineExceeded) {
+		wait = 100 * time.Millisecond
+	}
+	return c.again(ctx, o, wait)
 }
 
-// again is another try after a wait, unless ctx has ended.
-func (o *outgoing) again(ctx context.Context, wait time.Duration) (Ack, time.Duration, error) {
-	if err := ctx.Err(); err != nil {
+// wrongSequence is what follows a refusal for a wrong sequence. A server without
+// replicas checks expectations before message ids: the sequence may be wrong because
+// the message is stored.
+func (c *call) wrongSequence(ctx context.Context, o *outgoing, stream string, api *jetstream.APIError) (Ack, time.Duration, error) {
+	refused := o.wrongSequence(api)
+	if !o.mayHave() {
+		return Ack{}, -1, refused
+	}
+	ack, stored, err := c.hasMessage(ctx, o, stream, refused)
+	switch {
+	case stored:
+		return ack, -1, nil
+	case err == nil:
+		return Ack{}, -1, refused
+	case ctx.Err() != nil, transient(err):
+		o.unanswered++
+		return c.again(ctx, o, 100*time.Millisecond)
+	}
+	why := err
+	if denied, ok := errors.AsType[*PermissionError](err); ok {
+		why = denied
+	}
+	return Ack{}, -1, failure(cause(refused)+", and whether that is an earlier try of the same message is unknown: "+cause(why), refused, err)
+}
+
+// again is another try after a wait, unless nothing can come of it any more.
+func (c *call) again(ctx context.Context, o *outgoing, wait time.Duration) (Ack, time.Duration, error) {
+	if err := c.ending(ctx, o.subject); err != nil {
 		return Ack{}, -1, o.ended(err)
 	}
 	return Ack{}, wait, nil
+}
+
+// ending is why nothing more can come of a message on subject, or nil: a permission, the
+// connection or ctx.
+func (c *call) ending(ctx context.Context, subject string) error {
+	if err := c.denied(subject); err != nil {
+		return err
+	}
+	if err := c.p.closed(); err != nil {
+		return err
+	}
+	return ctx.Err()
 }
 
 // What keeps a stream from taking a message, or the message from its stream.
@@ -214,78 +262,34 @@ const (
 	// Its stream may be another account's, so it is no reason to give up.
 	noStreamHere = "no stream of this account captures the subject"
 	offline      = "the connection was never up"
+	disconnected = "the connection is down"
 	inProcess    = "its message id, or one on its subject, has been in process"
+	batchesInUse = "its stream has had as many batches in process as it takes"
 )
+
+// down is why nothing can be sent at the moment, or empty. What is handed to a
+// connection that is down may leave it long after its call has given up.
+func (p *Publisher) down() string {
+	switch {
+	case p.nc.IsConnected():
+		return ""
+	case p.nc.MaxPayload() == 0:
+		return offline
+	}
+	return disconnected
+}
+
+// pause is the wait before another try of what was refused for the moment: longer from
+// one to the next.
+func (o *outgoing) pause(first time.Duration) time.Duration {
+	o.waits++
+	return againWait(first, o.waits)
+}
 
 // againWait is the wait after so many tries that were refused for the moment, first
 // after one.
 func againWait(first time.Duration, tries int) time.Duration {
 	return min(first<<min(tries-1, 5), 500*time.Millisecond)
-}
-
-// noResponders tells a subject without a stream, which is an error, from a
-// stream that has no leader at the moment.
-func (c *call) noResponders(ctx context.Context, o *outgoing) error {
-	f := c.lookUp(ctx, o.subject)
-	switch {
-	case f.exists:
-		o.trouble, o.unknown = leaderless, time.Time{}
-	case f.err == nil:
-		return failure(fmt.Sprintf("publish to %q: no stream captures the subject", o.subject), ErrNoStream)
-	case errors.Is(f.err, context.DeadlineExceeded) && c.p.denied(".STREAM.NAMES") == nil:
-		// The cluster is looking for the leader who would know.
-	case o.unknown.IsZero():
-		o.unknown = time.Now()
-	case time.Since(o.unknown) > unknownStreamWait:
-		return failure(fmt.Sprintf("publish to %q: nobody answers, and whether a stream captures the subject is unknown: %v",
-			o.subject, f.err), ErrNoStream, f.err)
-	}
-	return nil
-}
-
-// lookUp asks whether a stream captures the subject, at most every 200 ms, and not
-// for each of many subjects when nobody answers.
-func (c *call) lookUp(ctx context.Context, subject string) finding {
-	if f, ok := c.found[subject]; ok && time.Since(f.at) < 200*time.Millisecond {
-		return f
-	}
-	if time.Since(c.silent) < lookupWait {
-		return finding{err: context.DeadlineExceeded}
-	}
-	ctx, cancel := context.WithTimeout(ctx, lookupWait)
-	defer cancel()
-	_, err := c.p.js.StreamNameBySubject(ctx, subject)
-	f := finding{exists: err == nil, at: time.Now()}
-	if err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
-		f.err = err
-	}
-	if errors.Is(err, context.DeadlineExceeded) {
-		c.silent = f.at
-	}
-	if c.found == nil {
-		c.found = make(map[string]finding)
-	}
-	c.found[subject] = f
-	return f
-}
-
-// probe asks whether a stream has the message by its id, without storing
-// anything: an invalid rollup is what the server, with and without replicas,
-// refuses after it has looked for a duplicate and before it does anything else.
-func (p *Publisher) probe(ctx context.Context, o *outgoing) (ack Ack, stored bool, err error) {
-	m := &nats.Msg{Subject: o.subject, Header: nats.Header{
-		jetstream.MsgIDHeader: {o.id},
-		jetstream.MsgRollup:   {"natsx-probe"},
-	}}
-	ack, err = o.try(ctx, p.nc, m)
-	var api *jetstream.APIError
-	if errors.As(err, &api) && api.ErrorCode == codeRollupFailed {
-		return Ack{}, false, nil
-	}
-	if err == nil && !ack.Duplicate {
-		err = failure(fmt.Sprintf("publish to %q: a probe was stored", o.subject), ErrBadAck)
-	}
-	return ack, err == nil, err
 }
 
 // Error codes of the server that nats.go does not name.
@@ -328,7 +332,10 @@ func (o *outgoing) wrongSequence(api *jetstream.APIError) *SequenceError {
 }
 
 // ended is the error of a message that has no ack when its time is over.
-func (o *outgoing) ended(cause error) error {
+func (o *outgoing) ended(why error) error {
+	if errors.Is(why, ErrPermission) {
+		return why
+	}
 	what := fmt.Sprintf("publish to %q: no ack after %d tries", o.e.subject, o.tries)
 	if o.tries == 0 {
 		what = fmt.Sprintf("publish to %q: not sent", o.e.subject)
@@ -336,8 +343,40 @@ func (o *outgoing) ended(cause error) error {
 	if o.trouble != "" {
 		what += ", " + o.trouble
 	}
-	if !errors.Is(cause, context.DeadlineExceeded) {
-		what += ": " + strings.TrimPrefix(cause.Error(), "natsx: ")
+	if !errors.Is(why, context.DeadlineExceeded) {
+		what += ": " + cause(why)
 	}
-	return endFailure(what, cause)
+	return endFailure(what, why)
+}
+
+func (p *Publisher) publishFailure(o *outgoing, err error) error {
+	m := &nats.Msg{Subject: o.e.subject, Data: o.e.data, Header: nats.Header{}}
+	o.fill(m.Header)
+	return p.localFailure("publish to", m, err)
+}
+
+// output is what d's handler has stored, for it to be added to.
+func (d *delivery) output() *made {
+	if m := d.made.Load(); m != nil {
+		return m
+	}
+	d.made.CompareAndSwap(nil, &made{name: deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time}), taken: make(map[digest]uint32)})
+	return d.made.Load()
+}
+
+func carriedFrom(d *delivery) []field {
+	if d == nil {
+		return nil
+	}
+	var carried []field
+	for name, values := range d.msg.Header {
+		for _, c := range carriedHeaders {
+			if strings.EqualFold(name, c) {
+				for _, v := range values {
+					carried = append(carried, field{name, v})
+				}
+			}
+		}
+	}
+	return carried
 }

@@ -2,149 +2,25 @@ package natsx
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
-	"strconv"
+	"maps"
+	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-const (
-	// DefaultPublishTimeout ends a JetStream publish whose context has no deadline.
-	DefaultPublishTimeout = 30 * time.Second
-
-	// ackWait is how long the first try waits for its ack, see [tryWait]. Tries
-	// share the message id, so a slow ack costs a duplicate answer at most.
-	ackWait = time.Second
-	// lookupWait bounds one question to the JetStream API.
-	lookupWait = time.Second
-	// unknownStreamWait is how long a publish goes on without responders when
-	// it may not ask whether a stream captures the subject.
-	unknownStreamWait = 3 * time.Second
-)
-
-// Refusals of a publish.
-var (
-	// ErrWrongSequence is an expected last sequence that is not the actual one;
-	// see [SequenceError].
-	ErrWrongSequence = errors.New("natsx: wrong last sequence")
-	// ErrWrongStream is a stream other than the expected one.
-	ErrWrongStream = errors.New("natsx: wrong stream")
-	// ErrSchedulesNotAllowed is a delayed envelope for a stream that cannot
-	// keep message schedules.
-	ErrSchedulesNotAllowed = errors.New("natsx: message schedules are not allowed")
-	// ErrTTLNotAllowed is an envelope with a TTL for a stream without AllowMsgTTL.
-	ErrTTLNotAllowed = errors.New("natsx: message TTL is not allowed")
-	// ErrBadAck is an answer to a publish that no stream gave: a subscriber of
-	// the subject replied instead. Whether the message is stored is unknown.
-	ErrBadAck = errors.New("natsx: not an ack of a stream")
-)
-
-// SequenceError is a failed expectation. The message was not stored. Of an atomic
-// batch in which several may have failed, which the server does not tell, it names
-// the first. [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
-// [*jetstream.APIError].
-type SequenceError struct {
-	Subject string // of the message
-	Want    uint64 // the expected sequence
-	Have    uint64 // the actual one, when Known
-	Known   bool   // whether the server told the actual sequence
-	Err     error  // the server's answer
-}
-
-// Error names the subject and both sequences.
-func (e *SequenceError) Error() string {
-	have := "another"
-	if e.Known {
-		have = strconv.FormatUint(e.Have, 10)
-	}
-	return fmt.Sprintf("natsx: publish to %q: expected last sequence %d, have %s", e.Subject, e.Want, have)
-}
-
-// Unwrap returns [ErrWrongSequence] and the server's answer.
-func (e *SequenceError) Unwrap() []error { return []error{ErrWrongSequence, e.Err} }
-
-// Ack is a stream's word that it has the message.
-type Ack struct {
-	Stream   string // that has the message
-	Sequence uint64 // 0 where [WithFastIngest] leaves it unknown
-	// Duplicate tells that the stream already had a message with this id, be it
-	// from an earlier try of the same call, and that Sequence is of that one.
-	Duplicate bool
-}
-
-// Publisher publishes envelopes. It is safe for concurrent use, has no
-// goroutines and needs no closing. It does not own its connection.
-//
-// Published with a handler's context, an envelope carries over the headers
-// traceparent, tracestate, baggage and Correlation-Id of the handled message
-// that it does not set itself. In a durable's handler, an envelope without a
-// message id that goes to JetStream gets
-//
-//	<stream>@<created>/<durable>/<sequence>/<n>
-//
-// made of the handled message and the count n of envelopes that its handler
-// published so far. When the message is delivered again, its handler therefore
-// publishes nothing twice within the duplicate window, if it publishes the same
-// envelopes in the same order. One that is refused with [ErrWrongSequence] does not
-// count when the next call expects a sequence too and its first subject is the same:
-// a handler may read anew and try again. A handler that publishes from several
-// goroutines at once, or depends on the time, sets MsgID.
-type Publisher struct {
-	nc     *nats.Conn
-	js     jetstream.JetStream
-	bare   bool          // no automatic message ids
-	fast   bool          // batches in PublishAll
-	prefix string        // of automatic message ids
-	count  atomic.Uint64 // automatic message ids so far
-}
-
-// PublisherOption configures a [Publisher].
-type PublisherOption func(*Publisher)
-
-// WithPublisherJetStream sets the JetStream context that is asked about streams,
-// for a domain or an API prefix. It must be of the publisher's connection, which is
-// not checked. Default, also for nil, is a plain one.
-func WithPublisherJetStream(js jetstream.JetStream) PublisherOption {
-	return func(p *Publisher) { p.js = js }
-}
-
-// WithoutMessageIDs leaves out the automatic message ids of Publish and
-// PublishAll, which cost a server about a third of its rate. Without an id a
-// second try might be a second copy. So an envelope that has none, neither its
-// own nor a handler's, waits for the one ack until ctx ends, and when that is
-// lost, as in a leader election, it is an error of which nobody knows whether the
-// message is stored.
-func WithoutMessageIDs() PublisherOption {
-	return func(p *Publisher) { p.bare = true }
-}
-
-// NewPublisher returns a publisher over nc, which must outlive it and is not nil.
-func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
-	p := &Publisher{nc: nc, prefix: rand.Text()[:16]}
-	for _, opt := range opts {
-		opt(p)
-	}
-	if p.js == nil {
-		// Without options there is nothing that New could refuse.
-		p.js, _ = jetstream.New(nc)
-	}
-	return p
-}
-
 // Send publishes on core NATS: at most once, without an ack. The message is
 // handed to the connection, which sends it in the background and buffers it
 // while it reconnects; before it was up for the first time it takes no headers, which
 // is [nats.ErrHeadersNotSupported]. An envelope with a schedule or an expectation is
 // [ErrOptionConflict]: only a stream can honour it. A message id and a TTL are sent
-// along, for a stream that captures the subject. An ended ctx is its error, a closed
-// connection [ErrConnectionClosed], and a message above the server's maximum
-// [nats.ErrMaxPayload].
+// along, for a stream that captures the subject. An ended ctx is its error, a connection
+// that is closed or draining [ErrConnectionClosed], and a message above the server's
+// maximum [nats.ErrMaxPayload].
 func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {
@@ -153,7 +29,14 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 	if err := ctx.Err(); err != nil {
 		return failure(fmt.Sprintf("send to %q", m.Subject), err)
 	}
-	if err := p.nc.PublishMsg(m); err != nil {
+	if err := p.closed(); err != nil {
+		return p.localFailure("send to", m, err)
+	}
+	err = p.nc.PublishMsg(m)
+	for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, &e) {
+		err = p.nc.PublishMsg(m)
+	}
+	if err != nil {
 		return p.localFailure("send to", m, err)
 	}
 	return nil
@@ -161,176 +44,103 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 
 // Publish stores an envelope in a stream and returns its ack.
 //
-// Every try bears one message id, by default an automatic one, so that within
+// Every try has one message id, by default an automatic one, so that within
 // the stream's duplicate window no retry is a second copy. Without an ack it
 // tries again after a second, then after 2 s, 4 s and 8 s each, and it goes on
-// while the stream has no leader, more waits for it than the server holds, or the
-// connection was never up, until ctx ends or, when ctx has no deadline, for
-// [DefaultPublishTimeout]. The error is then [ErrTimeout] with
-// [context.DeadlineExceeded], or [context.Canceled]; the message may be stored
-// nevertheless, and another call has another id, unless the envelope brings one.
+// while the stream has no leader or no quorum, more waits for it than the server holds,
+// the JetStream API does not answer or the connection is down, until ctx ends or, when
+// ctx has no deadline, for [DefaultPublishTimeout]. The error is then [ErrTimeout] with
+// [context.DeadlineExceeded], or [context.Canceled], and says what was in the way. The
+// message may be stored nevertheless, unless the error says that it was not sent; and
+// another call has another id, unless the envelope brings one or a handler publishes
+// it (see [Publisher]).
 //
-// A subject that no stream captures is [ErrNoStream] at once, or after three
-// seconds where the JetStream API is not there, or may not be asked for stream
-// names; but where somebody subscribes to it, nobody acknowledges, and it is
-// [ErrTimeout]. What the server refuses is returned at once with its
-// [*jetstream.APIError] in the chain: [ErrWrongSequence], [ErrWrongStream],
-// [ErrTTLNotAllowed], [ErrSchedulesNotAllowed] and whatever else it may be. A
-// message above the server's maximum is [nats.ErrMaxPayload], a subject that the
-// user may not publish to [ErrPermission].
+// A subject that no stream captures is [ErrNoStream] at once, when the JetStream API
+// says so. At a server with a JetStream domain that is no proof: the server may be a leaf
+// node, and the stream in another domain. There the publisher goes on, unless
+// [WithPublisherJetStream] names the domain. Where somebody subscribes to the
+// subject, nobody acknowledges, and it is [ErrTimeout]. What the server refuses is
+// returned at once with its [*jetstream.APIError] in the chain: [ErrWrongSequence],
+// [ErrWrongStream], [ErrTTLNotAllowed], [ErrSchedulesNotAllowed] and whatever else it
+// may be. A TTL that the stream would ignore is [ErrTTLNotAllowed] before anything is
+// sent, a stream that does not acknowledge [ErrNoAck] after a second, a
+// message above the server's maximum [nats.ErrMaxPayload], a subject that the user may
+// not publish to [ErrPermission], a connection that is closed or draining
+// [ErrConnectionClosed].
 //
 // A delayed envelope (At, After) is stored as a schedule, see [Envelope.At], and
 // the ack is of the schedule.
 func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
-	call := p.newCall(ctx)
-	call.number(e.subject, e.expects(), 1)
-	o, err := call.prepare(ctx, &e, p.bare)
+	c := p.newCall(ctx)
+	o, err := c.prepare(&e, p.bare)
 	if err != nil {
 		return Ack{}, err
 	}
-	if err := p.online(ctx); err != nil {
-		o.trouble = offline
-		return Ack{}, o.ended(err)
+	ack, err := c.publish(ctx, &o)
+	if err != nil {
+		c.giveBack(o.number)
+		return Ack{}, err
 	}
-	m := &nats.Msg{Subject: o.subject, Data: e.data, Header: make(nats.Header, len(e.headers)+4)}
-	o.fill(m.Header)
-	for {
-		ack, err := o.try(ctx, p.nc, m)
+	return ack, nil
+}
+
+// publish has its first try wait for the answer in nats.go's own subscription, which
+// costs the server less than another one. What needs more tries is a bulk of one.
+func (c *call) publish(ctx context.Context, o *outgoing) (Ack, error) {
+	if ctx.Err() != nil || !c.p.nc.IsConnected() {
+		if err := c.ending(ctx, o.subject); err != nil {
+			return Ack{}, o.ended(err)
+		}
+		return c.goOn(ctx, o, 0)
+	}
+	var ack Ack
+	err := c.locate(ctx, o)
+	if err == nil {
+		ack, err = c.try(ctx, o)
+		for errors.Is(err, nats.ErrMaxPayload) && o.slim(false) {
+			ack, err = c.try(ctx, o)
+		}
 		if err == nil {
 			return ack, nil
 		}
-		ack, wait, err := call.after(ctx, &o, err)
-		if wait < 0 {
-			call.numberAgain(err)
-			return ack, err
-		}
-		if o.unanswered == 2 && o.trouble == "" {
-			if f := call.lookUp(ctx, o.subject); !f.exists && f.err == nil {
-				o.trouble = noStreamHere
-			}
-		}
-		pause(ctx, wait)
 	}
-}
-
-// online waits until the connection has been up once: until then nats.go knows
-// nothing of the server, and refuses headers.
-func (p *Publisher) online(ctx context.Context) error {
-	for p.nc.MaxPayload() == 0 && !p.nc.IsClosed() {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		pause(ctx, 20*time.Millisecond)
+	ack, wait, err := c.after(ctx, o, ack, err)
+	if wait < 0 {
+		return ack, err
 	}
-	return nil
+	return c.goOn(ctx, o, wait)
 }
 
-// tryWait is how long a try waits for its ack after so many without one: longer
-// from try to try, or a server that is slower than what is under way would be kept
-// busy with repetitions.
-func tryWait(first time.Duration, unanswered int) time.Duration {
-	return first << min(unanswered, 3)
-}
-
-// try publishes once. Without an id it is the only try, and waits until ctx ends.
-func (o *outgoing) try(ctx context.Context, nc *nats.Conn, m *nats.Msg) (Ack, error) {
+// try publishes once. Without an id it is the only try, and waits until ctx ends, or
+// until it turns out that there will be no ack.
+func (c *call) try(ctx context.Context, o *outgoing) (Ack, error) {
+	m := &nats.Msg{Subject: o.subject, Data: o.e.data, Header: make(nats.Header, len(o.e.headers)+4)}
+	o.fill(m.Header)
 	if o.id != "" {
-		limited, cancel := context.WithTimeout(ctx, tryWait(ackWait, o.unanswered))
+		ctx, cancel := context.WithTimeout(ctx, ackWait)
 		defer cancel()
-		ctx = limited
+		return publishOnce(ctx, c.p.nc, m)
 	}
-	return publishOnce(ctx, nc, m)
-}
-
-// publishOnce is one JetStream publish with one awaited and checked ack: no
-// retry, no check of the envelope. It waits until ctx ends.
-//
-// Nobody there is [nats.ErrNoResponders], a refusal [*jetstream.APIError], an
-// answer that no stream gave [ErrBadAck], an ack from another stream than the
-// one in the message's Nats-Expected-Stream [ErrWrongStream]. Anything else
-// leaves open whether the message is stored.
-func publishOnce(ctx context.Context, nc *nats.Conn, m *nats.Msg) (Ack, error) {
-	r, err := nc.RequestMsgWithContext(ctx, m)
-	if err != nil {
-		return Ack{}, err
+	ctx, cancel := context.WithCancelCause(ctx)
+	looked := make(chan struct{})
+	late := time.AfterFunc(ackWait, func() {
+		defer close(looked)
+		o.unanswered++
+		if err := c.unacknowledged(ctx, o); err != nil {
+			cancel(err)
+		}
+	})
+	ack, err := publishOnce(ctx, c.p.nc, m)
+	cancel(nil)
+	if !late.Stop() {
+		<-looked
 	}
-	return checkedAck(r.Data, m.Header.Get(jetstream.ExpectedStreamHeader), "")
-}
-
-// checkedAck is [parseAck] for a message that expects a stream, unless want is
-// empty.
-func checkedAck(data []byte, want, last string) (Ack, error) {
-	ack, err := parseAck(data, last)
-	if err == nil && want != "" && ack.Stream != want {
-		return Ack{}, failure(fmt.Sprintf("expected stream %q, stored in %q", want, ack.Stream), ErrWrongStream)
+	if why := context.Cause(ctx); err != nil && (errors.Is(why, ErrNoAck) || errors.Is(why, ErrPermission)) {
+		return Ack{}, why
 	}
 	return ack, err
-}
-
-// isLocal tells the errors of a message that never left.
-func isLocal(err error) bool {
-	for _, local := range []error{
-		nats.ErrMaxPayload, nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrInvalidConnection,
-		nats.ErrHeadersNotSupported, nats.ErrBadSubject, nats.ErrBadHeaderMsg,
-	} {
-		if errors.Is(err, local) {
-			return true
-		}
-	}
-	return false
-}
-
-func (p *Publisher) publishFailure(o *outgoing, err error) error {
-	m := &nats.Msg{Subject: o.e.subject, Data: o.e.data, Header: nats.Header{}}
-	o.fill(m.Header)
-	return p.localFailure("publish to", m, err)
-}
-
-// localFailure is an error of the connection, in the words of what was to be done.
-func (p *Publisher) localFailure(doing string, m *nats.Msg, err error) error {
-	what := fmt.Sprintf("%s %q: ", doing, m.Subject)
-	switch {
-	case errors.Is(err, nats.ErrMaxPayload):
-		return failure(fmt.Sprintf("%s%d bytes of payload and headers are above the server's maximum of %d",
-			what, messageSize(m), p.nc.MaxPayload()), err)
-	case errors.Is(err, nats.ErrConnectionClosed):
-		return failure(what+"connection closed", ErrConnectionClosed, err)
-	}
-	return failure(what+strings.TrimPrefix(err.Error(), "natsx: "), err)
-}
-
-// denied tells whether the server has refused this user to publish to subject, or,
-// when that starts with a dot, to one that ends in it. The server says so to the
-// connection and not to the message.
-func (p *Publisher) denied(subject string) error {
-	e := permissionError(p.nc.LastError())
-	if e == nil || e.Operation != "publish" ||
-		e.Subject != subject && !(subject[0] == '.' && strings.HasSuffix(e.Subject, subject)) {
-		return nil
-	}
-	return e
-}
-
-// withLimit ends ctx after d unless it has a deadline of its own.
-func withLimit(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
-	if _, ok := ctx.Deadline(); ok {
-		return ctx, func() {}
-	}
-	return context.WithTimeout(ctx, d)
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	if d <= 0 {
-		return
-	}
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-	}
 }
 
 // coreMessage makes the message of Send and Request.
@@ -351,4 +161,23 @@ func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, err
 		m.Header.Set(jetstream.MsgTTLHeader, e.ttlText())
 	}
 	return m, nil
+}
+
+// slimCore leaves out one of the headers that natsx adds, the least needed first, for a
+// message that is too large with them. It returns false when none is left.
+func slimCore(m *nats.Msg, e *Envelope) bool {
+	for _, name := range slices.Concat([]string{timeoutHeader}, carriedHeaders, []string{"Content-Type"}) {
+		for have := range m.Header {
+			if !strings.EqualFold(have, name) || e.hasHeader(have) {
+				continue
+			}
+			m.Header = maps.Clone(m.Header) // it may be one of timeoutHeaders
+			delete(m.Header, have)
+			if len(m.Header) == 0 {
+				m.Header = nil
+			}
+			return true
+		}
+	}
+	return false
 }

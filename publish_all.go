@@ -16,7 +16,7 @@ const (
 	MaxBytesInFlight     = 16 << 20 // of payload; one message may be larger
 )
 
-// PublishError tells which envelopes of a [Publisher.PublishAll] have no ack.
+// PublishError reports which envelopes of a [Publisher.PublishAll] have no ack.
 type PublishError struct {
 	// Errors has an entry for each envelope, in their order, nil for those that are
 	// stored. An entry is what Publish would have returned.
@@ -59,7 +59,8 @@ func (e *PublishError) Unwrap() []error {
 // published all the same, and the error is a [*PublishError]; the failed ones have
 // the zero Ack. When ctx has no deadline, it gives up when nothing was stored or
 // refused for [DefaultPublishTimeout]. What was not sent when ctx ended is
-// not sent. Without envelopes it returns nothing and no error.
+// not sent; nothing is sent while the connection is down. Without envelopes it returns
+// nothing and no error.
 func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, error) {
 	return p.publishAll(ctx, DefaultPublishTimeout, es)
 }
@@ -69,23 +70,8 @@ func (p *Publisher) publishAll(ctx context.Context, limit time.Duration, es []En
 	if len(es) == 0 {
 		return nil, nil
 	}
-	b := bulk{
-		call: p.newCall(ctx),
-		es:   es,
-		acks: make([]Ack, len(es)),
-		slot: make([]int32, len(es)),
-		out:  make([]sent, min(len(es), MaxPublishesInFlight)),
-		// More than messages: one that is tried again may have two acks, and one of
-		// a fast batch news of that before.
-		replies: make(chan *nats.Msg, 4*min(len(es), MaxPublishesInFlight)),
-		fast:    p.fast,
-		inbox:   p.nc.NewInbox() + ".",
-		header:  make(nats.Header),
-	}
-	for i := range b.out {
-		b.free = append(b.free, int32(i))
-	}
-	sub, err := p.nc.ChanSubscribe(b.inbox+">", b.replies)
+	b := p.newCall(ctx).newBulk(es)
+	sub, err := b.subscribe()
 	if err != nil {
 		for i := range es {
 			b.fail(i, p.publishFailure(&outgoing{e: &es[i]}, err))
@@ -100,9 +86,28 @@ func (p *Publisher) publishAll(ctx context.Context, limit time.Duration, es []En
 	return b.acks, nil
 }
 
-// bulk is one PublishAll. One goroutine, the caller's, sends and receives.
+// goOn has one envelope tried again after a wait, until it is settled or ctx ends,
+// which has a deadline.
+func (c *call) goOn(ctx context.Context, o *outgoing, wait time.Duration) (Ack, error) {
+	b := c.newBulk([]Envelope{*o.e})
+	sub, err := b.subscribe()
+	if err != nil {
+		return Ack{}, c.p.publishFailure(o, err)
+	}
+	defer sub.Unsubscribe()
+	b.put(*o).when = time.Now().Add(wait)
+	o.number = number{} // the bulk gives it back
+	b.run(ctx, 0)
+	if b.errs != nil {
+		return Ack{}, b.errs[0]
+	}
+	return b.acks[0], nil
+}
+
+// bulk is one PublishAll, or what is left of a Publish. One goroutine, the caller's,
+// sends and receives.
 type bulk struct {
-	call
+	*call
 	es   []Envelope
 	acks []Ack
 	errs []error // nil until one fails
@@ -131,34 +136,53 @@ type bulk struct {
 // sent is an envelope under way.
 type sent struct {
 	outgoing
-	index int
-	batch *fastBatch // of which the ack settles it, or nil
-	alone bool       // it was sent, or is to be, on its own after its batch
-	last  error      // why the last try failed
-	when  time.Time  // of the next try, when no ack comes and there is an id to try it with
+	index  int
+	batch  *fastBatch // of which the ack settles it, or nil
+	alone  bool       // it was sent, or is to be, on its own after its batch
+	sent   bool       // it waits for an ack, and not for another try
+	looked bool       // it has no id, and somebody looked for the reason why it has no ack
+	when   time.Time  // of the next try, when no ack comes and there is an id to try it with
 }
 
 var errNoAck = fmt.Errorf("no ack in time: %w", context.DeadlineExceeded)
 
-func (b *bulk) run(ctx context.Context, limit time.Duration) {
-	first, cancel := withLimit(ctx, limit)
-	err := b.p.online(first)
-	cancel()
-	if err != nil {
-		b.abandon(fmt.Errorf("%s: %w", offline, err))
-		return
+func (c *call) newBulk(es []Envelope) *bulk {
+	b := &bulk{
+		call: c,
+		es:   es,
+		acks: make([]Ack, len(es)),
+		slot: make([]int32, len(es)),
+		out:  make([]sent, min(len(es), MaxPublishesInFlight)),
+		// More than messages: one that is tried again may have two acks, and one of
+		// a fast batch news of that before.
+		replies: make(chan *nats.Msg, 4*min(len(es), MaxPublishesInFlight)),
+		fast:    c.p.fast,
+		inbox:   c.p.nc.NewInbox() + ".",
+		header:  make(nats.Header),
 	}
+	for i := range b.out {
+		b.free = append(b.free, int32(i))
+	}
+	return b
+}
+
+// subscribe has all answers come to one inbox, those to earlier tries too.
+func (b *bulk) subscribe() (*nats.Subscription, error) {
+	return b.p.nc.ChanSubscribe(b.inbox+">", b.replies)
+}
+
+func (b *bulk) run(ctx context.Context, limit time.Duration) {
 	tick := time.NewTicker(25 * time.Millisecond)
 	defer tick.Stop()
 	b.since = time.Now()
 	_, limited := ctx.Deadline()
 	for b.next < len(b.es) || len(b.free) < len(b.out) {
-		if err := ctx.Err(); err != nil {
+		if err := b.ending(ctx, ""); err != nil {
 			b.receiveAll(ctx)
 			b.abandon(err)
 			return
 		}
-		for b.next < len(b.es) && b.room() {
+		for b.next < len(b.es) && b.room() && b.p.nc.IsConnected() {
 			b.start(ctx)
 		}
 		if b.open != nil {
@@ -170,15 +194,14 @@ func (b *bulk) run(ctx context.Context, limit time.Duration) {
 			b.receiveAll(ctx)
 		case now := <-tick.C:
 			b.receiveAll(ctx)
-			if b.p.nc.IsClosed() {
-				b.abandon(ErrConnectionClosed)
-				return
-			}
 			if b.moved {
 				b.moved, b.since = false, now
 			}
-			b.overdueBatches(ctx, now)
-			b.overdue(ctx, now)
+			b.endDenied()
+			if b.p.nc.IsConnected() {
+				b.overdueBatches(ctx, now)
+				b.overdue(ctx, now)
+			}
 			if !limited && now.Sub(b.since) > limit {
 				b.abandon(context.DeadlineExceeded)
 				return
@@ -195,21 +218,15 @@ func (b *bulk) room() bool {
 
 // start sends the next envelope for the first time.
 func (b *bulk) start(ctx context.Context) {
-	i := b.next
-	b.next++
-	o, err := b.prepare(ctx, &b.es[i], b.p.bare)
+	o, err := b.prepare(&b.es[b.next], b.p.bare)
 	if err != nil {
-		b.fail(i, err)
+		b.fail(b.next, err)
+		b.next++
 		return
 	}
-	place := b.free[len(b.free)-1]
-	b.free = b.free[:len(b.free)-1]
-	b.slot[i] = place + 1
-	b.bytes += len(o.e.data)
-	s := &b.out[place]
-	*s = sent{outgoing: o, index: i}
+	s := b.put(o)
 	stream := ""
-	if b.fast {
+	if b.fast && b.locate(ctx, &s.outgoing) == nil {
 		stream = b.fastStream(ctx, &s.outgoing)
 	}
 	if b.open != nil && b.open.stream != stream {
@@ -222,12 +239,30 @@ func (b *bulk) start(ctx context.Context) {
 	}
 }
 
+// put finds a place for the next envelope.
+func (b *bulk) put(o outgoing) *sent {
+	place := b.free[len(b.free)-1]
+	b.free = b.free[:len(b.free)-1]
+	b.slot[b.next] = place + 1
+	b.bytes += len(o.e.data)
+	s := &b.out[place]
+	*s = sent{outgoing: o, index: b.next}
+	b.next++
+	return s
+}
+
 // send sends a message on its own.
 func (b *bulk) send(ctx context.Context, s *sent) {
-	s.when = time.Now().Add(tryWait(ackWait, s.unanswered))
-	if err := b.write(s, b.inbox+strconv.Itoa(s.index)); err != nil {
-		b.failed(ctx, s, err)
+	err := b.locate(ctx, &s.outgoing)
+	if err == nil {
+		err = b.write(s, b.inbox+strconv.Itoa(s.index))
 	}
+	if err != nil {
+		b.failed(ctx, s, Ack{}, err)
+		return
+	}
+	s.sent, s.looked = true, false
+	s.when = time.Now().Add(tryWait(ackWait, s.unanswered))
 }
 
 func (b *bulk) write(s *sent, reply string) error {
@@ -265,12 +300,12 @@ func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
 	s := &b.out[b.slot[i]-1]
 	b.heard = max(b.heard, i)
 	if len(r.Data) == 0 && r.Header.Get("Status") == "503" {
-		b.failed(ctx, s, nats.ErrNoResponders)
+		b.failed(ctx, s, Ack{}, nats.ErrNoResponders)
 		return
 	}
 	ack, err := checkedAck(r.Data, s.e.stream, b.stream)
 	if err != nil {
-		b.failed(ctx, s, err)
+		b.failed(ctx, s, ack, err)
 		return
 	}
 	b.stream = ack.Stream
@@ -278,18 +313,20 @@ func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
 	b.release(s)
 }
 
-// failed ends an envelope or has it tried again.
-func (b *bulk) failed(ctx context.Context, s *sent, err error) {
+// failed ends an envelope or has it tried again. The ack of a refusal names the stream.
+func (b *bulk) failed(ctx context.Context, s *sent, ack Ack, err error) {
 	b.leaveBatch(s)
-	b.retry(ctx, s, err)
+	b.retry(ctx, s, ack, err)
 }
 
 // retry is failed for what its batch may yet settle.
-func (b *bulk) retry(ctx context.Context, s *sent, err error) {
-	ack, wait, final := b.after(ctx, &s.outgoing, err)
+func (b *bulk) retry(ctx context.Context, s *sent, ack Ack, err error) {
+	ack, wait, final := b.after(ctx, &s.outgoing, ack, err)
 	switch {
-	case wait >= 0:
-		s.last, s.when = err, time.Now().Add(wait)
+	case wait > 0:
+		s.sent, s.when = false, time.Now().Add(wait)
+	case wait == 0:
+		s.sent, s.when = false, time.Time{}
 	case final != nil:
 		b.fail(s.index, final)
 		b.release(s)
@@ -303,18 +340,41 @@ func (b *bulk) retry(ctx context.Context, s *sent, err error) {
 func (b *bulk) overdue(ctx context.Context, now time.Time) {
 	for place := range b.out {
 		s := &b.out[place]
-		if s.e == nil || s.batch != nil && !s.alone || s.when.After(now) || s.id == "" && s.last == nil {
+		if s.e == nil || s.batch != nil && !s.alone || s.when.After(now) || s.looked {
 			continue
 		}
-		if s.last == nil {
+		if s.sent {
 			if b.heard < s.index && now.Sub(b.since) < ackWait {
 				continue // the server is busy with what came before it
 			}
-			b.retry(ctx, s, errNoAck)
+			if s.id == "" {
+				s.looked = true
+				s.unanswered++
+				if err := b.unacknowledged(ctx, &s.outgoing); err != nil {
+					b.fail(s.index, err)
+					b.release(s)
+				}
+				continue
+			}
+			b.retry(ctx, s, Ack{}, errNoAck)
 		}
-		if s.e != nil {
-			s.last = nil
+		if s.e != nil && !s.sent && !s.when.After(now) {
 			b.send(ctx, s)
+		}
+	}
+}
+
+// endDenied ends what the user may not publish.
+func (b *bulk) endDenied() {
+	if b.p.denials.count.Load() == b.mark {
+		return
+	}
+	for place := range b.out {
+		if s := &b.out[place]; s.e != nil {
+			if err := b.call.denied(s.subject); err != nil {
+				b.fail(s.index, err)
+				b.release(s)
+			}
 		}
 	}
 }
@@ -334,21 +394,27 @@ func (b *bulk) fail(i int, err error) {
 		b.errs = make([]error, len(b.es))
 	}
 	b.errs[i] = err
+	if b.slot[i] > 0 {
+		b.giveBack(b.out[b.slot[i]-1].number)
+	}
 }
 
 // abandon ends everything that has no ack.
-func (b *bulk) abandon(cause error) {
+func (b *bulk) abandon(why error) {
+	down := b.p.down()
 	for place := range b.out {
 		if s := &b.out[place]; s.e != nil {
-			if s.last == nil {
+			if s.sent || s.batch != nil {
 				s.tries++
 			}
-			b.fail(s.index, s.ended(cause))
+			if down != "" {
+				s.trouble = down
+			}
+			b.fail(s.index, s.ended(why))
 			b.release(s)
 		}
 	}
-	unsent := "not sent: " + strings.TrimPrefix(cause.Error(), "natsx: ")
 	for ; b.next < len(b.es); b.next++ {
-		b.fail(b.next, endFailure(fmt.Sprintf("publish to %q: %s", b.es[b.next].subject, unsent), cause))
+		b.fail(b.next, (&outgoing{e: &b.es[b.next], trouble: down}).ended(why))
 	}
 }

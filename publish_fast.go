@@ -68,9 +68,20 @@ type fastBatch struct {
 	when                time.Time // of giving up on the ack, once the batch is committed
 }
 
-// fastStream names the stream that takes the message in a batch, if one does.
+// fastStream names the stream that takes the message in a batch, if one does. One that
+// may be too large goes alone: a batch that it should end would need an empty message
+// to end, which subscribers of the subject see.
 func (b *bulk) fastStream(ctx context.Context, o *outgoing) string {
 	if o.e.set&^(envMsgID|envTTL) != 0 {
+		return ""
+	}
+	size := len(o.e.data) + len(o.id) + len(o.e.contentType) + 256
+	for _, headers := range [...][]field{o.carried, o.e.headers} {
+		for _, h := range headers {
+			size += len(h.name) + len(h.value) + 4
+		}
+	}
+	if int64(size) > b.p.nc.MaxPayload() {
 		return ""
 	}
 	for _, h := range o.e.headers {
@@ -80,9 +91,7 @@ func (b *bulk) fastStream(ctx context.Context, o *outgoing) string {
 		}
 	}
 	if o.subject != b.asked {
-		limited, cancel := context.WithTimeout(ctx, lookupWait)
-		info, err := b.streamOf(limited, o.subject)
-		cancel()
+		info, err := b.streamOf(ctx, o.subject)
 		b.asked, b.home = o.subject, ""
 		switch {
 		case err == nil && info.Config.AllowBatchPublish && !info.Config.NoAck:
@@ -133,7 +142,7 @@ func (b *bulk) sendHeld(ctx context.Context, f *fastBatch, op int) bool {
 		op = batchStart
 	}
 	if err := b.write(s, f.reply(b.inbox, len(f.sent)+1, op)); err != nil {
-		b.failed(ctx, s, err)
+		b.failed(ctx, s, Ack{}, err)
 		return false
 	}
 	f.sent = append(f.sent, int32(s.index))
@@ -258,7 +267,7 @@ func (b *bulk) over(ctx context.Context, f *fastBatch, n int) {
 		if s := b.unanswered(f, m); s == nil {
 			continue
 		} else if m < n && !s.alone {
-			b.failed(ctx, s, errNoAck)
+			b.failed(ctx, s, Ack{}, errNoAck)
 		} else {
 			b.sendAgain(ctx, s)
 		}
@@ -278,7 +287,7 @@ func (b *bulk) sendAgain(ctx context.Context, s *sent) {
 // it, and it notices with the next message, if there is one.
 func (b *bulk) refused(ctx context.Context, f *fastBatch, n int, err error, known bool) {
 	if s := b.unanswered(f, n); s != nil {
-		b.failed(ctx, s, err)
+		b.failed(ctx, s, Ack{}, err)
 	}
 	if n == len(f.sent) && !known {
 		b.end(ctx, f)
@@ -303,7 +312,7 @@ func (b *bulk) giveUp(ctx context.Context, f *fastBatch) {
 	for n := 1; n <= len(f.sent); n++ {
 		if s := b.unanswered(f, n); s != nil && s.id != "" && !s.alone {
 			s.alone = true
-			b.retry(ctx, s, errNoAck)
+			b.retry(ctx, s, Ack{}, errNoAck)
 		}
 	}
 }

@@ -191,11 +191,11 @@ func TestPublishRefusals(t *testing.T) {
 		{"last sequence", To("s.a").ExpectLastSequence(1), ErrWrongSequence, `natsx: publish to "s.a": expected last sequence 1, have 3`},
 		{"subject sequence", To("s.b").ExpectLastSubjectSequence(1), ErrWrongSequence, "expected last sequence 1, have 0"},
 		{"stream", To("s.a").ExpectStream("T"), ErrWrongStream, "expected stream does not match"},
-		{"ttl", To("s.a").TTL(time.Second), ErrTTLNotAllowed, "TTL is disabled"},
+		{"ttl", To("s.a").TTL(time.Second), ErrTTLNotAllowed, `stream "S" does not have AllowMsgTTL`},
 		{"schedule", To("s.a").After(time.Second), ErrSchedulesNotAllowed, "AllowMsgSchedules"},
 		{"schedule to nowhere", To("nowhere").After(time.Second), ErrNoStream, "no stream"},
 		{"stream's size", To("s.a").Data(make([]byte, 2000)), jetstream.ErrStreamMessageExceedsMaximum, "message size exceeds maximum"},
-		{"server's size", To("s.a").Data(big), nats.ErrMaxPayload, "above the server's maximum of 1048576"},
+		{"server's size", To("s.a").Data(append(big, 'x')), nats.ErrMaxPayload, "1048577 bytes of payload and headers are above the server's maximum of 1048576"},
 		{"talker", To("core.talker"), ErrBadAck, `"hello"`},
 		{"nameless", To("core.nameless"), ErrBadAck, "names no stream"},
 		{"forger", To("core.forger").ExpectStream("S"), ErrWrongStream, `expected stream "S", stored in "OTHER"`},
@@ -232,7 +232,12 @@ func TestPublishWithoutPermissions(t *testing.T) {
 		}
 	})
 	createStream(t, connect(t, s.ClientURL(), nats.UserInfo("admin", "p")), jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}})
-	pub := NewPublisher(connect(t, s.ClientURL(), nats.UserInfo("app", "p")))
+	var asked atomic.Int64
+	pub := NewPublisher(connect(t, s.ClientURL(), nats.UserInfo("app", "p"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+		if strings.Contains(err.Error(), "STREAM.NAMES") {
+			asked.Add(1)
+		}
+	})))
 	if _, err := pub.Publish(testContext(t), To("s.a")); err != nil {
 		t.Errorf("allowed subject: %v", err)
 	}
@@ -240,8 +245,17 @@ func TestPublishWithoutPermissions(t *testing.T) {
 	if denied, ok := errors.AsType[*PermissionError](err); !ok || !errors.Is(err, ErrPermission) || denied.Subject != "forbidden" {
 		t.Errorf("forbidden subject: got %v, want a PermissionError for it", err)
 	}
-	if _, err := pub.Publish(testContext(t), To("nowhere")); !errors.Is(err, ErrNoStream) {
-		t.Errorf("subject without a stream that cannot be looked up: got %v, want ErrNoStream", err)
+	// Nobody says that there is none.
+	ctx, cancel := context.WithTimeout(testContext(t), 300*time.Millisecond)
+	defer cancel()
+	if _, err := pub.Publish(ctx, To("nowhere")); !errors.Is(err, ErrTimeout) || errors.Is(err, ErrNoStream) || !strings.Contains(err.Error(), "STREAM.NAMES") {
+		t.Errorf("subject without a stream that cannot be looked up: got %v, want ErrTimeout that says why", err)
+	}
+	if _, err := pub.Publish(testContext(t), To("s.a").After(time.Second)); !errors.Is(err, ErrPermission) {
+		t.Errorf("delayed: got %v, want ErrPermission", err)
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("asked %d times for what may not be asked, want once", n)
 	}
 }
 
@@ -412,9 +426,10 @@ func TestPublishFromAHandler(t *testing.T) {
 		}
 		cancel()
 	}
+	id := func(e Envelope) string { return "IN/worker/7@42/" + e.digest().String() + "/1" }
 	want := []nats.Header{
-		{"Nats-Msg-Id": {"IN@42/worker/7/1"}, "traceparent": {"tp"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
-		{"Nats-Msg-Id": {"IN@42/worker/7/2"}, "Traceparent": {"own"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
+		{"Nats-Msg-Id": {id(To("s.a"))}, "traceparent": {"tp"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
+		{"Nats-Msg-Id": {id(To("s.b"))}, "Traceparent": {"own"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
 		{"Nats-Msg-Id": {"own"}, "traceparent": {"tp"}, "tracestate": {"ts"}, "baggage": {"b"}, "Correlation-Id": {"c"}},
 	}
 	for i, h := range want {

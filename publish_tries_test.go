@@ -76,8 +76,6 @@ func TestTriesWaitLongerAndLonger(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	pub := NewPublisher(nc)
 	ack := func(*nats.Msg) string { return storedFirst }
-	const wrong = `{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 9"},"stream":"S","seq":0}`
-	var probed atomic.Int64
 	for _, tt := range []struct {
 		name string
 		body func(*nats.Msg) string
@@ -101,33 +99,6 @@ func TestTriesWaitLongerAndLonger(t *testing.T) {
 			func(ctx context.Context, subject string) (Ack, error) {
 				return pub.PublishAtomic(ctx, To(subject), To(subject))
 			}, 6,
-		},
-		{
-			// The first try is not answered, the next ones meet a wrong sequence, and
-			// whether it is their own is what takes long to tell.
-			"probe",
-			func() func(m *nats.Msg) string {
-				var first atomic.Bool
-				return func(m *nats.Msg) string {
-					switch {
-					case m.Header.Get("Nats-Rollup") != "":
-						probed.Add(1)
-						return `{"stream":"S","seq":1,"duplicate":true}`
-					case first.CompareAndSwap(false, true):
-						return ""
-					}
-					return wrong
-				}
-			}(),
-			func(m *nats.Msg) time.Duration {
-				if m.Header.Get("Nats-Rollup") != "" {
-					return 5 * ackWait / 2
-				}
-				return 0
-			},
-			func(ctx context.Context, subject string) (Ack, error) {
-				return pub.Publish(ctx, To(subject).ExpectLastSequence(0))
-			}, 7,
 		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -159,7 +130,7 @@ func (js knownJS) StreamNameBySubject(ctx context.Context, _ string) (string, er
 func TestPublishAllGivesUpOnSilence(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(context.Context) error { return nil }}))
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{JetStream: jetStream(t, nc), ask: func(context.Context) error { return nil }}))
 	eventually(t, "the errors say why", func() bool {
 		_, err := pub.publishAll(context.Background(), 300*time.Millisecond, []Envelope{To("a"), To("b")})
 		var failed *PublishError
@@ -181,7 +152,7 @@ func TestPublishAllTakesTheLastAnswers(t *testing.T) {
 		t.Fatal(err)
 	}
 	var asked atomic.Int64
-	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(context.Context) error {
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{JetStream: jetStream(t, nc), ask: func(context.Context) error {
 		second := asked.Add(1) == 2
 		if second {
 			receive(t, late, "the envelope").Respond([]byte(storedFirst))
@@ -208,7 +179,7 @@ func TestPublishAllAsksASilentAPIOnce(t *testing.T) {
 	ctx, cancel := context.WithCancel(testContext(t))
 	defer cancel()
 	var asked atomic.Int64
-	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{ask: func(ctx context.Context) error {
+	pub := NewPublisher(nc, WithPublisherJetStream(knownJS{JetStream: jetStream(t, nc), ask: func(ctx context.Context) error {
 		asked.Add(1)
 		<-ctx.Done()
 		return ctx.Err()

@@ -69,7 +69,7 @@ func sized(subject string, size int) func(i int) *nats.Msg {
 	}
 }
 
-func number(m *Msg) string {
+func numberOf(m *Msg) string {
 	n, _, _ := strings.Cut(string(m.Data), " ")
 	return n
 }
@@ -247,7 +247,7 @@ func TestLargeBacklogs(t *testing.T) {
 				publishMany(t, nc, tt.messages, sized(fmt.Sprintf("big.%d", i), tt.size))
 				specs = append(specs, Route(fmt.Sprintf("big.%d", i)).Durable(fmt.Sprintf("d%d", i)).AckWait(tt.ackWait).Retry(0).DLQ("dlq").
 					Handle(func(_ context.Context, m *Msg) error {
-						seen.add(m.Subject + " " + number(m))
+						seen.add(m.Subject + " " + numberOf(m))
 						return nil
 					}))
 			}
@@ -281,7 +281,7 @@ func TestSlowLinkLosesNoLease(t *testing.T) {
 	var seen tally
 	b := NewBroker(connect(t, slowLink(t, s.ClientURL(), 2<<20)))
 	r := runBroker(t, b, Route("orders.*").Durable("d").Retry(2).AckWait(ackWait).DLQ("dlq.x").Handle(func(_ context.Context, m *Msg) error {
-		seen.add(number(m))
+		seen.add(numberOf(m))
 		return nil
 	}))
 	eventually(t, "all are handled", func() bool { return seen.keys() == messages })

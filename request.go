@@ -24,28 +24,28 @@ const DefaultRequestTimeout = 5 * time.Second
 // with it, since it may have a payload. Nobody there is [ErrNoResponders] at
 // once, nobody done in time [ErrTimeout] with [context.DeadlineExceeded], a
 // cancelled ctx [context.Canceled], a subject that the user may not publish to
-// [ErrPermission], a closed connection [ErrConnectionClosed]. An envelope with a
-// schedule or an expectation is [ErrOptionConflict].
+// [ErrPermission], a connection that is closed or draining [ErrConnectionClosed]. An
+// envelope with a schedule or an expectation is [ErrOptionConflict].
 func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {
 		return nil, err
 	}
-	if ctx.Done() == nil && p.nc.MaxPayload() > 0 {
+	mark, up := p.denials.mark(), p.nc.IsConnected()
+	if up && ctx.Done() == nil {
 		// Nothing but the time can end it, which costs nats.go less than a context.
-		r, err := p.nc.RequestMsg(m, DefaultRequestTimeout)
-		if errors.Is(err, nats.ErrTimeout) {
-			err = context.DeadlineExceeded
-		}
-		if err != nil {
-			return nil, p.requestFailure(m, err)
-		}
-		return received(r)
+		return p.ask(m, &e, mark, func() (*nats.Msg, error) {
+			r, err := p.nc.RequestMsg(m, DefaultRequestTimeout)
+			if errors.Is(err, nats.ErrTimeout) {
+				err = context.DeadlineExceeded
+			}
+			return r, err
+		})
 	}
 	_, bounded := ctx.Deadline()
 	ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
 	defer cancel()
-	if err := p.ready(ctx, m); err != nil {
+	if err := p.ready(ctx, m, up); err != nil {
 		return nil, err
 	}
 	switch {
@@ -59,9 +59,17 @@ func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 	default:
 		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
 	}
-	r, err := p.nc.RequestMsgWithContext(ctx, m)
+	return p.ask(m, &e, mark, func() (*nats.Msg, error) { return p.nc.RequestMsgWithContext(ctx, m) })
+}
+
+// ask sends a request, without headers of natsx's own if it is too large with them.
+func (p *Publisher) ask(m *nats.Msg, e *Envelope, mark uint64, send func() (*nats.Msg, error)) (*Msg, error) {
+	r, err := send()
+	for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, e) {
+		r, err = send()
+	}
 	if err != nil {
-		return nil, p.requestFailure(m, err)
+		return nil, p.requestFailure(m, mark, err)
 	}
 	return received(r)
 }
@@ -99,10 +107,11 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 			yield(nil, err)
 			return
 		}
+		mark, up := p.denials.mark(), p.nc.IsConnected()
 		_, bounded := ctx.Deadline()
 		ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
 		defer cancel()
-		if err := p.ready(ctx, m); err != nil {
+		if err := p.ready(ctx, m, up); err != nil {
 			yield(nil, err)
 			return
 		}
@@ -115,12 +124,16 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 		m.Reply = p.nc.NewInbox()
 		sub, err := p.nc.SubscribeSync(m.Reply)
 		if err != nil {
-			yield(nil, p.requestFailure(m, err))
+			yield(nil, p.requestFailure(m, mark, err))
 			return
 		}
 		defer sub.Unsubscribe()
-		if err := p.nc.PublishMsg(m); err != nil {
-			yield(nil, p.requestFailure(m, err))
+		err = p.nc.PublishMsg(m)
+		for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, &e) {
+			err = p.nc.PublishMsg(m)
+		}
+		if err != nil {
+			yield(nil, p.requestFailure(m, mark, err))
 			return
 		}
 		for answered := false; ; answered = true {
@@ -133,17 +146,23 @@ func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg,
 			case answered && errors.Is(err, context.DeadlineExceeded):
 				return
 			default:
-				yield(nil, p.requestFailure(m, err))
+				yield(nil, p.requestFailure(m, mark, err))
 				return
 			}
 		}
 	}
 }
 
-// ready lets a request be sent: the connection was up, and ctx has not ended.
-func (p *Publisher) ready(ctx context.Context, m *nats.Msg) error {
-	if err := p.online(ctx); err != nil {
-		return endFailure(fmt.Sprintf("request %q: %s: %v", m.Subject, offline, err), err)
+// ready lets a request be sent: the connection is up, or was once and will be, and ctx
+// has not ended.
+func (p *Publisher) ready(ctx context.Context, m *nats.Msg, up bool) error {
+	if !up {
+		if err := p.closed(); err != nil {
+			return p.localFailure("request", m, err)
+		}
+		if err := p.online(ctx); err != nil {
+			return endFailure(fmt.Sprintf("request %q: %s: %v", m.Subject, offline, err), err)
+		}
 	}
 	if err := ctx.Err(); err != nil {
 		return requestError(m.Subject, err)
@@ -169,12 +188,16 @@ func received(r *nats.Msg) (*Msg, error) {
 	return m, nil
 }
 
-func (p *Publisher) requestFailure(m *nats.Msg, err error) error {
+func (p *Publisher) requestFailure(m *nats.Msg, mark uint64, err error) error {
+	if denied := p.denials.of(m.Subject, mark); denied != nil {
+		return denied
+	}
+	p.denials.renew()
+	if closed := p.closed(); closed != nil {
+		return p.localFailure("request", m, closed)
+	}
 	switch {
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		if denied := p.denied(m.Subject); denied != nil {
-			return denied
-		}
 		return requestError(m.Subject, err)
 	case errors.Is(err, nats.ErrNoResponders):
 		return failure(fmt.Sprintf("request %q: no responders", m.Subject), ErrNoResponders, err)

@@ -2,7 +2,7 @@ package natsx
 
 import (
 	"context"
-	"errors"
+	"crypto/sha256"
 	"fmt"
 	"strings"
 
@@ -12,37 +12,49 @@ import (
 // scheduleToken is a token of the subjects that schedules are kept on.
 const scheduleToken = "natsx-schedule"
 
-// scheduleSubject finds a subject of its own for a schedule, in the stream that
-// captures its target.
+// schedule finds a subject of its own for a schedule, in the stream that captures its
+// target.
 //
 // The server wants it to differ from the target and in the same stream, and a
-// later schedule on one subject replaces the earlier.
-func (c *call) scheduleSubject(ctx context.Context, target string) (string, error) {
+// later schedule on one subject replaces the earlier: so that of a handler has the
+// same subject in each run, and is one beyond the duplicate window too.
+func (c *call) schedule(ctx context.Context, o *outgoing) error {
+	target := o.e.subject
 	info, err := c.streamOf(ctx, target)
 	if err != nil {
-		return "", err
+		return err
 	}
 	refuse := func(reason string) error {
 		return failure(fmt.Sprintf("publish to %q: stream %q %s", target, info.Config.Name, reason), ErrSchedulesNotAllowed)
 	}
-	if !info.Config.AllowMsgSchedules {
-		return "", refuse("does not have AllowMsgSchedules")
-	}
-	if info.Config.Retention == jetstream.InterestPolicy {
-		return "", refuse("has interest retention, which drops schedules")
+	limits := info.Config.Retention == jetstream.LimitsPolicy
+	switch {
+	case info.Config.NoAck:
+		return noAck(o, info)
+	case !info.Config.AllowMsgSchedules:
+		return refuse("does not have AllowMsgSchedules")
+	case info.Config.Retention == jetstream.InterestPolicy:
+		return refuse("has interest retention, which drops schedules")
+	case o.e.set&envTTL != 0 && !info.Config.AllowMsgTTL:
+		return failure(fmt.Sprintf("publish to %q: stream %q does not have AllowMsgTTL", target, info.Config.Name), ErrTTLNotAllowed)
 	}
 	id := c.p.nextID()
-	subject := scheduleToken + "." + id + "." + target
-	if captures(info, subject) {
-		return subject, nil
+	if o.number.n > 0 {
+		sum := sha256.Sum256([]byte(o.id))
+		id = digest(sum[:len(digest{})]).String()
 	}
-	if below := target + "." + scheduleToken + "." + id; info.Config.Retention == jetstream.LimitsPolicy && captures(info, below) {
-		return below, nil
+	above, below := scheduleToken+"."+id+"."+target, target+"."+scheduleToken+"."+id
+	switch beside := besideSubject(info, target, id); {
+	case captures(info, above):
+		o.subject = above
+	case limits && captures(info, below):
+		o.subject = below
+	case limits && beside != "":
+		o.subject = beside
+	default:
+		return refuse(fmt.Sprintf("captures no subject for a schedule, such as %q", scheduleToken+".*."+target))
 	}
-	if beside := besideSubject(info, target, id); info.Config.Retention == jetstream.LimitsPolicy && beside != "" {
-		return beside, nil
-	}
-	return "", refuse(fmt.Sprintf("captures no subject for a schedule, such as %q", scheduleToken+".*."+target))
+	return nil
 }
 
 // besideSubject is the target with a unique token where a subject of the stream
@@ -61,30 +73,4 @@ func besideSubject(info *jetstream.StreamInfo, target, id string) string {
 		}
 	}
 	return ""
-}
-
-// streamOf looks up the stream that captures subject, once for each stream of
-// the call.
-func (c *call) streamOf(ctx context.Context, subject string) (*jetstream.StreamInfo, error) {
-	for _, info := range c.streams {
-		if captures(info, subject) {
-			return info, nil
-		}
-	}
-	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
-	defer cancel()
-	name, err := c.p.js.StreamNameBySubject(ctx, subject)
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		return nil, failure(fmt.Sprintf("publish to %q: no stream captures the subject", subject), ErrNoStream)
-	}
-	if err != nil {
-		return nil, failure(fmt.Sprintf("publish to %q: look up its stream: %v", subject, err), err)
-	}
-	s, err := c.p.js.Stream(ctx, name)
-	if err != nil {
-		return nil, failure(fmt.Sprintf("publish to %q: look up stream %q: %v", subject, name, err), err)
-	}
-	info := s.CachedInfo()
-	c.streams = append(c.streams, info)
-	return info, nil
 }
