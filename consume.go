@@ -218,9 +218,9 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	r.arrived, r.rang, r.seen = now, info.pending > 0, max(r.seen, info.consumerSeq)
 	w := r.newWork(d, m, messageID{info.sequence, info.time}, info.delivered)
 	w.begin(since+int64(r.ackWait)*9/10, since+int64(r.ackWait)/renewals)
-	again := ackNone
+	handled := false
 	if info.delivered > 1 {
-		again = r.redelivered(w, now)
+		handled = r.redelivered(w, now)
 	} else {
 		r.leases.push(w)
 		if r.headersOnly(w) {
@@ -234,19 +234,13 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	r.pullsFail = false
 	p.mu.Unlock()
 	r.send(next)
-	if again != ackNone {
+	if handled {
 		r.env.acks.push(m.Reply)
 	}
 	if well {
 		r.clear("pull")
 	}
 }
-
-// ackNone and ackAgain say whether a delivery is to be acknowledged without a run.
-const (
-	ackNone  = false
-	ackAgain = true
-)
 
 // redelivered takes a message that was delivered before. It reports whether it was
 // handled already, and only its acknowledgement was lost. The pool is locked.

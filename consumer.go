@@ -489,8 +489,7 @@ func (r *durableRoute) inspect() (info *jetstream.ConsumerInfo, ok bool) {
 				return nil, false
 			}
 		}
-		var err error
-		err = r.env.api.inTurn(ctx, func() (err error) {
+		err := r.env.api.inTurn(ctx, func() (err error) {
 			try, cancel := context.WithTimeout(ctx, patience(tries))
 			defer cancel()
 			info, err = r.env.api.consumerInfo(try, r.target.stream, r.target.consumer)
