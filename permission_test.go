@@ -47,6 +47,14 @@ func TestDeletedConsumerThatMayNotBeAskedFor(t *testing.T) {
 				if err := b.Pause("d"); err != nil {
 					t.Fatal(err)
 				}
+			} else {
+				route := b.ran.Load().durables[0]
+				eventually(t, "a request waits for long", func() bool {
+					route.env.pool.mu.Lock()
+					defer route.env.pool.mu.Unlock()
+					return len(route.puller.pulls) == 1 && route.puller.pulls[0].bell
+				})
+				consumerInfo(t, admin, "ORDERS", "d") // the server has it by now
 			}
 			if err := jetStream(t, admin).DeleteConsumer(testContext(t), "ORDERS", "d"); err != nil {
 				t.Fatal(err)
