@@ -358,7 +358,7 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 	}
 	maps.Copy(core, b.passer.redriveHeaders(w.raw))
 	why := nats.Header{HeaderDLQError: {headerText(l.text, MaxLetterError)}}
-	if panicked := panicOf(w.err); panicked != nil && len(panicked.Stack) > 0 {
+	if panicked, ok := errors.AsType[*PanicError](w.err); ok && len(panicked.Stack) > 0 {
 		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), MaxLetterStack))
 	}
 	brief := nats.Header{HeaderDLQError: {headerText(l.text, 128)}}

@@ -181,13 +181,19 @@ func counted(count map[string]int) (list []string) {
 	return list
 }
 
-// textOf is the text of err for a letter. An error may panic when it is asked for
-// it, as a nil pointer in an error does.
-func (e *env) textOf(err error) (text string) {
-	defer func() {
-		if v := recover(); v != nil {
-			text = fmt.Sprintf("%T without a text: %v", err, v)
-		}
+// textOf is the text of err for a letter, by users' code.
+func (e *env) textOf(err error) string {
+	text := fmt.Sprintf("%T without a text", err) // when that ends its goroutine
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			if v := recover(); v != nil {
+				text += fmt.Sprint(": ", v)
+			}
+		}()
+		text = e.errorText(err)
 	}()
-	return e.errorText(err)
+	<-done
+	return text
 }

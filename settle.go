@@ -45,7 +45,7 @@ func judge(err error) (j judgement, safe error) {
 	}()
 	j.verdict = verdictRetry
 	switch {
-	case errors.Is(err, errCrashed):
+	case err == errCrashed:
 		j.verdict = verdictCrashed
 	case is[*discardError](err):
 		j.verdict = verdictDiscard
@@ -208,12 +208,36 @@ func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
 	return fmt.Errorf("natsx: handler did not return within %s: %w: %w", timeout, context.DeadlineExceeded, err)
 }
 
-// panicOf is the panic in err's chain, or nil.
-func panicOf(err error) (p *PanicError) {
-	defer func() { _ = recover() }() // of the chain of an error that cannot be asked
-	errors.As(err, &p)
-	return p
+// sound asks an error of users' code all that the engine may ask it later. One that panics
+// is replaced by the panic, one without a text gets one. It may end the goroutine, as may
+// the handler that returned err.
+func sound(err error) error {
+	if err == nil {
+		return nil
+	}
+	_, err = judge(err)
+	return textual(err)
 }
+
+// textual is err, with a text if it panics when it is asked for its own.
+func textual(err error) (safe error) {
+	defer func() {
+		if v := recover(); v != nil {
+			safe = &textlessError{fmt.Sprintf("%T without a text: %v", err, v), err}
+		}
+	}()
+	_ = err.Error()
+	return err
+}
+
+// textlessError gives an error the text that it has not.
+type textlessError struct {
+	text string
+	err  error
+}
+
+func (e *textlessError) Error() string { return e.text }
+func (e *textlessError) Unwrap() error { return e.err }
 
 // wrapHandler puts middleware around a handler, the first outermost.
 func wrapHandler(h Handler, middleware []Middleware) Handler {
@@ -239,6 +263,7 @@ func attempt(owner job, h Handler, w *work, timeout time.Duration) {
 	} else {
 		err = invoke(h, w.delivery, &w.msg)
 	}
+	err = sound(err)
 	returned = true
 	w.ended = processTime()
 	owner.conclude(w, err)
