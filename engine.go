@@ -161,7 +161,11 @@ func (e *engine) anchor() (release func()) {
 	if err := ask(); err != nil {
 		e.log.Debug("natsx: connection has no anchor", "error", err)
 	}
-	return func() { sub.Unsubscribe() }
+	return func() {
+		if sub.Unsubscribe() != nil { // the connection drains, and waits for it to be read
+			sub.NextMsg(time.Second)
+		}
+	}
 }
 
 // each calls fn for every route, several at once, and reports all failures: one

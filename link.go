@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -90,7 +91,8 @@ func (l *link) follow() {
 			l.cause.Store(nil)
 		case nats.RECONNECTING, nats.DISCONNECTED, nats.CLOSED:
 			l.budget.disconnected(processTime())
-			if err := l.nc.LastError(); err != nil {
+			// That no server is left says less than why the last one was none.
+			if err := l.nc.LastError(); err != nil && (l.cause.Load() == nil || !errors.Is(err, nats.ErrNoServers)) {
 				l.cause.Store(&err)
 			}
 		}

@@ -21,6 +21,9 @@ import (
 // testLimit bounds whatever a test waits for, generous for a loaded machine.
 const testLimit = 2 * time.Minute
 
+// defaultLog has what is logged where nobody gave a logger.
+var defaultLog, _ = newLogBook()
+
 func TestMain(m *testing.M) {
 	if mode := os.Getenv(childEnv); mode != "" {
 		os.Exit(runChild(mode))
@@ -30,9 +33,7 @@ func TestMain(m *testing.M) {
 		// Most tests wait for leases and servers: more of them than cores fit.
 		flag.Set("test.parallel", "8")
 	}
-	if !testing.Verbose() {
-		slog.SetDefault(slog.New(slog.DiscardHandler)) // what brokers without a logger say
-	}
+	slog.SetDefault(slog.New(defaultLog))
 	code := m.Run()
 	os.RemoveAll(childDir) // an empty path is no file
 	if code == 0 {
@@ -265,44 +266,6 @@ func TestMsgFrom(t *testing.T) {
 	if !errors.Is(child.Err(), context.Canceled) {
 		t.Errorf("child ended with %v, want the parent's end", child.Err())
 	}
-}
-
-func TestConnect(t *testing.T) {
-	t.Parallel()
-	url := startServer(t).ClientURL()
-	nc, err := Connect(url)
-	if err != nil {
-		t.Fatalf("Connect: %v", err)
-	}
-	defer nc.Close()
-	o := nc.Opts
-	if o.Name == "" || o.MaxReconnect != -1 || !o.RetryOnFailedConnect || o.ReconnectWait != 500*time.Millisecond ||
-		o.ReconnectJitter != 500*time.Millisecond || o.ReconnectJitterTLS != 2*time.Second || o.DrainTimeout != 30*time.Second || o.AsyncErrorCB == nil {
-		t.Errorf("options %+v are not the documented defaults", o)
-	}
-	own, err := Connect(url, nats.Name("mine"), nats.MaxReconnects(3), nats.DrainTimeout(time.Second))
-	if err != nil {
-		t.Fatalf("Connect: %v", err)
-	}
-	defer own.Close()
-	if o := own.Opts; o.Name != "mine" || o.MaxReconnect != 3 || o.DrainTimeout != time.Second || !o.RetryOnFailedConnect {
-		t.Errorf("options %+v do not hold the caller's", o)
-	}
-}
-
-func TestConnectBeforeTheServer(t *testing.T) {
-	t.Parallel()
-	p := startPhoenix(t)
-	p.stop()
-	connected := make(chan struct{})
-	nc, err := Connect(p.url(), nats.ReconnectWait(10*time.Millisecond), nats.ReconnectJitter(0, 0),
-		nats.ConnectHandler(func(*nats.Conn) { close(connected) }))
-	if err != nil {
-		t.Fatalf("Connect without a server: %v", err)
-	}
-	defer nc.Close()
-	p.start(t)
-	receive(t, connected, "the connection")
 }
 
 // FuzzToken holds Token against a split of the whole subject.

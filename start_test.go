@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -140,6 +141,13 @@ func TestBadDLQIsRefused(t *testing.T) {
 	createStream(t, nc, jetstream.StreamConfig{
 		Name: "HASTY", Subjects: []string{"dlq.hasty"}, PersistMode: jetstream.AsyncPersistMode,
 	})
+	createStream(t, nc, jetstream.StreamConfig{Name: "COUNTER", Subjects: []string{"dlq.counter"}, AllowMsgCounter: true})
+	createStream(t, nc, jetstream.StreamConfig{
+		Name: "LATEST", Subjects: []string{"dlq.latest"}, MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, DiscardNewPerSubject: true,
+	})
+	createStream(t, nc, jetstream.StreamConfig{
+		Name: "ELSEWHERE", Subjects: []string{"dlq.moved"}, SubjectTransform: &jetstream.SubjectTransformConfig{Source: "dlq.moved", Destination: "moved"},
+	})
 	sealed := jetstream.StreamConfig{Name: "SEALED", Subjects: []string{"dlq.sealed"}}
 	createStream(t, nc, sealed)
 	sealed.Sealed = true
@@ -159,6 +167,9 @@ func TestBadDLQIsRefused(t *testing.T) {
 		{"src.*", "dlq.idle", ErrBadDLQ},
 		{"src.*", "dlq.wanted", ErrBadDLQ},
 		{"src.*", "dlq.hasty", ErrBadDLQ},
+		{"src.*", "dlq.counter", ErrBadDLQ},
+		{"src.*", "dlq.latest", ErrBadDLQ},
+		{"src.*", "dlq.moved", ErrBadDLQ},
 		{"src.*", "dlq.good", nil},
 		{"smallsrc.*", "dlq.good", nil},
 		{"smallsrc.*", "dlq.roomy", nil},
@@ -272,13 +283,13 @@ func TestStartUpWarnings(t *testing.T) {
 		Name: "ORDERS", Subjects: []string{"orders.*"}, ConsumerLimits: jetstream.StreamConsumerLimits{InactiveThreshold: time.Hour},
 	})
 	createStream(t, nc, jetstream.StreamConfig{
-		Name: "DLQ", Subjects: []string{"dlq.*"}, MaxMsgs: 10, Duplicates: time.Second, Storage: jetstream.MemoryStorage,
+		Name: "DLQ", Subjects: []string{"dlq.*"}, MaxMsgs: 10, Duplicates: time.Second, Storage: jetstream.MemoryStorage, MaxAge: time.Hour,
 	})
 	book, log := newLogBook()
 	if err := runBroker(t, NewBroker(nc, WithLogger(log)), Route("orders.*").Durable("d").DLQ("dlq.x").Handle(succeed)).stop(t); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"discards old letters", "duplicate window shorter", "letters in memory", "inactive_threshold=1h0m0s"} {
+	for _, want := range []string{"discards old letters", "duplicate window shorter", "letters in memory", "inactive_threshold=1h0m0s", "max_age=1h0m0s"} {
 		if got := book.alarms(want); len(got) != 1 {
 			t.Errorf("%q was said %d times, want once: %q", want, len(got), book.alarms(""))
 		}
@@ -325,5 +336,51 @@ func TestAckWaitIsNotLoweredUnderOthers(t *testing.T) {
 	close(end)
 	if err := old.stop(t); err != nil {
 		t.Error(err)
+	}
+}
+
+// A stream whose server is down for a moment is waited for.
+func TestStartWaitsForAStreamThatIsOffline(t *testing.T) {
+	t.Parallel()
+	for _, code := range []int{10118, 10119, 10008, 10009} {
+		t.Run(strconv.Itoa(code), func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t)
+			nc := connect(t, s.ClientURL())
+			orders(t, nc)
+			var asked tally
+			sub, err := nc.Subscribe("api.>", func(m *nats.Msg) {
+				_, operation, _ := strings.Cut(m.Subject, ".")
+				kind := operation[:strings.LastIndex(operation, "ORDERS")+len("ORDERS")]
+				if asked.add(kind); asked.get(kind) <= 2 && strings.Contains(operation, "ORDERS") && !strings.Contains(operation, "MSG.NEXT") {
+					m.Respond(fmt.Appendf(nil, `{"error":{"code":500,"err_code":%d,"description":"is offline"}}`, code))
+					return
+				}
+				nc.PublishRequest("$JS.API."+operation, m.Reply, m.Data)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer sub.Unsubscribe()
+			js, err := jetstream.NewWithAPIPrefix(nc, "api")
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, log := newLogBook()
+			handled := make(chan struct{}, 1)
+			r := runBroker(t, NewBroker(nc, WithJetStream(js), WithLogger(log)),
+				Route("orders.*").Stream("ORDERS").Durable("d").Handle(func(context.Context, *Msg) error {
+					handled <- struct{}{}
+					return nil
+				}))
+			publishAcked(t, nc, "orders.x", "1")
+			receive(t, handled, "the message")
+			if err := r.stop(t); err != nil {
+				t.Error(err)
+			}
+			if asked.get("STREAM.INFO.ORDERS") < 3 || asked.get("CONSUMER.CREATE.ORDERS") < 3 {
+				t.Errorf("asked %+v times", &asked)
+			}
+		})
 	}
 }
