@@ -220,3 +220,54 @@ func crossBlackHole(t *testing.T, ackWait time.Duration, freeze, thaw func(*prox
 	}
 	return took
 }
+
+// Handlers that publish into a black hole hold up neither Health nor the recovery, though
+// nats.go holds its connection's lock while it writes.
+func TestBlackHoleWhileHandlersPublish(t *testing.T) {
+	t.Parallel()
+	const messages, size = 20_000, 64 << 10
+	s := startServer(t)
+	admin := connect(t, s.ClientURL())
+	orders(t, admin, inMemory)
+	createStream(t, admin, jetstream.StreamConfig{Name: "OUT", Subjects: []string{"out"}, Storage: jetstream.MemoryStorage, MaxMsgs: 10})
+	publishMany(t, admin, messages, numbered("orders.x"))
+	p := startProxy(t, s.ClientURL())
+	nc, err := Connect(p.url())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	var seen tally
+	payload := make([]byte, size)
+	_, log := newLogBook()
+	b := NewBroker(nc, WithWorkers(16), WithLogger(log), WithDrainTimeout(testLimit))
+	runBroker(t, b, Route("orders.*").Durable("d").AckWait(3*time.Second).Handle(func(context.Context, *Msg) error {
+		seen.add("")
+		return nc.Publish("out", payload)
+	}))
+	eventually(t, "the work is under way", func() bool { return seen.sum() > messages/100 })
+	p.freezeExisting()
+	frozen := time.Now()
+	before := nc.Stats().Reconnects // the lock is free until the buffers are full
+	slowest := time.Duration(0)
+	for seen.sum() < messages/20 || b.Health() != nil {
+		at := time.Now()
+		b.Health()
+		slowest = max(slowest, time.Since(at))
+		if time.Since(frozen) > testLimit {
+			t.Fatalf("no recovery, Health is %v", b.Health())
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+	took := time.Since(frozen)
+	t.Logf("recovered after %v, Health took %v at most", took, slowest)
+	if nc.Stats().Reconnects == before {
+		t.Error("the connection did not meet the black hole")
+	}
+	if slowest > 2*time.Second {
+		t.Errorf("Health took %v", slowest)
+	}
+	if took > 40*time.Second {
+		t.Errorf("the recovery took %v", took)
+	}
+}
