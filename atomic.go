@@ -228,7 +228,7 @@ func (b *atomicBatch) act(ctx context.Context) (Ack, bool, error) {
 	switch b.step {
 	case atomicSend:
 		if old := b.p.nc.ConnectedServerVersion(); olderThan(old, 2, 12) {
-			return Ack{}, true, failure(fmt.Sprintf("%s: server %s has no atomic batches", b.what(), old), ErrAtomicNotAllowed)
+			return Ack{}, true, failure(fmt.Sprintf("%s: server %s has no atomic batches, which need 2.12", b.what(), old), ErrAtomicNotAllowed, ErrServerTooOld)
 		}
 		if at, err := b.send(ctx); err != nil {
 			return b.afterTry(ctx, at, err)
