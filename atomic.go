@@ -31,6 +31,7 @@ const (
 	codeWrongLastMsgID   jetstream.ErrorCode = 10070
 	codeAtomicDisabled   jetstream.ErrorCode = 10174
 	codeAtomicIncomplete jetstream.ErrorCode = 10176
+	codeAtomicHeader     jetstream.ErrorCode = 10177 // not supported in a batch
 	codeAtomicDuplicate  jetstream.ErrorCode = 10201
 	codeAtomicInFlight   jetstream.ErrorCode = 10210
 )
@@ -404,6 +405,10 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, boo
 		switch api.ErrorCode {
 		case codeAtomicDisabled:
 			return Ack{}, true, failure(b.what()+": the stream does not have AllowAtomicPublish", ErrAtomicNotAllowed, api)
+		case codeAtomicHeader:
+			if o.id != "" && strings.Contains(api.Description, jetstream.MsgIDHeader) {
+				return Ack{}, true, failure(b.what()+": message ids in a batch need nats-server 2.12.1", ErrAtomicNotAllowed, ErrServerTooOld, api)
+			}
 		case codeAtomicDuplicate:
 			ack, stored, err := b.stored(ctx)
 			switch {
