@@ -28,6 +28,10 @@ const (
 	lookShare = 30 * time.Millisecond
 	// lookSoon is the shortest time between two looks that something has caused.
 	lookSoon = time.Second
+	// trickleTurn is the time that what a route asks for ahead may take one worker, and
+	// mostTrickle how many messages that is at most, while the server has none.
+	trickleTurn = 5 * time.Millisecond
+	mostTrickle = 8
 	// stopMoment is how long a stop lets what waits be started.
 	stopMoment = 200 * time.Millisecond
 	// servedSoon is how many pulls in a row nobody may serve before Health tells.
@@ -39,14 +43,14 @@ const (
 // within a moment. The pool is locked.
 func (r *durableRoute) demand(now int64) demand {
 	p := r.env.pool
-	d := demand{stay: min(max(time.Duration(now-r.openedAt)/8, leastStay), mostStay)}
+	d := demand{stay: min(max(time.Duration(now-r.openedAt)/2, leastStay), mostStay)}
 	if r.letters.down || r.suspects.len() > 0 || r.isolated != nil || r.checks.suspended {
 		return d
 	}
 	waiting := r.lane.waiting()
 	room := min(r.limit-r.running, p.roomToPull(&r.lane))
-	if r.lane.inHand() == 0 {
-		room = min(room, max(p.size/max(p.lanes, 1), 1))
+	if !r.rang {
+		room = min(room, max(p.size/max(p.lanes, 1), r.trickle()))
 	}
 	if room <= 0 && waiting == 0 && r.rang && r.running < p.share() && r.running < r.limit {
 		p.hunger(&r.lane)
@@ -66,6 +70,16 @@ func (r *durableRoute) demand(now int64) demand {
 		d.messages = 1 // nothing else would tell that there is one
 	}
 	return d
+}
+
+// trickle is how many messages a route asks for while the server has none, at the least:
+// as many as one worker has proven to get done within a moment. A pull for each message
+// costs more than what it brings, where many routes have few. The pool is locked.
+func (r *durableRoute) trickle() int {
+	if r.mean == 0 {
+		return 1
+	}
+	return int(max(min(float64(trickleTurn)/r.mean, mostTrickle), 1))
 }
 
 // plan decides on the next pull and books it, and sets the alarm. The pool is locked.

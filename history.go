@@ -22,8 +22,7 @@ const (
 // deliveries ran nothing. The server counts deliveries; attempts are those of them
 // that ran. Guarded by the pool's mutex.
 type history struct {
-	// Handled within the last moment and the one before; together at least as many as
-	// the server has unacknowledged by default.
+	// Handled within the last moment and the one before.
 	recent, earlier handled
 	since           int64 // when recent was begun
 
@@ -70,7 +69,7 @@ func (s *handled) has(id messageID) bool {
 // handle remembers a handled message, for as long as the acknowledgement may be on its
 // way.
 func (h *history) handle(now int64, id messageID) {
-	if n := len(h.recent.ids); n >= mostRemembered || n >= leastRemembered && now-h.since > ackFlight {
+	if n := len(h.recent.ids); n >= mostRemembered/2 || n >= leastRemembered && now-h.since > ackFlight {
 		spare := h.earlier.ids[:0]
 		if cap(spare) > 4*n {
 			spare = nil
@@ -93,7 +92,7 @@ func (h *history) doubt(now int64, ackWait time.Duration) {
 	h.keptUntil = now + doubtWaits*int64(ackWait)
 	for _, set := range [][]messageID{h.earlier.ids, h.recent.ids} {
 		for _, id := range set {
-			if len(h.kept) < 2*mostRemembered {
+			if len(h.kept) < mostRemembered {
 				h.kept[id] = struct{}{}
 			}
 		}
