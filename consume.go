@@ -45,6 +45,7 @@ type durableRoute struct {
 	rang      bool     // the server has messages
 	pullsFail bool     // Health tells that pulls are refused or not served
 	seen      uint64   // the highest consumer sequence that came
+	unplanned int      // messages that came since the last plan
 	mean      float64  // of the handler's time in ns, leaning to the slow side
 	started   int64    // when a message was last finished, or began to wait for that
 	heldAt    int64    // when it was last considered to give back what waits
@@ -229,7 +230,10 @@ func (r *durableRoute) receive(m *nats.Msg) {
 			r.enqueue(w, &r.lane.queue, now)
 		}
 	}
-	next := r.plan(now)
+	var next pullRequest
+	if r.unplanned++; r.unplanned >= planEvery || r.lane.inHand() <= 1 || r.puller.outstanding <= planEvery {
+		next = r.plan(now)
+	}
 	well := r.pullsFail
 	r.pullsFail = false
 	p.mu.Unlock()
@@ -316,9 +320,7 @@ func (r *durableRoute) recycle(w *work) {
 
 // run handles one message on a worker.
 func (r *durableRoute) run(w *work) {
-	now := processTime()
-	w.began, w.ended = now, now
-	if now >= w.ends.Load() {
+	if w.began >= w.ends.Load() {
 		r.lapse(w)
 		return
 	}
@@ -421,6 +423,7 @@ func (r *durableRoute) conclude(w *work, err error) {
 		return
 	}
 	if j.verdict == verdictSuccess {
+		w.swift = r.env.observer == nil && !w.alone && r.spec.route.set&optConfirmAcks == 0
 		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
 		return
 	}

@@ -154,8 +154,6 @@ func (r *coreRoute) isReply() bool { return r.spec.kind == kindReply }
 
 // run handles one message on a worker.
 func (r *coreRoute) run(w *work) {
-	now := processTime()
-	w.began, w.ended = now, now
 	timeout := r.spec.route.timeout
 	if !r.isReply() {
 		attempt(r.owner, r.handler, w, timeout)
@@ -163,7 +161,7 @@ func (r *coreRoute) run(w *work) {
 	}
 	patience := timeout
 	if w.due > 0 {
-		if patience = time.Duration(w.due - now); patience <= 0 {
+		if patience = time.Duration(w.due - w.began); patience <= 0 {
 			r.conclude(w, errGone)
 			return
 		}
@@ -200,6 +198,7 @@ func (r *coreRoute) conclude(w *work, err error) {
 	switch {
 	case w.err == nil:
 		w.outcome = OutcomeSucceeded
+		w.swift = r.env.observer == nil && !r.isReply()
 	case j.verdict == verdictDiscard && !r.isReply():
 		w.outcome = OutcomeDiscarded
 	default:
@@ -280,7 +279,7 @@ func (r *coreRoute) finish(done []*work) pullRequest {
 		}
 		r.book(w)
 		w.delivery.work = nil
-		*w = work{}
+		w.delivery, w.raw, w.err, w.outcome, w.reason = nil, nil, nil, "", ""
 		if len(r.free) < coreQueue {
 			r.free = append(r.free, w)
 		}

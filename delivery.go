@@ -130,6 +130,7 @@ type work struct {
 	reason   Reason // of a dead one
 	began    int64  // when it was started or given up
 	ended    int64  // when the handler had returned
+	swift    bool   // nothing that takes time was done after that
 	err      error
 	due      int64       // of its retry or of its replay, or when a requester waits no more
 	answer   []byte      // of a responder

@@ -32,6 +32,9 @@ const (
 	// mostTrickle how many messages that is at most, while the server has none.
 	trickleTurn = 5 * time.Millisecond
 	mostTrickle = 8
+	// planEvery is how many messages may come between two plans while more are on their
+	// way: what comes takes the place of what was asked for.
+	planEvery = 16
 	// stopMoment is how long a stop lets what waits be started.
 	stopMoment = 200 * time.Millisecond
 	// servedSoon is how many pulls in a row nobody may serve before Health tells.
@@ -84,6 +87,7 @@ func (r *durableRoute) trickle() int {
 
 // plan decides on the next pull and books it, and sets the alarm. The pool is locked.
 func (r *durableRoute) plan(now int64) pullRequest {
+	r.unplanned = 0
 	next, _ := r.puller.next(now, r.demand(now))
 	r.setAlarm(now)
 	return next

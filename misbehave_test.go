@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,14 +156,14 @@ func TestUsersCodeThatBlocksIsNamed(t *testing.T) {
 			nc := connect(t, s.ClientURL())
 			orders(t, nc)
 			release, inside := make(chan struct{}), make(chan struct{}, 100)
-			var running sync.WaitGroup
+			var running atomic.Int64
 			t.Cleanup(func() { // so that it is gone before leaks are counted
 				close(release)
-				running.Wait()
+				eventually(t, "the calls have returned", func() bool { return running.Load() == 0 })
 			})
 			spec, opts := tt.spec(func() {
 				running.Add(1)
-				defer running.Done()
+				defer running.Add(-1)
 				inside <- struct{}{}
 				<-release
 			})

@@ -91,7 +91,7 @@ func (l *lane) pop() *work {
 
 // job is the owner of a lane.
 type job interface {
-	// run handles and settles w on a worker.
+	// run handles and settles w on a worker, from w.began on.
 	run(w *work)
 	// conclude settles w by the result of its handler, as a part of run.
 	conclude(w *work, err error)
@@ -203,17 +203,22 @@ func (p *pool) work(only *worker) {
 		l, count := w.lane, w.count
 		p.mu.Unlock()
 		done = 0
-		for began := int64(0); ; {
+		began := p.clock()
+		for now := began; ; {
 			i := int(w.next.Add(1)) - 1
 			if i >= count {
 				break
 			}
 			d := w.burst[i]
-			l.owner.run(d)
-			if done++; done == 1 {
-				began = d.began
+			if now == 0 {
+				now = p.clock()
 			}
-			if done == count || d.ended-began > burstTurn {
+			d.began, d.ended, d.swift = now, now, false
+			l.owner.run(d)
+			if now = d.ended; !d.swift {
+				now = 0
+			}
+			if done++; done == count || d.ended-began > burstTurn {
 				break
 			}
 		}

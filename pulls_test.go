@@ -259,7 +259,7 @@ func TestLargeBacklogs(t *testing.T) {
 			}
 			seen.wantOnce(t, tt.routes*tt.messages)
 			for _, st := range b.Stats().Routes {
-				if st.Lapsed != 0 || st.Received != uint64(tt.messages) && tt.maxPending == 0 {
+				if (st.Lapsed != 0 || st.Received != uint64(tt.messages)) && tt.maxPending == 0 {
 					t.Errorf("%s: %d received and %d lapsed, want %d and none", st.Route, st.Received, st.Lapsed, tt.messages)
 				}
 			}

@@ -300,8 +300,6 @@ func (r *replay) supply() {
 
 // run handles a message on a worker.
 func (r *replay) run(w *work) {
-	w.began = processTime()
-	w.ended = w.began
 	if w.id.seq > r.cut.Load() || r.single() && r.intake.Err() != nil {
 		return // it stays without an outcome
 	}
