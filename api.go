@@ -394,21 +394,34 @@ func (a *api) get(ctx context.Context, stream string, req getRequest) (*storedMs
 	return m, nil
 }
 
-// remove deletes a message. One that is gone already is no error.
-func (a *api) remove(ctx context.Context, stream string, seq uint64) error {
-	err := a.ask(ctx, "STREAM.MSG.DELETE."+stream, struct {
+// remove deletes a message and reports whether it was this call that did. One that is
+// gone already is no error.
+func (a *api) remove(ctx context.Context, stream string, seq uint64) (bool, error) {
+	body, err := json.Marshal(struct {
 		Seq     uint64 `json:"seq"`
 		NoErase bool   `json:"no_erase"`
-	}{seq, true}, &struct{}{})
-	if err == nil || hasCode(err, codeStreamNotFound) {
+	}{seq, true})
+	if err != nil {
+		return false, err
+	}
+	unanswered := false
+	err = retry{limit: readPatience, enough: isStreamNotFound}.do(ctx, func(ctx context.Context) error {
+		err := a.askOnce(ctx, "STREAM.MSG.DELETE."+stream, body, &struct{}{})
+		var refused *jetstream.APIError
+		unanswered = unanswered || err != nil && !errors.As(err, &refused) && !errors.Is(err, nats.ErrNoResponders)
 		return err
+	})
+	if err == nil || isStreamNotFound(err) {
+		return err == nil, err
 	}
 	// The server has several ways to say that it was not there.
 	if m, gone := a.get(ctx, stream, getRequest{Seq: seq}); m == nil && gone == nil {
-		return nil
+		return unanswered, nil
 	}
-	return err
+	return false, err
 }
+
+func isStreamNotFound(err error) bool { return hasCode(err, codeStreamNotFound) }
 
 // ask makes one request of the API, again while the failure is transient, for
 // readPatience at most.
@@ -417,8 +430,7 @@ func (a *api) ask(ctx context.Context, operation string, request, response any) 
 	if err != nil {
 		return err
 	}
-	missing := func(err error) bool { return hasCode(err, codeStreamNotFound) }
-	return retry{limit: readPatience, enough: missing}.do(ctx, func(ctx context.Context) error { return a.askOnce(ctx, operation, body, response) })
+	return retry{limit: readPatience, enough: isStreamNotFound}.do(ctx, func(ctx context.Context) error { return a.askOnce(ctx, operation, body, response) })
 }
 
 // askStreamInfo is streamInfo with the patience of ask.

@@ -269,7 +269,8 @@ func WithStreams(specs ...StreamSpec) Option {
 // What is stored is replayed as it is. A message that was redriven (see
 // [DeadLetterQuery.Redrive]) is in the stream twice, the original and its copy with
 // [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to
-// publish a message later, is passed over; the message that it published is not.
+// publish a message later, is passed over; the message that it published is not. So are
+// the markers of [RouteBuilder.Tombstones].
 //
 // While Run is under way the replay uses its pool, where it takes turns with the
 // routes; else it has a pool of its own for as long as it takes. So it has when ctx

@@ -42,6 +42,7 @@ const (
 	optMaxAckPending
 	optConfirmAcks
 	optDLQ
+	optTombstones
 )
 
 // RouteBuilder describes where messages come from and what becomes of them. It
@@ -292,6 +293,15 @@ func (r RouteBuilder) ConfirmAcks() RouteBuilder {
 func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 	r.set |= optDLQ
 	r.dlq = subject
+	return r
+}
+
+// Tombstones hands the handler the markers too that the server puts in the place of a
+// subject's last message when that has expired or was deleted, on a stream with
+// SubjectDeleteMarkerTTL: they have no payload, and MaxAge, Purge or Remove in the header
+// Nats-Marker-Reason. Default is to acknowledge them unhandled.
+func (r RouteBuilder) Tombstones() RouteBuilder {
+	r.set |= optTombstones
 	return r
 }
 
@@ -559,6 +569,7 @@ var durableOptions = []struct {
 	{optMaxAckPending, "maxAckPending", func(r RouteBuilder) string { return strconv.Itoa(r.maxAckPending) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
+	{optTombstones, "tombstones", func(RouteBuilder) string { return "" }},
 }
 
 // attempts is the number of times a message may be handled, 0 for no limit.

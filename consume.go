@@ -68,7 +68,7 @@ func newDurableRoute(e *env, spec Spec) *durableRoute {
 	r.alarm.ring = r.tick
 	r.puller.budget = &e.link.budget
 	r.passer.route = &r.route
-	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	r.letters = letterBox{route: &r.route, owner: r}
 	return r
 }
 
@@ -312,7 +312,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
 	w.key, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, "", ""
-	w.began, w.ended, w.err, w.due, w.answer, w.letter = 0, 0, nil, 0, nil, nil
+	w.began, w.ended, w.err, w.due, w.answer, w.redrive, w.letter = 0, 0, nil, 0, nil, nil, nil
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
 	}

@@ -152,7 +152,6 @@ func (r *durableRoute) locate(ctx context.Context) error {
 		return r.spec.fault("stream", strconv.Quote(name), cause(err), err)
 	default:
 		r.target.config.Store(&info.Config)
-		r.passer.created = info.Created.UnixNano()
 		if n := info.State.Msgs; n > 0 {
 			r.puller.size = int64(info.State.Bytes / n)
 		}
@@ -169,6 +168,7 @@ func (r *durableRoute) locate(ctx context.Context) error {
 		if err := r.letters.check(ctx); err != nil {
 			return err
 		}
+		r.warnOfRedrives()
 	}
 	r.warnOfMaxAge()
 	if err := r.ensureConsumer(ctx); err != nil {
@@ -195,6 +195,21 @@ func (r *durableRoute) warnOfMaxAge() {
 	if longest := longestBackoff(spec); spec.attempts() > 0 && longest > c.MaxAge || spec.attempts() == 0 && low > c.MaxAge {
 		r.env.log.Warn("natsx: retries may take longer than the stream keeps a message; it is dead then before its attempts are used up",
 			r.names("stream", c.Name, "max_age", c.MaxAge, "retries_take", longest)...)
+	}
+}
+
+// warnOfRedrives warns where letters could not be redriven.
+func (r *durableRoute) warnOfRedrives() {
+	c := r.target.config.Load()
+	if c == nil {
+		return
+	}
+	why := takesNoCopy(c, r.spec.route.filter)
+	if why == "" && c.MaxMsgsPerSubject > 0 && c.Discard == jetstream.DiscardOld {
+		why = fmt.Sprintf("keeps %d messages a subject; a letter is not redriven when a newer one would be deleted for it", c.MaxMsgsPerSubject)
+	}
+	if why != "" {
+		r.env.log.Warn("natsx: dead letters may not be redriven", r.names("stream", c.Name, "reason", why)...)
 	}
 }
 
@@ -589,6 +604,9 @@ func (r *durableRoute) judge(info *jetstream.ConsumerInfo) error {
 func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (tell func()) {
 	c, t := info.Config, &r.target
 	t.identity = identityOf(info, r.env.api.nc)
+	if id, known := t.identity.id, r.passer.key.Load(); known == nil || *known != id {
+		r.passer.key.Store(&id)
+	}
 	before := r.ackWait
 	if c.AckWait < before {
 		for w := r.leases.head; w != nil; w = w.next {

@@ -136,7 +136,8 @@ type work struct {
 	answer   []byte      // of a responder
 	answered atomic.Bool // the request was replied to
 
-	letter *heldLetter // on its way to the DLQ; owned by dlq.go
+	redrive *redriveCopy // proven to be one for this durable; owned by passover.go
+	letter  *heldLetter  // on its way to the DLQ; owned by dlq.go
 }
 
 // took is how long the handler ran.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"os"
 	"strconv"
@@ -31,7 +30,6 @@ const (
 type letterBox struct {
 	route   *route
 	owner   letterOwner
-	passer  *passer
 	stream  string // of the route
 	durable string
 
@@ -356,7 +354,9 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 		HeaderDLQPublished: {time.Unix(0, w.id.time).UTC().Format(time.RFC3339Nano)},
 		HeaderDLQHost:      {hostname},
 	}
-	maps.Copy(core, b.passer.redriveHeaders(w.raw))
+	if c := w.redrive; c != nil {
+		core[HeaderDLQRedrives], core[HeaderDLQOriginal] = []string{strconv.Itoa(c.count)}, []string{c.original.String()}
+	}
 	why := nats.Header{HeaderDLQError: {headerText(l.text, MaxLetterError)}}
 	if panicked, ok := errors.AsType[*PanicError](w.err); ok && len(panicked.Stack) > 0 {
 		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), MaxLetterStack))

@@ -193,6 +193,8 @@ var (
 	// [ErrNoStream] too), or several, or one that cannot keep letters; see
 	// [RouteBuilder.DLQ]. Of a purge it is a DLQ that refuses deletion.
 	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
+	// ErrWouldEvict is a letter whose redrive would have its stream delete a newer message.
+	ErrWouldEvict = errors.New("natsx: would evict a newer message")
 	// ErrConsumerConflict is an existing durable that the route cannot adopt; see
 	// [RouteBuilder.Durable].
 	ErrConsumerConflict = errors.New("natsx: durable exists with other settings")
@@ -203,7 +205,8 @@ var (
 	// it was made anew or went with its stream, which was made anew. Of a redrive it
 	// is a letter whose durable is gone.
 	ErrConsumerDeleted = errors.New("natsx: consumer deleted")
-	// ErrStreamDeleted is a stream that was deleted while its route or replay ran.
+	// ErrStreamDeleted is a stream that was deleted while its route or replay ran, or a
+	// DLQ's while its letters were redriven or purged, also when it was recreated.
 	ErrStreamDeleted = errors.New("natsx: stream deleted")
 	// ErrPermission is a permission of the server that the connection's user lacks:
 	// for what a route needs, a publish, a stream, a replay or dead letters. Of all but

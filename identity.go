@@ -37,7 +37,7 @@ type number struct {
 // or may have been, gives it back, and the lowest is given out first: the next try has
 // the id of the one before.
 type made struct {
-	name string // of the handled message
+	name string // of the handled message; of a redriven one, of its original
 
 	mu    sync.Mutex
 	taken map[digest]uint32   // the highest number given out
@@ -46,6 +46,8 @@ type made struct {
 	// numbers stay different, and the same as long as they come in the same order.
 	beyond []uint32
 }
+
+func newMade(name string) *made { return &made{name: name, taken: make(map[digest]uint32)} }
 
 // take gives out a number.
 func (m *made) take(of digest) number {

@@ -360,7 +360,7 @@ func (d *delivery) output() *made {
 	if m := d.made.Load(); m != nil {
 		return m
 	}
-	d.made.CompareAndSwap(nil, &made{name: deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time}), taken: make(map[digest]uint32)})
+	d.made.CompareAndSwap(nil, newMade(deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time})))
 	return d.made.Load()
 }
 

@@ -5,6 +5,8 @@ import (
 	"math"
 	"sync/atomic"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 const (
@@ -54,14 +56,14 @@ type replay struct {
 	// without it by the goroutine that reads.
 	stream    string  // empty until it is found
 	from      *origin // of its messages
-	schedules bool    // some of the messages may be schedules
-	end       uint64  // last sequence of the replay
-	endTime   int64   // Unix nanoseconds of the last message, 0 when unknown
-	total     uint64  // as counted at the start
-	located   bool    // received is where the replay is
-	received  uint64  // stream sequence of the last message received
-	accepted  int     // messages received that are to be handled
-	complete  bool    // everything was received
+	config    *jetstream.StreamConfig
+	end       uint64 // last sequence of the replay
+	endTime   int64  // Unix nanoseconds of the last message, 0 when unknown
+	total     uint64 // as counted at the start
+	located   bool   // received is where the replay is
+	received  uint64 // stream sequence of the last message received
+	accepted  int    // messages received that are to be handled
+	complete  bool   // everything was received
 	stopping  bool
 	cause     error // of stopping, nil for a failure alone
 	failure   *ReplayFailure
