@@ -172,15 +172,22 @@ func TestRedriveSeesWhatComesMeanwhile(t *testing.T) {
 	orders(t, nc, func(cfg *jetstream.StreamConfig) { cfg.MaxMsgsPerSubject = 1 })
 	var billing patient
 	billing.die(t, nc, 1, numbered("orders.new"))
-	// The question for the subject's messages is answered, and then another one comes.
+	// Another one comes right behind the last question before the copy.
 	asked := 0
-	proxyAPI(t, nc, "RACE.API", func(operation string, m *nats.Msg) {
-		nc.PublishRequest("$JS.API."+operation, m.Reply, m.Data)
-		if operation == "STREAM.INFO.ORDERS" && strings.Contains(string(m.Data), "subjects_filter") {
-			if asked++; asked == 1 {
-				nc.Publish("orders.new", []byte("newer"))
-			}
+	proxyAPI(t, connect(t, nc.ConnectedUrl()), "RACE.API", func(operation string, m *nats.Msg) {
+		if operation != "STREAM.MSG.GET.ORDERS" || !strings.Contains(string(m.Data), "next_by_subj") {
+			nc.PublishRequest("$JS.API."+operation, m.Reply, m.Data)
+			return
 		}
+		answer, err := nc.Request("$JS.API."+operation, m.Data, testLimit)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if asked++; asked == 1 {
+			publish(t, nc, &nats.Msg{Subject: "orders.new", Data: []byte("newer")})
+		}
+		m.Respond(answer.Data)
 	})
 	report := redriveQuery(t, nc, DeadLetters("dlq.orders").APIPrefix("RACE.API"), RedriveReport{Failed: 1})
 	if !errors.Is(errors.Join(report.Errors...), ErrWouldEvict) {
