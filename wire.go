@@ -28,6 +28,7 @@ const (
 	codeNotEnabledOnAccount   jetstream.ErrorCode = 10039
 	codeMessageTooLarge       jetstream.ErrorCode = 10054
 	codeStreamNotFound        jetstream.ErrorCode = 10059
+	codeSubjectOverlap        jetstream.ErrorCode = 10065
 	codeNotEnabled            jetstream.ErrorCode = 10076
 	codeHeaderTooLarge        jetstream.ErrorCode = 10097
 	codeStreamOffline         jetstream.ErrorCode = 10118 // its server is down
