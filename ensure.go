@@ -228,6 +228,9 @@ func (e *ensuring) create(ctx context.Context) error {
 			return failure(fmt.Sprintf("create stream %q: %s", e.name, taken), err)
 		}
 	}
+	if old := e.tooOld(err, e.api.nc.ConnectedServerVersion()); old != nil {
+		return old
+	}
 	if err != nil {
 		return err
 	}
@@ -267,6 +270,9 @@ func (e *ensuring) update(ctx context.Context, stream jetstream.Stream, locked b
 	stream, err := e.request(ctx, "update", "STREAM.UPDATE", func(ctx context.Context) (jetstream.Stream, error) {
 		return e.api.js.UpdateStream(ctx, next)
 	})
+	if old := e.tooOld(err, e.api.nc.ConnectedServerVersion()); old != nil {
+		return old
+	}
 	var refusal *jetstream.APIError
 	if errors.As(err, &refusal) && !transient(err) {
 		diffs := e.differences(have, next)
@@ -284,6 +290,28 @@ func (e *ensuring) update(ctx context.Context, stream jetstream.Stream, locked b
 	}
 	e.changed, e.unlocked = true, e.unlocked || !locked
 	return e.judge(&have, e.verify(stream.CachedInfo().Config, e.api.nc.ConnectedServerVersion()))
+}
+
+// tooOld is the error of a server that refused a configuration, since it does not know
+// an option that was set, or nil. An older one drops what it does not know.
+func (s StreamSpec) tooOld(refusal error, version string) error {
+	if !hasCode(refusal, codeInvalidJSON) {
+		return nil
+	}
+	var old []string
+	for _, f := range streamFields {
+		if minor := neededMinor[f.name]; s.set&f.opt != 0 && minor > 0 && olderThan(version, 2, minor) {
+			old = append(old, f.name+" "+needs(minor, version))
+		}
+	}
+	if len(old) == 0 {
+		return nil
+	}
+	return failure(fmt.Sprintf("stream %q: %s", s.name, strings.Join(old, "; ")), ErrServerTooOld, ErrStreamConflict, refusal)
+}
+
+func needs(minor int, version string) string {
+	return fmt.Sprintf("needs nats-server 2.%d, this is %s", minor, version)
 }
 
 // taken names the other stream that has one of the subjects, or nothing when it cannot
@@ -327,7 +355,7 @@ func (s StreamSpec) verify(got jetstream.StreamConfig, version string) error {
 		if minor == 0 {
 			continue
 		}
-		d.Reason = fmt.Sprintf("needs nats-server 2.%d, this is %s", minor, version)
+		d.Reason = needs(minor, version)
 		if !olderThan(version, 2, minor) {
 			d.Reason += ", and that of the stream seems to be older"
 		}

@@ -679,6 +679,24 @@ func TestStreamVerify(t *testing.T) {
 	}
 }
 
+// A server of 2.12 refuses what it does not know.
+func TestStreamOfAnUnknownOption(t *testing.T) {
+	t.Parallel()
+	spec := Stream("S").AllowMsgTTL().AllowBatchPublish()
+	refusal := error(&jetstream.APIError{Code: 400, ErrorCode: codeInvalidJSON})
+	err := spec.tooOld(refusal, "2.12.15")
+	if want := `natsx: stream "S": allowBatchPublish needs nats-server 2.14, this is 2.12.15`; err == nil || err.Error() != want ||
+		!errors.Is(err, ErrServerTooOld) || !errors.Is(err, ErrStreamConflict) || !hasCode(err, codeInvalidJSON) {
+		t.Errorf("got %v, want %s", err, want)
+	}
+	if err := spec.tooOld(refusal, "2.15.2"); err != nil {
+		t.Errorf("got %v of a server that knows all", err)
+	}
+	if err := spec.tooOld(&jetstream.APIError{Code: 500, ErrorCode: 10052}, "2.12.15"); err != nil {
+		t.Errorf("got %v for another refusal", err)
+	}
+}
+
 // TestRunEnsuresStreams starts a route whose stream does not exist before.
 func TestRunEnsuresStreams(t *testing.T) {
 	t.Parallel()

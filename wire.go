@@ -19,6 +19,7 @@ const (
 	codeClusterNoLeader       jetstream.ErrorCode = 10008
 	codeClusterNotLeader      jetstream.ErrorCode = 10009
 	codeClusterRequired       jetstream.ErrorCode = 10010
+	codeInvalidJSON           jetstream.ErrorCode = 10025
 	codeConsumerNotFound      jetstream.ErrorCode = 10014
 	codeInsufficientResources jetstream.ErrorCode = 10023
 	codeMaximumConsumers      jetstream.ErrorCode = 10026
