@@ -59,11 +59,11 @@ func newCoreRoute(e *env, spec Spec) *coreRoute {
 // receive is the subscription's callback. It blocks while the route has enough to
 // do, so that what comes meanwhile waits in the subscription.
 func (r *coreRoute) receive(m *nats.Msg) {
-	d := &delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}
 	if r.isReply() {
-		r.admit(&work{delivery: d, raw: m})
+		r.admit(newRequest(m, r.from))
 		return
 	}
+	d := &delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Received++
@@ -87,8 +87,7 @@ func (r *coreRoute) receive(m *nats.Msg) {
 
 // admit queues a request, or refuses it while too many wait.
 func (r *coreRoute) admit(w *work) {
-	w.delivery.work = w
-	if patience, ok := requestTimeout(w.msg.Header); ok {
+	if patience, ok := requestTimeout(w.raw); ok {
 		w.due = processTime() + int64(min(patience, math.MaxInt64/2))
 	}
 	p := r.env.pool

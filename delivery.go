@@ -24,8 +24,13 @@ type deadlineContext struct {
 	cancel context.CancelFunc
 }
 
-func withDeadline(d *delivery, at time.Time) *deadlineContext {
-	return &deadlineContext{delivery: d, at: at}
+// withDeadline makes the context of a delivery in c, or a new one when that is nil.
+func withDeadline(c *deadlineContext, d *delivery, at time.Time) *deadlineContext {
+	if c == nil {
+		c = &deadlineContext{}
+	}
+	c.delivery, c.at = d, at
+	return c
 }
 
 // end cancels the context once its handler has returned.
@@ -132,12 +137,29 @@ type work struct {
 	ended    int64  // when the handler had returned
 	swift    bool   // nothing that takes time was done after that
 	err      error
-	due      int64       // of its retry or of its replay, or when a requester waits no more
-	answer   []byte      // of a responder
-	answered atomic.Bool // the request was replied to
+	due      int64            // of its retry or of its replay, or when a requester waits no more
+	timed    *deadlineContext // to be used for the handler's deadline, or nil
+	answer   []byte           // of a responder
+	answered atomic.Bool      // the request was replied to
 
 	redrive *redriveCopy // proven to be one for this durable; owned by passover.go
 	letter  *heldLetter  // on its way to the DLQ; owned by dlq.go
+}
+
+// request is a work of a responder with all that belongs to it, which is one allocation.
+// It is not used again.
+type request struct {
+	work     work
+	delivery delivery
+	timed    deadlineContext
+}
+
+// newRequest returns the work of a request.
+func newRequest(m *nats.Msg, from *origin) *work {
+	r := &request{delivery: delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: from, reply: m}}}
+	r.work.delivery, r.work.raw, r.work.timed = &r.delivery, m, &r.timed
+	r.delivery.work = &r.work
+	return &r.work
 }
 
 // took is how long the handler ran.

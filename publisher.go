@@ -64,6 +64,7 @@ type Publisher struct {
 	count  atomic.Uint64 // automatic message ids so far
 	recent recentStreams
 
+	replies atomic.Pointer[replies] // of requests without headers, once there was one
 	denials *denials // which the end of the publisher stops
 }
 

@@ -17,8 +17,10 @@ const DefaultRequestTimeout = 5 * time.Second
 
 // Request sends an envelope on core NATS and returns the answer. It waits, for the
 // first connection too, until ctx ends or, when ctx has no deadline, for
-// [DefaultRequestTimeout]. A deadline of ctx is told to the responder as the time that
-// is left, in the header Natsx-Timeout, and ends its context in time.
+// [DefaultRequestTimeout]. A deadline of ctx is told to a responder of natsx as the time
+// that is left, and ends its context in time: in the header Natsx-Timeout, or for an
+// envelope without headers in the reply subject, which costs less. An import of a service
+// from another account has a reply subject of its own, and passes on the header only.
 //
 // An error that the responder answered with is a [*ReplyError]; the message comes
 // with it, since it may have a payload. Nobody there is [ErrNoResponders] at
@@ -27,20 +29,21 @@ const DefaultRequestTimeout = 5 * time.Second
 // [ErrPermission], a connection that is closed or draining [ErrConnectionClosed]. An
 // envelope with a schedule or an expectation is [ErrOptionConflict].
 func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
-	m, err := p.coreMessage(ctx, e)
-	if err != nil {
+	if err := e.checkCore(); err != nil {
 		return nil, err
 	}
 	mark, up := p.denials.mark(), p.nc.IsConnected()
-	if up && ctx.Done() == nil {
-		// Nothing but the time can end it, which costs nats.go less than a context.
-		return p.ask(m, &e, mark, func() (*nats.Msg, error) {
-			r, err := p.nc.RequestMsg(m, DefaultRequestTimeout)
-			if errors.Is(err, nats.ErrTimeout) {
-				err = context.DeadlineExceeded
-			}
-			return r, err
-		})
+	handled := deliveryFrom(ctx)
+	// A handler's request goes the way of nats.go, which lets it end when the application
+	// drains the connection.
+	if up && handled == nil && e.plain() {
+		if r := p.inbox(); r != nil {
+			return p.askPlain(ctx, &e, r, mark)
+		}
+	}
+	m, err := p.coreMessage(ctx, e)
+	if err != nil {
+		return nil, err
 	}
 	_, bounded := ctx.Deadline()
 	ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
@@ -48,19 +51,97 @@ func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 	if err := p.ready(ctx, m, up); err != nil {
 		return nil, err
 	}
-	switch {
-	case !bounded:
-	case m.Header == nil:
-		// The usual case: the header is written out before the request is sent.
-		h := timeoutHeaders.Get().(nats.Header)
-		defer timeoutHeaders.Put(h)
-		m.Header = h
-		h[timeoutHeader][0] = timeoutLeft(ctx)
-	default:
+	if bounded {
+		if m.Header == nil {
+			m.Header = make(nats.Header, 1)
+		}
 		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
 	}
 	return p.ask(m, &e, mark, func() (*nats.Msg, error) { return p.nc.RequestMsgWithContext(ctx, m) })
 }
+
+// inbox is where the answers to plain requests come, or nil when there can be none.
+func (p *Publisher) inbox() *replies {
+	if r := p.replies.Load(); r != nil {
+		return r
+	}
+	if p.nc.Opts.UseOldRequestStyle {
+		return nil
+	}
+	r, err := repliesOf(p.nc)
+	if err != nil {
+		return nil
+	}
+	p.replies.Store(r)
+	return r
+}
+
+// askPlain makes a request without headers.
+func (p *Publisher) askPlain(ctx context.Context, e *Envelope, r *replies, mark uint64) (*Msg, error) {
+	fail := func(err error) (*Msg, error) {
+		return nil, p.requestFailure(&nats.Msg{Subject: e.subject, Data: e.data}, mark, err)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, requestError(e.subject, err)
+	}
+	var left time.Duration
+	var limit <-chan time.Time
+	if deadline, bounded := ctx.Deadline(); bounded {
+		if left = time.Until(deadline); left <= 0 {
+			return nil, requestError(e.subject, context.DeadlineExceeded)
+		}
+	} else {
+		t := timers.Get().(*time.Timer)
+		t.Reset(DefaultRequestTimeout)
+		defer func() {
+			t.Stop()
+			timers.Put(t)
+		}()
+		limit = t.C
+	}
+	key, reply, w, ok := r.expect(left)
+	defer waiters.Put(w)
+	if !ok {
+		return fail(nats.ErrConnectionClosed)
+	}
+	if err := p.nc.PublishRequest(e.subject, reply, e.data); err != nil {
+		if !r.forget(key) {
+			<-w.answer
+		}
+		return fail(err)
+	}
+	var m *nats.Msg
+	var end error
+	select {
+	case m = <-w.answer:
+	case <-ctx.Done():
+		end = ctx.Err()
+	case <-limit:
+		end = context.DeadlineExceeded
+	}
+	if end != nil {
+		if r.forget(key) {
+			return fail(end)
+		}
+		m = <-w.answer
+	}
+	switch {
+	case m == nil && p.nc.IsClosed():
+		return fail(nats.ErrConnectionClosed)
+	case m == nil:
+		return fail(nats.ErrDisconnected)
+	case len(m.Data) == 0 && m.Header.Get("Status") == "503":
+		return fail(nats.ErrNoResponders)
+	}
+	return received(m)
+}
+
+// timers are stopped.
+var timers = sync.Pool{New: func() any {
+	t := time.NewTimer(time.Hour)
+	t.Stop()
+	return t
+}}
 
 // ask sends a request, without headers of natsx's own if it is too large with them.
 func (p *Publisher) ask(m *nats.Msg, e *Envelope, mark uint64, send func() (*nats.Msg, error)) (*Msg, error) {
@@ -169,9 +250,6 @@ func (p *Publisher) ready(ctx context.Context, m *nats.Msg, up bool) error {
 	}
 	return nil
 }
-
-// timeoutHeaders holds headers of nothing but timeoutHeader.
-var timeoutHeaders = sync.Pool{New: func() any { return nats.Header{timeoutHeader: {""}} }}
 
 // timeoutLeft tells the responder how long ctx still runs.
 func timeoutLeft(ctx context.Context) string {

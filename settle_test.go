@@ -242,13 +242,13 @@ func TestInvokeWithinFailsWhatReturnsLate(t *testing.T) {
 		err := invokeWithin(time.Millisecond, func(ctx context.Context, _ *Msg) error {
 			<-ctx.Done()
 			return result
-		}, d)
+		}, d, nil)
 		if !errors.Is(err, context.DeadlineExceeded) || result != nil && !errors.Is(err, result) {
 			t.Errorf("handler returned %v late: got %v", result, err)
 		}
 	}
 	d := &delivery{}
-	if err := invokeWithin(time.Hour, func(context.Context, *Msg) error { return boom }, d); err != boom {
+	if err := invokeWithin(time.Hour, func(context.Context, *Msg) error { return boom }, d, nil); err != boom {
 		t.Errorf("in time: got %v, want %v", err, boom)
 	}
 }

@@ -320,14 +320,42 @@ func replyError(h nats.Header) *ReplyError {
 }
 
 // requestTimeout is how long the requester of m waits, counted from its arrival;
-// ok is false when it does not say, or nothing that makes sense.
-func requestTimeout(h nats.Header) (d time.Duration, ok bool) {
-	text := h.Get(timeoutHeader)
-	if text == "" { // which costs an error to parse
+// ok is false when it does not say, or nothing that makes sense. The header counts
+// before the reply subject.
+func requestTimeout(m *nats.Msg) (d time.Duration, ok bool) {
+	if text := m.Header.Get(timeoutHeader); text != "" { // which costs an error to parse
+		d, err := time.ParseDuration(text)
+		return d, err == nil && d > 0
+	}
+	key, text, ok := strings.Cut(m.Reply[strings.LastIndexByte(m.Reply, '.')+1:], "~")
+	if !ok || len(key) != replyKey {
 		return 0, false
 	}
-	d, err := time.ParseDuration(text)
-	return d, err == nil && d > 0
+	n, ok := parseUint(text)
+	if !ok || n == 0 || n > math.MaxInt64/uint64(time.Microsecond) {
+		return 0, false
+	}
+	return time.Duration(n) * time.Microsecond, true
+}
+
+// replyKey is the length of the key in the last token of a reply subject, in hexadecimal.
+const replyKey = 16
+
+// appendReplyToken writes the last token of a reply subject: the key and, when there is
+// a limit, ~ and how long the requester waits in microseconds.
+func appendReplyToken(b []byte, key uint64, left time.Duration) []byte {
+	start := len(b)
+	for range replyKey {
+		b = append(b, '0')
+	}
+	for i := len(b) - 1; i >= start; i-- {
+		b[i] = "0123456789abcdef"[key&15]
+		key >>= 4
+	}
+	if left > 0 {
+		b = strconv.AppendInt(append(b, '~'), max(left.Microseconds(), 1), 10)
+	}
+	return b
 }
 
 // withMetadata is a copy of m with one value more.
