@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/nats-io/nats.go"
 )
 
 // Faults of what was described: a route, a replay, a stream, an envelope, a query
@@ -184,7 +187,8 @@ var (
 	// ErrNoResponders is a request to a subject that nobody listens on.
 	ErrNoResponders = errors.New("natsx: no responders")
 	// ErrTimeout is a request that was not answered, or a publish that was not
-	// acknowledged, in time. It comes together with [context.DeadlineExceeded].
+	// acknowledged, in time. It comes together with [context.DeadlineExceeded], but for a
+	// request of which the responder says so, with a [*ReplyError] of code 504.
 	ErrTimeout = errors.New("natsx: timeout")
 	// ErrWouldLose is a route whose dead messages would be deleted: it has Retry
 	// and no DLQ on a work-queue or interest stream.
@@ -368,6 +372,17 @@ type ReplyError struct {
 	Code    int    // such as 404; 0 when the code is not a number
 	Message string // what the responder said
 	RawCode string // the code as it was sent; of a foreign service it may be any text
+
+	// Data and Header are sent with the error, in place of and in addition to what the
+	// responder returns and [Msg.ReplyHeader]. Of an error that was received, they are in
+	// the message that comes with it; [RequestJSON], which returns none, has them here.
+	Data   []byte
+	Header nats.Header
+}
+
+// Is reports that a responder which was not done in time (code 504) is an [ErrTimeout].
+func (e *ReplyError) Is(target error) bool {
+	return target == ErrTimeout && e.Code == http.StatusGatewayTimeout
 }
 
 // Error gives code and message.
@@ -387,7 +402,8 @@ func (e *ReplyError) code() string {
 // are the application's own; those of HTTP are what most readers expect. An empty
 // message is sent as "error". Every other error of a responder is answered as 500
 // "internal error", but a payload that does not decode as 400, one beyond the limit of
-// a [LimitCodec] as 413 and a passed deadline as 504.
+// a [LimitCodec] as 413 and a passed deadline as 504. A [*ReplyError] of your own, which
+// is the same, may have a body and headers too.
 func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
 
 // failedError is a sentence with the errors that callers branch on.

@@ -65,7 +65,7 @@ type Publisher struct {
 	recent recentStreams
 
 	replies atomic.Pointer[replies] // of requests without headers, once there was one
-	denials *denials // which the end of the publisher stops
+	denials *denials                // which the end of the publisher stops
 }
 
 // PublisherOption configures a [Publisher].

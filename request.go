@@ -156,10 +156,14 @@ func (p *Publisher) ask(m *nats.Msg, e *Envelope, mark uint64, send func() (*nat
 }
 
 // RequestJSON is [Publisher.Request] for an answer in JSON. An answer that is not
-// JSON of T is an error that wraps what [json.Unmarshal] said.
+// JSON of T is an error that wraps what [json.Unmarshal] said. The body and headers of an
+// answer that is an error are in its [*ReplyError].
 func RequestJSON[T any](ctx context.Context, p *Publisher, e Envelope) (T, error) {
 	var v T
 	m, err := p.Request(ctx, e)
+	if refusal, ok := err.(*ReplyError); ok {
+		refusal.Data, refusal.Header = m.Data, m.Header
+	}
 	if err != nil {
 		return v, err
 	}

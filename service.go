@@ -1,9 +1,12 @@
 package natsx
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -20,7 +23,8 @@ import (
 // others with [ErrInvalidName]. Default is not to be listed.
 //
 // An endpoint is named after its route, with a dash for each dot and an
-// underscore for whatever else its name may not hold, and tells the route's own
+// underscore for whatever else its name may not hold. Where several routes would get one
+// name, those whose subject is another get a hash of it behind that. It tells the route's own
 // queue group: without [RouteBuilder.Queue] every replica answers every request.
 // A refused request counts as one and as an error, like every other that was
 // answered with an error. The service is listed from when the broker is ready
@@ -153,9 +157,11 @@ func (d *discovery) info() micro.Info {
 		ServiceIdentity: d.identity, Type: micro.InfoResponseType,
 		Description: d.description, Endpoints: []micro.EndpointInfo{},
 	}
-	for _, r := range d.eng.responders() {
+	responders := d.eng.responders()
+	names := endpointNames(responders)
+	for i, r := range responders {
 		info.Endpoints = append(info.Endpoints, micro.EndpointInfo{
-			Name: endpointName(r.spec.route.filter), Subject: r.spec.route.filter,
+			Name: names[i], Subject: r.spec.route.filter,
 			QueueGroup: r.spec.route.queue, Metadata: map[string]string{},
 		})
 	}
@@ -167,12 +173,14 @@ func (d *discovery) stats() micro.Stats {
 		ServiceIdentity: d.identity, Type: micro.StatsResponseType,
 		Started: d.started, Endpoints: []*micro.EndpointStats{},
 	}
-	for _, r := range d.eng.responders() {
+	responders := d.eng.responders()
+	names := endpointNames(responders)
+	for i, r := range responders {
 		d.eng.pool.mu.Lock()
 		counted, last := r.stats, r.lastError
 		d.eng.pool.mu.Unlock()
 		s := &micro.EndpointStats{
-			Name: endpointName(r.spec.route.filter), Subject: r.spec.route.filter, QueueGroup: r.spec.route.queue,
+			Name: names[i], Subject: r.spec.route.filter, QueueGroup: r.spec.route.queue,
 			NumRequests:    int(counted.Succeeded + counted.Failed),
 			NumErrors:      int(counted.Failed),
 			ProcessingTime: counted.HandlerTime,
@@ -199,6 +207,30 @@ func (e *engine) responders() []*coreRoute {
 		}
 	}
 	return found
+}
+
+// endpointNames are the names of the routes' endpoints, each another. They do not depend
+// on the order of the routes, but for two with the same subject and queue group.
+func endpointNames(routes []*coreRoute) []string {
+	names := make([]string, len(routes))
+	uses := map[string]int{}
+	for i, r := range routes {
+		names[i] = endpointName(r.spec.route.filter)
+		uses[names[i]]++
+	}
+	taken := map[string]bool{}
+	for i, r := range routes {
+		spec := r.spec.route
+		if uses[names[i]] > 1 && (names[i] != spec.filter || taken[names[i]]) {
+			hash := sha256.Sum256([]byte(spec.filter + " " + spec.queue))
+			names[i] += "-" + hex.EncodeToString(hash[:4])
+		}
+		for n, name := 2, names[i]; taken[names[i]]; n++ {
+			names[i] = name + "-" + strconv.Itoa(n)
+		}
+		taken[names[i]] = true
+	}
+	return names
 }
 
 // endpointName makes a name that micro allows of a route's subject.
