@@ -12,6 +12,9 @@ var processStart = time.Now()
 // start of the process, monotonic and never 0.
 func processTime() int64 { return int64(time.Since(processStart)) + 1 }
 
+// atProcessTime is the time at a process time.
+func atProcessTime(at int64) time.Time { return processStart.Add(time.Duration(at - 1)) }
+
 // wait pauses and reports whether ctx still lives.
 func wait(ctx context.Context, d time.Duration) bool {
 	if d <= 0 {

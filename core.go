@@ -60,7 +60,8 @@ func newCoreRoute(e *env, spec Spec) *coreRoute {
 // do, so that what comes meanwhile waits in the subscription.
 func (r *coreRoute) receive(m *nats.Msg) {
 	if r.isReply() {
-		r.admit(newRequest(m, r.from))
+		q := &request{delivery: delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}}
+		r.admit(q, m)
 		return
 	}
 	d := &delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}
@@ -73,6 +74,12 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		<-r.room
 		p.mu.Lock()
 	}
+	p.put(&r.lane, r.newWork(d, m))
+	p.mu.Unlock()
+}
+
+// newWork returns a work for a delivery. The pool is locked.
+func (r *coreRoute) newWork(d *delivery, m *nats.Msg) *work {
 	var w *work
 	if n := len(r.free); n > 0 {
 		w, r.free = r.free[n-1], r.free[:n-1]
@@ -81,19 +88,36 @@ func (r *coreRoute) receive(m *nats.Msg) {
 	}
 	w.delivery, w.raw = d, m
 	d.work = w
-	p.put(&r.lane, w)
-	p.mu.Unlock()
+	return w
+}
+
+// recycle has w used again. Nobody else may hold it; once the pool is closed abandon may.
+// The pool is locked.
+func (r *coreRoute) recycle(w *work) {
+	if r.env.pool.closed {
+		return
+	}
+	w.delivery.work = nil
+	w.delivery, w.raw, w.timed, w.err, w.answer, w.outcome, w.reason = nil, nil, nil, nil, nil, "", ""
+	w.began, w.ended, w.due = 0, 0, 0
+	w.answered.Store(false)
+	if len(r.free) < coreQueue {
+		r.free = append(r.free, w)
+	}
 }
 
 // admit queues a request, or refuses it while too many wait.
-func (r *coreRoute) admit(w *work) {
-	if patience, ok := requestTimeout(w.raw); ok {
-		w.due = processTime() + int64(min(patience, math.MaxInt64/2))
+func (r *coreRoute) admit(q *request, m *nats.Msg) {
+	due := int64(0)
+	if patience, ok := requestTimeout(m); ok {
+		due = processTime() + int64(min(patience, math.MaxInt64/2))
 	}
 	p := r.env.pool
 	var refusal error
 	p.mu.Lock()
 	r.stats.Received++
+	w := r.newWork(&q.delivery, m)
+	w.timed, w.due = &q.timed, due
 	switch {
 	case p.closed:
 		refusal = errShuttingDown
@@ -273,15 +297,9 @@ func (r *coreRoute) finish(done []*work) pullRequest {
 		r.seconds += (float64(w.took()) - r.seconds) / 16
 		if r.isReply() {
 			r.open.unlist(w)
-			r.book(w)
-			continue
 		}
 		r.book(w)
-		w.delivery.work = nil
-		w.delivery, w.raw, w.err, w.outcome, w.reason = nil, nil, nil, "", ""
-		if len(r.free) < coreQueue {
-			r.free = append(r.free, w)
-		}
+		r.recycle(w)
 	}
 	if !r.isReply() {
 		r.burst = int(min(float64(burstTurn)/2/max(r.seconds, 1), maxBurst))

@@ -146,20 +146,10 @@ type work struct {
 	letter  *heldLetter  // on its way to the DLQ; owned by dlq.go
 }
 
-// request is a work of a responder with all that belongs to it, which is one allocation.
-// It is not used again.
+// request is what a responder may keep of a request, in one allocation.
 type request struct {
-	work     work
 	delivery delivery
 	timed    deadlineContext
-}
-
-// newRequest returns the work of a request.
-func newRequest(m *nats.Msg, from *origin) *work {
-	r := &request{delivery: delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: from, reply: m}}}
-	r.work.delivery, r.work.raw, r.work.timed = &r.delivery, m, &r.timed
-	r.delivery.work = &r.work
-	return &r.work
 }
 
 // took is how long the handler ran.

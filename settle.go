@@ -191,10 +191,10 @@ func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 // invokeWithin is invoke with a deadline. What returns after the deadline has
 // failed, also when it says nothing of it: a handler that gave up its work at the
 // end of its context may well return nil.
-func invokeWithin(timeout time.Duration, h Handler, d *delivery, timed *deadlineContext) error {
-	ctx := withDeadline(timed, d, time.Now().Add(timeout))
+func invokeWithin(timeout time.Duration, h Handler, w *work) error {
+	ctx := withDeadline(w.timed, w.delivery, atProcessTime(w.began).Add(timeout))
 	defer ctx.end()
-	err := invoke(h, ctx, &d.msg)
+	err := invoke(h, ctx, &w.msg)
 	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return err
 	}
@@ -259,7 +259,7 @@ func attempt(owner job, h Handler, w *work, timeout time.Duration) {
 	}()
 	var err error
 	if timeout > 0 {
-		err = invokeWithin(timeout, h, w.delivery, w.timed)
+		err = invokeWithin(timeout, h, w)
 	} else {
 		err = invoke(h, w.delivery, &w.msg)
 	}
