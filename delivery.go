@@ -73,6 +73,16 @@ func (c *deadlineContext) Err() error {
 	return c.real().Err()
 }
 
+// passed reports whether the deadline has ended the context, now.
+func (c *deadlineContext) passed(now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.timed == nil {
+		return !now.Before(c.at) && c.delivery.Err() == nil
+	}
+	return c.timed.Err() == context.DeadlineExceeded
+}
+
 // Value passes on to the real context, so that contexts derived from c are linked
 // to it without a goroutine.
 func (c *deadlineContext) Value(key any) any {

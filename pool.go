@@ -52,7 +52,7 @@ type pool struct {
 	waking   bool                 // a worker was signalled and did not look yet
 	alive    int                  // workers that did not end
 	watching bool                 // watch is to be called
-	workers  map[*worker]struct{} // that hold work
+	workers  map[*worker]struct{} // all
 	bursts   map[*worker]int32    // of these, with several, and how many were started when last looked
 	closed   bool
 	quiet    chan struct{} // when not nil, closed once nothing is in hand
@@ -111,6 +111,7 @@ type worker struct {
 	turns uint64 // bursts so far; guarded by the pool's mutex
 
 	// Guarded by the pool's mutex.
+	size   int // of the burst when it was taken
 	count  int // works in burst that are its own
 	booked int // of these, those that somebody else has finished
 }
@@ -187,6 +188,7 @@ func (p *pool) work(only *worker) {
 		p.mu.Lock()
 		l := w.lane
 		next := p.finish(w, done+1)
+		delete(p.workers, w)
 		if only == nil {
 			go p.work(nil)
 		} else {
@@ -196,6 +198,7 @@ func (p *pool) work(only *worker) {
 		l.owner.send(next)
 	}()
 	p.mu.Lock()
+	p.workers[w] = struct{}{}
 	for {
 		if w.lane == nil && !p.take(w) {
 			break
@@ -234,6 +237,7 @@ func (p *pool) work(only *worker) {
 		}
 	}
 	left = false
+	delete(p.workers, w)
 	p.end()
 	p.mu.Unlock()
 }
@@ -329,7 +333,7 @@ func (p *pool) assign(w *worker, l *lane) {
 	for i := range n {
 		w.burst[i] = l.pop()
 	}
-	w.lane, w.count, w.booked = l, n, 0
+	w.lane, w.size, w.count, w.booked = l, n, n, 0
 	w.turns++
 	w.next.Store(0)
 	if l.running == 0 && l.open {
@@ -346,7 +350,6 @@ func (p *pool) assign(w *worker, l *lane) {
 		p.serving++
 	}
 	p.waiting -= n
-	p.workers[w] = struct{}{}
 	if n > 1 {
 		p.bursts[w] = 0
 		p.watchIn(watchEvery)
@@ -458,9 +461,9 @@ func (p *pool) finish(w *worker, done int) pullRequest {
 	l := w.lane
 	p.reclaim(w)
 	next := p.book(w, done)
-	clear(w.burst[:])
-	delete(p.bursts, w)
-	delete(p.workers, w)
+	if clear(w.burst[:w.count]); w.size > 1 {
+		delete(p.bursts, w)
+	}
 	w.lane = nil
 	l.running--
 	p.busy--
@@ -613,7 +616,9 @@ func (p *pool) stuck() []string {
 	defer p.mu.Unlock()
 	count := map[string]int{}
 	for w := range p.workers {
-		count[w.lane.name]++
+		if w.lane != nil {
+			count[w.lane.name]++
+		}
 	}
 	return counted(count)
 }

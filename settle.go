@@ -195,7 +195,7 @@ func invokeWithin(timeout time.Duration, h Handler, w *work) error {
 	ctx := withDeadline(w.timed, w.delivery, atProcessTime(w.began).Add(timeout))
 	defer ctx.end()
 	err := invoke(h, ctx, &w.msg)
-	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	if w.ended = processTime(); !ctx.passed(atProcessTime(w.ended)) {
 		return err
 	}
 	if err == nil {
@@ -262,9 +262,12 @@ func attempt(owner job, h Handler, w *work, timeout time.Duration) {
 		err = invokeWithin(timeout, h, w)
 	} else {
 		err = invoke(h, w.delivery, &w.msg)
+		w.ended = processTime()
 	}
-	err = sound(err)
+	if err != nil {
+		err = sound(err)
+		w.ended = processTime()
+	}
 	returned = true
-	w.ended = processTime()
 	owner.conclude(w, err)
 }
