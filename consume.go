@@ -45,6 +45,7 @@ type durableRoute struct {
 	rang      bool     // the server has messages
 	pullsFail bool     // Health tells that pulls are refused or not served
 	seen      uint64   // the highest consumer sequence that came
+	more      int64    // when the demand is more though nothing happens, 0 for never
 	unplanned int      // messages that came since the last plan
 	mean      float64  // of the handler's time in ns, leaning to the slow side
 	started   int64    // when a message was last finished, or began to wait for that
@@ -58,6 +59,7 @@ type durableRoute struct {
 	checks  consumerChecks // owned by consumer.go
 	letters letterBox      // owned by dlq.go
 	passer  passer
+	breaker *breaker // nil for none
 
 	free []*work // to be used again
 }
@@ -69,6 +71,9 @@ func newDurableRoute(e *env, spec Spec) *durableRoute {
 	r.puller.budget = &e.link.budget
 	r.passer.route = &r.route
 	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	if spec.route.set&optBreaker != 0 {
+		r.breaker = newBreaker(spec.route.breakerAfter, spec.route.breakerRest)
+	}
 	return r
 }
 
@@ -341,6 +346,12 @@ func (r *durableRoute) run(w *work) {
 	if w.alone && !r.mayRunAlone(w) {
 		return
 	}
+	if r.breaker != nil && !r.breaker.mayStart(w.began) {
+		w.outcome = OutcomeReturned
+		r.giveBack(w, r.breaker.comesBack())
+		r.unmark(w)
+		return
+	}
 	attempt(r.owner, r.handler, w, r.spec.route.timeout)
 	r.unmark(w)
 }
@@ -414,6 +425,10 @@ func (r *durableRoute) lapse(w *work) {
 func (r *durableRoute) conclude(w *work, err error) {
 	j, err := judge(err)
 	w.err = err
+	c := circumstances{attempt: w.msg.Attempt(), cut: r.env.handlers.Err() != nil, spread: rand.Float64()}
+	if r.breaker != nil {
+		c.void = r.brake(w.ended, j, err, c.cut)
+	}
 	if w.ended >= w.ends.Load() {
 		r.lapse(w)
 		if j.verdict == verdictSuccess {
@@ -427,10 +442,7 @@ func (r *durableRoute) conclude(w *work, err error) {
 		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
 		return
 	}
-	c := circumstances{
-		attempt: w.msg.Attempt(), cut: r.env.handlers.Err() != nil,
-		life: r.lifeOf(w), spread: rand.Float64(),
-	}
+	c.life = r.lifeOf(w)
 	if c.cut && errors.Is(err, context.Canceled) {
 		j.verdict = verdictRetry // whatever else it says
 	}
@@ -455,8 +467,12 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 		r.giveBack(w, s.delay)
 		r.lookSoonAfterFailure()
 	case actReturn:
-		r.env.log.Info("natsx: handler was cut off by the shutdown, message given back", r.about(w, "error", err)...)
-		r.giveBack(w, 0)
+		why := "natsx: handler was cut off by the shutdown, message given back"
+		if s.delay > 0 {
+			why = "natsx: failure while the breaker is not closed is no attempt, message given back"
+		}
+		r.env.log.Info(why, r.about(w, "error", err)...)
+		r.giveBack(w, s.delay)
 	case actTerm:
 		switch {
 		case s.outcome == OutcomeDiscarded:
@@ -613,6 +629,10 @@ func (r *durableRoute) report() RouteStats {
 	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st.Delayed = r.delayed.after(processTime())
+	now := processTime()
+	st.Delayed = r.delayed.after(now)
+	if r.breaker != nil {
+		st.Breaker, _ = r.breaker.now(now)
+	}
 	return st
 }

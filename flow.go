@@ -50,6 +50,12 @@ func (r *durableRoute) demand(now int64) demand {
 	if r.letters.down || r.suspects.len() > 0 || r.isolated != nil || r.checks.suspended {
 		return d
 	}
+	mayHold := -1
+	if r.breaker != nil {
+		if _, mayHold = r.breaker.now(now); mayHold == 0 {
+			return d
+		}
+	}
 	waiting := r.lane.waiting()
 	room := min(r.limit-r.running, p.roomToPull(&r.lane))
 	if !r.rang {
@@ -72,6 +78,17 @@ func (r *durableRoute) demand(now int64) demand {
 	case idle && room == 0:
 		d.messages = 1 // nothing else would tell that there is one
 	}
+	if r.rate != nil {
+		most := r.rate.soon(now) - waiting
+		d.refill = min(d.refill, int(r.rate.most)/4)
+		if d.messages > most && most-r.puller.outstanding < max(d.refill, 1) {
+			d.again = r.rate.reach(now, waiting+r.puller.outstanding+max(d.refill, 1))
+		}
+		d.messages = min(d.messages, most)
+	}
+	if mayHold > 0 {
+		d.messages = min(d.messages, mayHold-r.lane.inHand())
+	}
 	return d
 }
 
@@ -88,7 +105,9 @@ func (r *durableRoute) trickle() int {
 // plan decides on the next pull and books it, and sets the alarm. The pool is locked.
 func (r *durableRoute) plan(now int64) pullRequest {
 	r.unplanned = 0
-	next, _ := r.puller.next(now, r.demand(now))
+	d := r.demand(now)
+	next, _ := r.puller.next(now, d)
+	r.more = d.again
 	r.setAlarm(now)
 	return next
 }
@@ -112,6 +131,12 @@ func (r *durableRoute) setAlarm(now int64) {
 	}
 	if !r.stopped && (r.open || r.leases.head != nil) {
 		soonest(r.checks.at(r.arrived))
+	}
+	if r.open {
+		soonest(r.more)
+		if r.breaker != nil {
+			soonest(r.breaker.wake())
+		}
 	}
 	if !r.open && !r.stopped && r.inactive > 0 {
 		soonest(r.keptAlive + int64(r.inactive)/4)

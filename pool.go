@@ -62,11 +62,13 @@ type pool struct {
 // the pool's mutex.
 type lane struct {
 	owner    job
-	limit    int           // works of this lane that run at once
-	requests bool          // it is a lane of requests
-	burst    int           // works that a worker takes at once, 0 for 1
-	name     string        // of the code that the lane runs, for who looks after what hangs
-	timeout  time.Duration // of a work, 0 for none
+	limit    int            // works of this lane that run at once
+	requests bool           // it is a lane of requests
+	burst    int            // works that a worker takes at once, 0 for 1
+	rate     *bucket        // of its starts, nil for no limit
+	later    func(at int64) // has resume called at this time
+	name     string         // of the code that the lane runs, for who looks after what hangs
+	timeout  time.Duration  // of a work, 0 for none
 
 	open    bool
 	first   fifo[*work] // runs before queue
@@ -289,10 +291,25 @@ func (p *pool) settle(l *lane) {
 
 // list makes l take turns when it has work it may run. The pool is locked.
 func (p *pool) list(l *lane) {
-	if !l.listed && l.waiting() > 0 && l.running < l.limit {
-		l.listed = true
-		p.ready.push(l)
+	if l.listed || l.waiting() == 0 || l.running >= l.limit {
+		return
 	}
+	if l.rate != nil {
+		if at := l.rate.next(p.clock()); at != 0 {
+			l.later(at)
+			return
+		}
+	}
+	l.listed = true
+	p.ready.push(l)
+}
+
+// resume lets a lane go on that has waited for its rate. The pool is not locked.
+func (p *pool) resume(l *lane) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.list(l)
+	p.signal()
 }
 
 // signal wakes one worker for work that is ready. Only one at a time is on its way: it
@@ -326,6 +343,10 @@ func (p *pool) take(w *worker) bool {
 // assign gives w a burst of l, which is not listed. The pool is locked.
 func (p *pool) assign(w *worker, l *lane) {
 	n := min(max(l.burst, 1), l.waiting(), maxBurst)
+	if l.rate != nil {
+		n = 1
+		l.rate.take(p.clock())
+	}
 	for i := range n {
 		w.burst[i] = l.pop()
 	}

@@ -62,6 +62,7 @@ type demand struct {
 	bell      bool          // when messages is 0: a bell is to wait at the server
 	stay      time.Duration // how long a request may wait at the server
 	heartbeat time.Duration // of a request that stays longer, 0 for none
+	again     int64         // when more is wanted though nothing happens, 0 for never
 }
 
 // pullEvent is what a status means for the owner of the puller.
