@@ -68,7 +68,7 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 			e.durables, e.routes = append(e.durables, r), append(e.routes, r)
 		}
 	}
-	e.env.routesLooking = len(e.durables)
+	e.env.durables = len(e.durables)
 	e.hung.init(e)
 	return e
 }
@@ -148,7 +148,7 @@ func (e *engine) anchor() (release func()) {
 		ask = func() error { return nc.Publish(inbox, nil) }
 	}
 	for _, d := range e.durables {
-		if d.target.bells { // which takes nothing, and has an answer in any case
+		if d.target.canIdle { // which takes nothing, and has an answer in any case
 			ask = func() error {
 				return nc.PublishRequest(d.target.nextSubject, inbox, pullRequest{batch: 1, maxBytes: 1, expires: time.Millisecond}.body())
 			}
@@ -196,7 +196,7 @@ func (e *engine) awaitConnection() bool {
 	for !e.link.up() || !e.api.nc.IsConnected() {
 		if !logged {
 			logged = true
-			e.log.Warn("natsx: waiting for the connection", "status", e.link.is().String(), "error", e.api.nc.LastError())
+			e.log.Warn("natsx: waiting for the connection", "status", e.link.state().String(), "error", e.api.nc.LastError())
 		}
 		if !wait(e.intake, 50*time.Millisecond) {
 			return false
@@ -253,7 +253,7 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 func (e *engine) onStatus(s nats.Status) {
 	switch s {
 	case nats.RECONNECTING, nats.DISCONNECTED:
-		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.why())
+		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.lastCause())
 	case nats.CONNECTED:
 		e.acks.connected()
 		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
@@ -263,7 +263,7 @@ func (e *engine) onStatus(s nats.Status) {
 	case nats.DRAINING_SUBS:
 		e.fail(fmt.Errorf("%w: the application drains it", ErrConnectionClosed))
 	case nats.CLOSED:
-		e.fail(closedBy(e.link.why()))
+		e.fail(closedBy(e.link.lastCause()))
 	}
 }
 
@@ -358,7 +358,7 @@ func (e *engine) drain() error {
 	e.acks.stop()
 	e.api.nc.FlushTimeout(time.Second)
 	e.endServing(DrainGrace)
-	cut.Stuck = append(e.pool.stuck(), e.visiting()...)
+	cut.Stuck = append(e.pool.stuck(), e.openUserCalls()...)
 	return cut
 }
 
@@ -382,7 +382,7 @@ func (e *engine) endServing(grace time.Duration) {
 // it waits for one, unless no acknowledgement does.
 func (e *engine) flush(ctx context.Context) error {
 	for {
-		if e.link.is() == nats.CLOSED || !e.link.up() && !e.acks.unsent.Load() {
+		if e.link.state() == nats.CLOSED || !e.link.up() && !e.acks.unsent.Load() {
 			return nil // what a closed one means is said elsewhere
 		}
 		try, cancel := context.WithTimeout(ctx, apiTimeout)
@@ -408,8 +408,8 @@ func (e *engine) health() error {
 	errs = append(errs, e.failures...)
 	e.mu.Unlock()
 	if !e.link.up() {
-		err := fmt.Errorf("natsx: connection is %s", strings.ToLower(e.link.is().String()))
-		if why := e.link.why(); why != nil {
+		err := fmt.Errorf("natsx: connection is %s", strings.ToLower(e.link.state().String()))
+		if why := e.link.lastCause(); why != nil {
 			err = fmt.Errorf("%w: %w", err, why)
 		}
 		errs = append(errs, err)

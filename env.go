@@ -55,22 +55,22 @@ type env struct {
 	endService context.CancelFunc
 	service    context.Context
 
-	routesLooking int // routes that share the looks at their consumers
+	durables int // routes that share the looks at their consumers
 
 	// claim makes a durable of a stream one route's own.
 	claim func(stream string, s Spec) error
 
-	mu       sync.Mutex
-	failures []error
-	inside   map[*visit]struct{} // calls of users' code that have not returned
+	mu        sync.Mutex
+	failures  []error
+	userCalls map[*userCall]struct{} // calls of users' code that have not returned
 }
 
-// visit is a call of users' code.
-type visit struct{ what string }
+// callUser is a call of users' code.
+type userCall struct{ what string }
 
 // newEnv makes an environment over a connection; close ends it.
 func newEnv(ctx context.Context, s *settings, nc *nats.Conn, js jetstream.JetStream, workers int) *env {
-	e := &env{settings: s, api: newAPI(nc, js), link: openLink(nc), pool: newPool(workers), agenda: newAgenda(), inside: map[*visit]struct{}{}}
+	e := &env{settings: s, api: newAPI(nc, js), link: openLink(nc), pool: newPool(workers), agenda: newAgenda(), userCalls: map[*userCall]struct{}{}}
 	e.intake, e.endIntake = context.WithCancel(ctx)
 	live := context.WithoutCancel(ctx)
 	e.handlers, e.abortHandlers = context.WithCancelCause(live)
@@ -127,16 +127,16 @@ func (e *env) failed() bool {
 	return len(e.failures) > 0
 }
 
-// visit calls users' code, which may panic, block or end its goroutine, and logs a panic.
+// callUser calls users' code, which may panic, block or end its goroutine, and logs a panic.
 // While it does not return, it is named by the end of the environment.
-func (e *env) visit(what string, fn func()) {
-	v := &visit{what}
+func (e *env) callUser(what string, fn func()) {
+	v := &userCall{what}
 	e.mu.Lock()
-	e.inside[v] = struct{}{}
+	e.userCalls[v] = struct{}{}
 	e.mu.Unlock()
 	defer func() {
 		e.mu.Lock()
-		delete(e.inside, v)
+		delete(e.userCalls, v)
 		e.mu.Unlock()
 		if p := recover(); p != nil {
 			e.log.Error("natsx: "+what+" panicked", "panic", p, "stack", string(debug.Stack()))
@@ -145,13 +145,13 @@ func (e *env) visit(what string, fn func()) {
 	fn()
 }
 
-// visitApart is visit on a goroutine of its own, for callers that must go on whatever
+// callUserApart is visit on a goroutine of its own, for callers that must go on whatever
 // the code does: it returns at the latest when the environment closes.
-func (e *env) visitApart(what string, fn func()) {
+func (e *env) callUserApart(what string, fn func()) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		e.visit(what, fn)
+		e.callUser(what, fn)
 	}()
 	select {
 	case <-done:
@@ -159,12 +159,12 @@ func (e *env) visitApart(what string, fn func()) {
 	}
 }
 
-// visiting names the users' code that has not returned.
-func (e *env) visiting() []string {
+// openUserCalls names the users' code that has not returned.
+func (e *env) openUserCalls() []string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	count := map[string]int{}
-	for v := range e.inside {
+	for v := range e.userCalls {
 		count[v.what]++
 	}
 	return counted(count)

@@ -66,9 +66,9 @@ func (s *handled) has(id messageID) bool {
 	return yes
 }
 
-// handle remembers a handled message, for as long as the acknowledgement may be on its
+// addHandled remembers a handled message, for as long as the acknowledgement may be on its
 // way.
-func (h *history) handle(now int64, id messageID) {
+func (h *history) addHandled(now int64, id messageID) {
 	if n := len(h.recent.ids); n >= mostRemembered/2 || n >= leastRemembered && now-h.since > ackFlight {
 		spare := h.earlier.ids[:0]
 		if cap(spare) > 4*n {
@@ -121,8 +121,8 @@ func (h *history) ranNothing(id messageID) {
 	}
 }
 
-// lose remembers that n messages were asked for and may have been lost on their way.
-func (h *history) lose(n int) { h.lost = min(h.lost+n, mostRemembered) }
+// addLost remembers that n messages were asked for and may have been lost on their way.
+func (h *history) addLost(n int) { h.lost = min(h.lost+n, mostRemembered) }
 
 // attempt is which attempt a delivery is, when the server has counted so many: 1 for
 // the first. Deliveries that are known to have run nothing do not count, and one that

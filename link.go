@@ -109,8 +109,8 @@ func (l *link) follow() {
 	}
 }
 
-// noteCause remembers why nc does not connect.
-func noteCause(nc *nats.Conn, err error) {
+// setCause remembers why nc does not connect.
+func setCause(nc *nats.Conn, err error) {
 	links.Lock()
 	defer links.Unlock()
 	if l := links.of[nc]; l != nil && err != nil {
@@ -134,19 +134,19 @@ func (l *link) unwatch(w *linkWatch) {
 	delete(l.watchers, w)
 }
 
-func (l *link) is() nats.Status { return nats.Status(l.status.Load()) }
+func (l *link) state() nats.Status { return nats.Status(l.status.Load()) }
 
 // up reports whether messages can be sent now.
 func (l *link) up() bool {
-	switch l.is() {
+	switch l.state() {
 	case nats.CONNECTED, nats.DRAINING_SUBS, nats.DRAINING_PUBS:
 		return true
 	}
 	return false
 }
 
-// why is the cause of a connection that is not up, or nil.
-func (l *link) why() error {
+// lastCause is the cause of a connection that is not up, or nil.
+func (l *link) lastCause() error {
 	if err := l.cause.Load(); err != nil {
 		return *err
 	}

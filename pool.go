@@ -14,8 +14,8 @@ const (
 	// watchEvery is how often the pool looks after bursts that one work holds up, and
 	// after requests that wait for handlers which may wait for their answers.
 	watchEvery = int64(5 * time.Millisecond)
-	// keptShare is the part of the workers that is kept for lanes without one, at most.
-	keptShare = 8
+	// reserveShare is the part of the workers that is kept for lanes without one, at most.
+	reserveShare = 8
 )
 
 // pool runs the works of all lanes on a fixed number of workers.
@@ -35,27 +35,27 @@ type pool struct {
 	full  func()         // is told that all workers are busy, once until one is free; set before start
 	clock func() int64
 
-	mu       sync.Mutex
-	wake     *sync.Cond
-	lanes    int                  // open lanes
-	replies  int                  // of these, for requests
-	empty    int                  // of these, without a worker
-	ready    fifo[*lane]          // lanes with work that may run more of it
-	hungry   fifo[*lane]          // lanes without work that would ask for some if they got a worker
-	active   int                  // lanes with work, waiting or running
-	busy     int                  // workers that hold work
-	serving  int                  // of these, for requests
-	waiting  int                  // works that no worker has taken, over all lanes
-	taken    int                  // works that workers have taken and not booked
-	held     int                  // works that are handled and not settled yet
-	idle     int                  // parked workers
-	waking   bool                 // a worker was signalled and did not look yet
-	alive    int                  // workers that did not end
-	watching bool                 // watch is to be called
-	workers  map[*worker]struct{} // that hold work
-	bursts   map[*worker]int32    // of these, with several, and how many were started when last looked
-	closed   bool
-	quiet    chan struct{} // when not nil, closed once nothing is in hand
+	mu        sync.Mutex
+	wake      *sync.Cond
+	lanes     int                  // open lanes
+	replies   int                  // of these, for requests
+	empty     int                  // of these, without a worker
+	ready     fifo[*lane]          // lanes with work that may run more of it
+	wanting   fifo[*lane]          // lanes without work that would ask for some if they got a worker
+	active    int                  // lanes with work, waiting or running
+	busy      int                  // workers that hold work
+	serving   int                  // of these, for requests
+	waiting   int                  // works that no worker has taken, over all lanes
+	taken     int                  // works that workers have taken and not booked
+	held      int                  // works that are handled and not settled yet
+	idle      int                  // parked workers
+	waking    bool                 // a worker was signalled and did not look yet
+	alive     int                  // workers that did not end
+	watching  bool                 // watch is to be called
+	workers   map[*worker]struct{} // that hold work
+	bursts    map[*worker]int32    // of these, with several, and how many were started when last looked
+	closed    bool
+	drainedCh chan struct{} // when not nil, closed once nothing is in hand
 }
 
 // lane is what takes turns in the pool: the queue of one route or replay. Guarded by
@@ -75,7 +75,7 @@ type lane struct {
 	running int  // workers that hold work of this lane
 	listed  bool // in pool.ready
 	counted bool // in pool.active
-	starved bool // in pool.hungry
+	wanting bool // in pool.hungry
 }
 
 // waiting is how many works no worker has taken, and inHand how many there are.
@@ -95,10 +95,10 @@ type job interface {
 	run(w *work)
 	// conclude settles w by the result of its handler, as a part of run.
 	conclude(w *work, err error)
-	// finish books what is done, with the pool locked, and says what to pull next.
-	finish(done []*work) pullRequest
-	// feed is called with the pool locked when a hungry lane may get a worker.
-	feed()
+	// bookAll books what is done, with the pool locked, and says what to pull next.
+	bookAll(done []*work) pullRequest
+	// workerFree is called with the pool locked when a hungry lane may get a worker.
+	workerFree()
 	// send sends a pull request, with the pool unlocked.
 	send(r pullRequest)
 }
@@ -148,7 +148,7 @@ func (p *pool) enter(l *lane) {
 		return
 	}
 	l.open = true
-	p.tally(l, 1)
+	p.countLane(l, 1)
 }
 
 // leave takes l out again. The pool is locked.
@@ -157,10 +157,10 @@ func (p *pool) leave(l *lane) {
 		return
 	}
 	l.open = false
-	p.tally(l, -1)
+	p.countLane(l, -1)
 }
 
-func (p *pool) tally(l *lane, n int) {
+func (p *pool) countLane(l *lane, n int) {
 	p.lanes += n
 	if l.requests {
 		p.replies += n
@@ -186,11 +186,11 @@ func (p *pool) work(only *worker) {
 		// another worker takes this one's place.
 		p.mu.Lock()
 		l := w.lane
-		next := p.finish(w, done+1)
+		next := p.releaseWorker(w, done+1)
 		if only == nil {
 			go p.work(nil)
 		} else {
-			p.end()
+			p.workerEnded()
 		}
 		p.mu.Unlock()
 		l.owner.send(next)
@@ -223,7 +223,7 @@ func (p *pool) work(only *worker) {
 			}
 		}
 		p.mu.Lock()
-		next := p.finish(w, done)
+		next := p.releaseWorker(w, done)
 		if next.batch > 0 {
 			p.mu.Unlock()
 			l.owner.send(next)
@@ -234,12 +234,12 @@ func (p *pool) work(only *worker) {
 		}
 	}
 	left = false
-	p.end()
+	p.workerEnded()
 	p.mu.Unlock()
 }
 
 // end counts a worker out. The pool is locked.
-func (p *pool) end() {
+func (p *pool) workerEnded() {
 	if p.alive--; p.alive == 0 && p.closed {
 		close(p.gone)
 	}
@@ -256,7 +256,7 @@ func (p *pool) queue(l *lane, q *fifo[*work], d *work) {
 	}
 	q.push(d)
 	p.waiting++
-	p.list(l)
+	p.enlist(l)
 	p.signal()
 	if l.requests && l.running == 0 && p.busy >= p.size {
 		p.watchIn(watchEvery)
@@ -274,21 +274,21 @@ func (p *pool) drop(l *lane, q *fifo[*work], pick func(*work) bool) (dropped []*
 			q.push(d)
 		}
 	}
-	p.settle(l)
+	p.updateActive(l)
 	return dropped
 }
 
 // settle counts l out when its last work is gone. The pool is locked.
-func (p *pool) settle(l *lane) {
+func (p *pool) updateActive(l *lane) {
 	if l.counted && l.inHand() == 0 {
 		l.counted = false
 		p.active--
-		p.checkQuiet()
+		p.checkDrained()
 	}
 }
 
 // list makes l take turns when it has work it may run. The pool is locked.
-func (p *pool) list(l *lane) {
+func (p *pool) enlist(l *lane) {
 	if !l.listed && l.waiting() > 0 && l.running < l.limit {
 		l.listed = true
 		p.ready.push(l)
@@ -314,7 +314,7 @@ func (p *pool) take(w *worker) bool {
 			p.signal()
 			return true
 		}
-		p.feed()
+		p.offerWorkers()
 		p.idle++
 		p.wake.Wait()
 		p.idle--
@@ -351,7 +351,7 @@ func (p *pool) assign(w *worker, l *lane) {
 		p.bursts[w] = 0
 		p.watchIn(watchEvery)
 	}
-	p.list(l)
+	p.enlist(l)
 }
 
 // turn takes the lane whose turn it is out of ready: of those that may have one more
@@ -385,12 +385,12 @@ func (p *pool) room(l *lane) int {
 	free := p.size - p.busy
 	if !l.requests {
 		// The last workers are for requests.
-		free = min(free, p.size-min(p.replies, p.kept(), p.size-1)-(p.busy-p.serving))
+		free = min(free, p.size-min(p.replies, p.reserve(), p.size-1)-(p.busy-p.serving))
 	}
 	if l.running == 0 {
-		return min(free, max(free-p.keptFor(l), 1))
+		return min(free, max(free-p.reservedFor(l), 1))
 	}
-	return free - p.keptFor(l)
+	return free - p.reservedFor(l)
 }
 
 // roomToPull is how many of the free workers are left for messages of l that are not
@@ -405,19 +405,19 @@ func (p *pool) roomToPull(l *lane) int {
 	return room
 }
 
-// kept is how many workers are kept for lanes without one at most, and keptFor for
+// reserve is how many workers are kept for lanes without one at most, and keptFor for
 // those other than l.
-func (p *pool) kept() int { return max(p.size/keptShare, 1) }
+func (p *pool) reserve() int { return max(p.size/reserveShare, 1) }
 
-func (p *pool) keptFor(l *lane) int {
+func (p *pool) reservedFor(l *lane) int {
 	others := p.empty
 	if l.running == 0 && l.open {
 		others--
 	}
-	n := min(others, p.kept())
+	n := min(others, p.reserve())
 	if l.running >= p.share() {
-		n += p.hungry.len()
-		if l.starved {
+		n += p.wanting.len()
+		if l.wanting {
 			n--
 		}
 	}
@@ -427,34 +427,34 @@ func (p *pool) keptFor(l *lane) int {
 // share is what each lane with work, or hungry for some, gets of the workers. The pool
 // is locked.
 func (p *pool) share() int {
-	lanes := p.active + p.hungry.len()
+	lanes := p.active + p.wanting.len()
 	if lanes <= 1 {
 		return p.size
 	}
 	return (p.size + lanes - 1) / lanes
 }
 
-// hunger has l fed when a worker is free. The pool is locked.
-func (p *pool) hunger(l *lane) {
-	if !l.starved {
-		l.starved = true
-		p.hungry.push(l)
+// waitForWorker has l fed when a worker is free. The pool is locked.
+func (p *pool) waitForWorker(l *lane) {
+	if !l.wanting {
+		l.wanting = true
+		p.wanting.push(l)
 	}
 }
 
-// feed lets hungry lanes ask for what free workers can take. The pool is locked.
-func (p *pool) feed() {
-	for free := p.size - p.busy; free > 0 && p.hungry.len() > 0; free-- {
-		l := p.hungry.pop()
-		l.starved = false
-		l.owner.feed()
+// workerFree lets hungry lanes ask for what free workers can take. The pool is locked.
+func (p *pool) offerWorkers() {
+	for free := p.size - p.busy; free > 0 && p.wanting.len() > 0; free-- {
+		l := p.wanting.pop()
+		l.wanting = false
+		l.owner.workerFree()
 		p.watchIn(watchEvery) // for those that have left the worker to it
 	}
 }
 
-// finish books the first done works of w's burst, those that nobody else has booked,
+// bookAll books the first done works of w's burst, those that nobody else has booked,
 // and gives the rest back to its lane. The pool is locked.
-func (p *pool) finish(w *worker, done int) pullRequest {
+func (p *pool) releaseWorker(w *worker, done int) pullRequest {
 	l := w.lane
 	p.reclaim(w)
 	next := p.book(w, done)
@@ -470,10 +470,10 @@ func (p *pool) finish(w *worker, done int) pullRequest {
 	if l.running == 0 && l.open {
 		p.empty++
 	}
-	p.settle(l)
-	p.list(l)
-	if p.hungry.len() > 0 && p.ready.len() == 0 {
-		p.feed()
+	p.updateActive(l)
+	p.enlist(l)
+	if p.wanting.len() > 0 && p.ready.len() == 0 {
+		p.offerWorkers()
 	}
 	return next
 }
@@ -487,7 +487,7 @@ func (p *pool) book(w *worker, done int) pullRequest {
 	w.booked = done
 	w.lane.taken -= len(works)
 	p.taken -= len(works)
-	return w.lane.owner.finish(works)
+	return w.lane.owner.bookAll(works)
 }
 
 // reclaim gives what w has not started back to its lane. The pool is locked.
@@ -518,7 +518,7 @@ func (p *pool) recall(l *lane) (started []*work) {
 		}
 		delete(p.bursts, w)
 	}
-	p.list(l)
+	p.enlist(l)
 	return started
 }
 
@@ -552,7 +552,7 @@ func (p *pool) watch() {
 		if next := p.book(w, n-1); next.batch > 0 {
 			send = append(send, sending{l, next})
 		}
-		p.list(l)
+		p.enlist(l)
 	}
 	for range p.ready.len() {
 		l := p.ready.pop()
@@ -575,11 +575,11 @@ func (p *pool) watch() {
 	}
 }
 
-// checkQuiet closes quiet when nothing is in hand. The pool is locked.
-func (p *pool) checkQuiet() {
-	if p.quiet != nil && p.busy == 0 && p.waiting == 0 && p.held == 0 {
-		close(p.quiet)
-		p.quiet = nil
+// checkDrained closes quiet when nothing is in hand. The pool is locked.
+func (p *pool) checkDrained() {
+	if p.drainedCh != nil && p.busy == 0 && p.waiting == 0 && p.held == 0 {
+		close(p.drainedCh)
+		p.drainedCh = nil
 	}
 }
 
@@ -588,8 +588,8 @@ func (p *pool) drained() <-chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	ch := make(chan struct{})
-	p.quiet = ch
-	p.checkQuiet()
+	p.drainedCh = ch
+	p.checkDrained()
 	return ch
 }
 

@@ -172,13 +172,13 @@ func (r *route) report() RouteStats {
 // observe tells the observer what became of w.
 func (r *route) observe(w *work) {
 	if r.env.observer != nil {
-		r.env.visit(r.observing(), func() { r.tellObserver(w) })
+		r.env.callUser(r.observing(), func() { r.notifyObserver(w) })
 	}
 }
 
 func (r *route) observing() string { return "observer of " + r.spec.String() }
 
-func (r *route) tellObserver(w *work) {
+func (r *route) notifyObserver(w *work) {
 	r.env.observer.Observe(w.delivery, Event{
 		Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &w.msg,
 		Outcome: w.outcome, Err: w.err, Duration: w.took(),
