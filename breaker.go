@@ -117,10 +117,10 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (void 
 	case BreakerOpen:
 		p := r.env.pool
 		p.mu.Lock()
-		back := r.takeBack()
+		back := r.takeWaiting()
 		r.setAlarm(now)
 		p.mu.Unlock()
-		r.returnAll(back)
+		r.giveBackAll(back)
 		r.trouble("breaker", fmt.Errorf("natsx: breaker is open: %d failures in a row, the last: %w", b.most, err))
 	case BreakerClosed:
 		r.clear("breaker")
@@ -128,7 +128,7 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (void 
 		r.flow()
 	}
 	if o, ok := r.env.observer.(BreakerObserver); ok && turned != BreakerNone {
-		r.env.visit(r.observing(), func() {
+		r.env.callUser(r.observing(), func() {
 			o.ObserveBreaker(BreakerEvent{Route: r.spec.route.filter, Durable: r.spec.route.durable, State: turned, Err: err})
 		})
 	}
