@@ -42,6 +42,7 @@ const (
 	optMaxAckPending
 	optConfirmAcks
 	optDLQ
+	optPinnedBy
 )
 
 // RouteBuilder describes where messages come from and what becomes of them. It
@@ -75,6 +76,7 @@ type RouteBuilder struct {
 	breakerAfter  int
 	breakerRest   time.Duration
 	maxAckPending int
+	group         string // of PinnedBy
 }
 
 // instant is a time.Time without its pointer.
@@ -266,6 +268,26 @@ func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder
 func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 	r.set |= optMaxAckPending
 	r.maxAckPending = n
+	return r
+}
+
+// PinnedBy delivers the messages of the durable to one process at a time, the client that
+// the server has pinned in this priority group (ADR-42). The other processes with the
+// durable stand by, and each must name the same group. One of them takes over
+//
+//   - at once when the pinned one ends its Run;
+//   - one and a half AckWaits after it was killed, lost its connection or paused its route
+//     with nothing in hand. What it had in hand is delivered first then;
+//   - at once when another server becomes the leader of the durable, or it restarts. What
+//     the process before has in hand still runs there, beside what the next one receives.
+//
+// The name has letters, digits and any of / _ = - and at most 16 bytes, else it is
+// [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
+// [ErrServerTooOld]. To release its pin at the end of Run the user needs the permission
+// for CONSUMER.UNPIN; without it the pin expires as that of a killed process.
+func (r RouteBuilder) PinnedBy(group string) RouteBuilder {
+	r.set |= optPinnedBy
+	r.group = group
 	return r
 }
 
@@ -476,6 +498,11 @@ func (s Spec) faults() []error {
 				fmt.Sprintf("is below the concurrency of %d, which it would cap", r.concurrency), ErrOptionConflict)
 		}
 	}
+	if has(optPinnedBy) {
+		if reason := priorityGroupFault(r.group); reason != "" {
+			add("pinnedBy", strconv.Quote(r.group), reason, ErrInvalidName)
+		}
+	}
 	s.futureFaults(has, add)
 	if has(optDLQ) {
 		if reason := publishFault(r.dlq); reason != "" {
@@ -557,6 +584,7 @@ var durableOptions = []struct {
 	{optBatch, "batch", func(r RouteBuilder) string { return strconv.Itoa(r.batch) }},
 	{optBreaker, "breaker", func(r RouteBuilder) string { return strconv.Itoa(r.breakerAfter) }},
 	{optMaxAckPending, "maxAckPending", func(r RouteBuilder) string { return strconv.Itoa(r.maxAckPending) }},
+	{optPinnedBy, "pinnedBy", func(r RouteBuilder) string { return strconv.Quote(r.group) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
 }

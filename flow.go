@@ -88,10 +88,17 @@ func (r *durableRoute) trickle() int {
 // plan decides on the next pull and books it, and sets the alarm. The pool is locked.
 func (r *durableRoute) plan(now int64) pullRequest {
 	r.unplanned = 0
-	next, _ := r.puller.next(now, r.demand(now))
+	next, ok := r.puller.next(now, r.demand(now))
+	if !ok && r.keepsPin() {
+		next, _ = r.puller.keepPin(now)
+	}
 	r.setAlarm(now)
 	return next
 }
+
+// keepsPin reports whether another client must not be pinned in place of this one: it
+// wants messages, or has some in hand. The pool is locked.
+func (r *durableRoute) keepsPin() bool { return r.open || r.leases.head != nil }
 
 // setAlarm has tick called when there is something to do though nothing happens. The
 // pool is locked.
@@ -104,6 +111,9 @@ func (r *durableRoute) setAlarm(now int64) {
 	}
 	soonest(r.puller.wake(now))
 	soonest(r.leases.wake())
+	if r.keepsPin() {
+		soonest(r.puller.pinDue())
+	}
 	if r.puller.starved {
 		soonest(now + starvedPause)
 	}
@@ -169,7 +179,7 @@ func (r *durableRoute) overheld(now int64) []*work {
 		return nil
 	}
 	r.heldAt = now
-	if r.puller.outstanding > 0 {
+	if r.puller.outstanding > 0 || r.puller.pin != "" {
 		return nil // what was given back would come again
 	}
 	if now-r.started < max(int64(r.ackWait), int64(time.Second)) && !r.checks.wanted {
@@ -312,6 +322,8 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 		r.troubleIf(bad, "pull", &pullError{s.code, s.text})
 	}
 	switch event {
+	case pullUnpinned:
+		r.env.log.Info("natsx: another process may get the messages of the durable", r.names("group", r.spec.route.group)...)
 	case pullRefused:
 		r.verify(false, nil)
 	case pullMoved:
@@ -329,7 +341,11 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 // consumer of a paused route, where that has an inactive threshold, and takes nothing.
 func (r *durableRoute) ringOnce() {
 	if r.env.link.up() {
-		r.env.api.nc.PublishRequest(r.target.nextSubject, r.env.api.nc.NewInbox(), pullRequest{batch: 1, maxBytes: 1, expires: time.Second}.body())
+		ring := pullRequest{batch: 1, maxBytes: 1, expires: time.Second, group: r.spec.route.group}
+		if ring.group != "" {
+			ring.pin = "natsx" // else the server might pin this client
+		}
+		r.env.api.nc.PublishRequest(r.target.nextSubject, r.env.api.nc.NewInbox(), ring.body())
 	}
 }
 
