@@ -167,8 +167,6 @@ func TestValidateUnsupported(t *testing.T) {
 		{"orderedBy", billing.OrderedBy(SubjectToken(0)).Handle(nop)},
 		{"orderedBy", billing.OrderedBy(HeaderKey("Customer")).Handle(nop)},
 		{"batch", billing.Batch(1, time.Second).HandleBatch(nopBatch)},
-		{"rate", billing.Rate(0.5).Handle(nop)},
-		{"breaker", billing.Breaker(1, time.Second).Handle(nop)},
 	} {
 		var fault *RouteError
 		err := tc.spec.Validate()
