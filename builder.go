@@ -45,6 +45,7 @@ const (
 	optMaxAckPending
 	optConfirmAcks
 	optDLQ
+	optPinnedBy
 )
 
 // RouteBuilder describes where messages come from and what becomes of them. It
@@ -78,6 +79,7 @@ type RouteBuilder struct {
 	breakerAfter  int
 	breakerRest   time.Duration
 	maxAckPending int
+	group         string // of PinnedBy
 }
 
 // instant is a time.Time without its pointer.
@@ -291,6 +293,26 @@ func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 	return r
 }
 
+// PinnedBy delivers the messages of the durable to one process at a time, the client that
+// the server has pinned in this priority group (ADR-42). The other processes with the
+// durable stand by, and each must name the same group. One of them takes over
+//
+//   - at once when the pinned one ends its Run;
+//   - one and a half AckWaits after it was killed, lost its connection or paused its route
+//     with nothing in hand. What it had in hand is delivered first then;
+//   - at once when another server becomes the leader of the durable, or it restarts. What
+//     the process before has in hand still runs there, beside what the next one receives.
+//
+// The name has letters, digits and any of / _ = - and at most 16 bytes, else it is
+// [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
+// [ErrServerTooOld]. To release its pin at the end of Run the user needs the permission
+// for CONSUMER.UNPIN; without it the pin expires as that of a killed process.
+func (r RouteBuilder) PinnedBy(group string) RouteBuilder {
+	r.set |= optPinnedBy
+	r.group = group
+	return r
+}
+
 // ConfirmAcks has each acknowledgement acknowledged by the server before the
 // worker goes on: a message that was handled is then not delivered again after a
 // leader change. It costs a round trip a message. One that is not confirmed within
@@ -500,6 +522,11 @@ func (s Spec) faults() []error {
 				fmt.Sprintf("is below the concurrency of %d, which it would cap", r.concurrency), ErrOptionConflict)
 		}
 	}
+	if has(optPinnedBy) {
+		if reason := priorityGroupFault(r.group); reason != "" {
+			add("pinnedBy", strconv.Quote(r.group), reason, ErrInvalidName)
+		}
+	}
 	s.futureFaults(has, add)
 	if has(optDLQ) {
 		if reason := publishFault(r.dlq); reason != "" {
@@ -579,6 +606,7 @@ var durableOptions = []struct {
 	{optBatch, "batch", func(r RouteBuilder) string { return strconv.Itoa(r.batch) }},
 	{optBreaker, "breaker", func(r RouteBuilder) string { return strconv.Itoa(r.breakerAfter) }},
 	{optMaxAckPending, "maxAckPending", func(r RouteBuilder) string { return strconv.Itoa(r.maxAckPending) }},
+	{optPinnedBy, "pinnedBy", func(r RouteBuilder) string { return strconv.Quote(r.group) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
 }

@@ -214,6 +214,10 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.env.log.Warn("natsx: message on the route's inbox is not from its consumer", r.names("reply", m.Reply)...)
 		return
 	}
+	pin := ""
+	if r.spec.route.set&optPinnedBy != 0 {
+		pin = takePin(m)
+	}
 	d := &delivery{msg: Msg{
 		Subject: m.Subject, Data: m.Data, Header: m.Header,
 		from: r.from, reply: m, seq: info.sequence, time: info.time, attempt: 1,
@@ -221,6 +225,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	size := m.Size()
 	p := r.env.pool
 	p.mu.Lock()
+	pinned := r.puller.pinned(pin)
 	r.stats.Received++
 	// The server's ack wait began between the pull and the arrival. When that is a
 	// long time, assume the earlier one.
@@ -256,6 +261,9 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	}
 	if well {
 		r.clear("pull")
+	}
+	if pinned {
+		r.env.log.Info("natsx: route gets the messages of its durable", r.names("group", r.spec.route.group)...)
 	}
 }
 

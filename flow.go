@@ -112,11 +112,18 @@ func (r *durableRoute) trickle() int {
 func (r *durableRoute) plan(now int64) pullRequest {
 	r.unplanned = 0
 	d := r.demand(now)
-	next, _ := r.puller.next(now, d)
+	next, ok := r.puller.next(now, d)
 	r.more = d.again
+	if !ok && r.keepsPin() {
+		next, _ = r.puller.keepPin(now)
+	}
 	r.setAlarm(now)
 	return next
 }
+
+// keepsPin reports whether another client must not be pinned in place of this one: it
+// wants messages, or has some in hand. The pool is locked.
+func (r *durableRoute) keepsPin() bool { return r.open || r.leases.head != nil }
 
 // setAlarm schedules tick for when the next time limit ends. The pool is locked.
 func (r *durableRoute) setAlarm(now int64) {
@@ -128,6 +135,9 @@ func (r *durableRoute) setAlarm(now int64) {
 	}
 	soonest(r.puller.wake(now))
 	soonest(r.leases.wake())
+	if r.keepsPin() {
+		soonest(r.puller.pinDue())
+	}
 	if r.puller.starved {
 		soonest(now + starvedPause)
 	}
@@ -205,7 +215,7 @@ func (r *durableRoute) unserved(now int64) []*work {
 		return nil
 	}
 	r.heldAt = now
-	if r.puller.outstanding > 0 {
+	if r.puller.outstanding > 0 || r.puller.pin != "" {
 		return nil // the server would deliver it here again
 	}
 	if now-r.started < max(int64(r.ackWait), int64(time.Second)) && !r.checks.othersPull {
@@ -367,6 +377,8 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 		r.troubleIf(bad, "pull", &pullError{s.code, s.text})
 	}
 	switch event {
+	case pullUnpinned:
+		r.env.log.Info("natsx: another process may get the messages of the durable", r.names("group", r.spec.route.group)...)
 	case pullRefused:
 		r.verify(false, nil)
 	case pullMoved:
@@ -384,7 +396,11 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 // paused route after its inactive threshold.
 func (r *durableRoute) keepAlive() {
 	if r.env.link.up() {
-		r.env.api.nc.PublishRequest(r.target.nextSubject, r.env.api.nc.NewInbox(), pullRequest{batch: 1, maxBytes: 1, expires: time.Second}.body())
+		idle := pullRequest{batch: 1, maxBytes: 1, expires: time.Second, group: r.spec.route.group}
+		if idle.group != "" {
+			idle.pin = "natsx" // else the server might pin this client
+		}
+		r.env.api.nc.PublishRequest(r.target.nextSubject, r.env.api.nc.NewInbox(), idle.body())
 	}
 }
 
