@@ -228,9 +228,23 @@ func (r RouteBuilder) Concurrency(n int) RouteBuilder {
 	return r
 }
 
-// OrderedBy runs messages with one key one after another in stream order. This
-// version refuses it on a route with [ErrNotSupported]; see
-// [ReplayBuilder.OrderedBy].
+// OrderedBy runs messages with one key one after another in stream order, through their
+// retries: one that fails holds up those of its key, whose leases are kept meanwhile, until
+// it succeeds or is dead. Other keys use the whole pool. A key costs nothing while none of
+// its messages is in hand.
+//
+// The order holds over several processes as well: the server delivers to one of them at a
+// time, as with [RouteBuilder.PinnedBy], whose group it names unless that was called. One
+// that takes over, or whose connection was lost, starts nothing until every message that
+// was delivered and not settled has come to it; after a process was killed that takes an
+// AckWait or two. So the processes beyond the first are for failover, not for more speed.
+//
+// Up to 8,192 messages, and 64 MiB, are in hand at once, those that wait for their key
+// included; while they are all of keys that wait for a retry, other keys wait too. A message
+// that is dead-lettered does not hold up its key, and one that is redriven comes at the end
+// of its stream. A key that nothing can be ordered by is [ErrOutOfRange] or
+// [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
+// [ErrServerTooOld].
 func (r RouteBuilder) OrderedBy(key OrderKey) RouteBuilder {
 	r.set |= optOrderedBy
 	r.order = key
@@ -527,7 +541,7 @@ func (s Spec) faults() []error {
 			add("pinnedBy", strconv.Quote(r.group), reason, ErrInvalidName)
 		}
 	}
-	s.futureFaults(has, add)
+	s.policyFaults(has, add)
 	if has(optDLQ) {
 		if reason := publishFault(r.dlq); reason != "" {
 			add("dlq", strconv.Quote(r.dlq), reason, ErrInvalidSubject)
@@ -538,11 +552,9 @@ func (s Spec) faults() []error {
 	return faults
 }
 
-// futureFaults judges the options whose engine does not exist yet, and refuses
-// those that are sound.
-func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason string, err error)) {
+// policyFaults judges the options that decide when a message may run.
+func (s Spec) policyFaults(has func(option) bool, add func(field, value, reason string, err error)) {
 	r := s.route
-	const later = "is not supported by this version"
 	if has(optOrderedBy) {
 		switch {
 		case r.order.kind == orderNone:
@@ -551,8 +563,6 @@ func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason 
 			add("orderedBy", r.order.String(), "tokens are counted from 0", ErrOutOfRange)
 		case r.order.kind == orderHeader && headerNameFault(r.order.name) != "":
 			add("orderedBy", r.order.String(), headerNameFault(r.order.name), ErrInvalidName)
-		default:
-			add("orderedBy", r.order.String(), later, ErrNotSupported)
 		}
 	}
 	if has(optBatch) {
@@ -609,6 +619,14 @@ var durableOptions = []struct {
 	{optPinnedBy, "pinnedBy", func(r RouteBuilder) string { return strconv.Quote(r.group) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
+}
+
+// pinGroup is the priority group of the durable's pinned client, empty for none.
+func (r RouteBuilder) pinGroup() string {
+	if r.set&optPinnedBy == 0 && r.set&optOrderedBy != 0 {
+		return orderGroup
+	}
+	return r.group
 }
 
 // attempts is the number of times a message may be handled, 0 for no limit.

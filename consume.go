@@ -60,8 +60,9 @@ type durableRoute struct {
 	checks  consumerChecks // owned by consumer.go
 	letters letterBox      // owned by dlq.go
 	passer  passer
-	breaker *breaker // nil for none
-	batch   *batcher // nil for a route that handles one message at a time
+	breaker *breaker   // nil for none
+	batch   *batcher   // nil for a route that handles one message at a time
+	order   *sequencer // nil for a route without an order
 
 	free []*work // for reuse
 }
@@ -73,6 +74,9 @@ func newDurableRoute(e *env, spec Spec) *durableRoute {
 	r.puller.budget = &e.link.budget
 	r.passer.route = &r.route
 	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	if spec.route.set&optOrderedBy != 0 {
+		r.order = newSequencer(spec.route.order)
+	}
 	if spec.kind == kindBatch {
 		r.batch = &batcher{owner: r, route: &r.route, most: spec.route.batch, wait: spec.route.batchWait}
 	}
@@ -215,7 +219,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		return
 	}
 	pin := ""
-	if r.spec.route.set&optPinnedBy != 0 {
+	if r.spec.route.pinGroup() != "" {
 		pin = takePin(m)
 	}
 	d := &delivery{msg: Msg{
@@ -226,6 +230,12 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	p := r.env.pool
 	p.mu.Lock()
 	pinned := r.puller.pinned(pin)
+	if r.order != nil && r.order.arrived(info.consumerSeq) {
+		r.doubtOrder(now)
+	}
+	if r.order != nil && r.order.unsure && pinned {
+		r.requestCheck(now, true)
+	}
 	r.stats.Received++
 	// The server's ack wait began between the pull and the arrival. When that is a
 	// long time, assume the earlier one.
@@ -263,7 +273,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.clear("pull")
 	}
 	if pinned {
-		r.env.log.Info("natsx: route gets the messages of its durable", r.names("group", r.spec.route.group)...)
+		r.env.log.Info("natsx: route gets the messages of its durable", r.names("group", r.spec.route.pinGroup())...)
 	}
 }
 
@@ -304,9 +314,7 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		// its process, or may have been in hand when another one did.
 		w.msg.attempt = uint32(most)
 		w.alone = true
-		r.suspects.push(w)
-		r.env.pool.held++
-		r.release(now)
+		fallthrough
 	default:
 		r.enqueue(w, &r.lane.first, now)
 	}
@@ -332,7 +340,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.claim()
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
-	w.key, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, "", ""
+	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, false, "", ""
 	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared = 0, 0, nil, 0, nil, nil, false
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
@@ -684,7 +692,27 @@ func (r *durableRoute) book(w *work) {
 	}
 	r.leases.remove(w)
 	r.count(w)
+	if r.order != nil {
+		r.advance(w)
+	}
 	r.recycle(w)
+}
+
+// advance lets the next message of a key run behind w, unless w comes again. The pool is
+// locked.
+func (r *durableRoute) advance(w *work) {
+	now := max(w.ended, w.began)
+	if w.outcome == OutcomeLapsed {
+		r.doubtOrder(now) // it is delivered again, to whomever
+	}
+	if w.outcome == OutcomeRetried || w.outcome == OutcomeReturned {
+		r.order.retry(w, w.due)
+		return
+	}
+	if next := r.order.ended(w); next != nil {
+		r.env.pool.held--
+		r.dispatch(next, &r.lane.first, now)
+	}
 }
 
 // report returns the route's current counters.

@@ -224,9 +224,12 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 	}
 	tooOld := func() error {
 		version := r.env.api.nc.ConnectedServerVersion()
+		if r.spec.route.set&optPinnedBy == 0 {
+			return r.spec.fault("orderedBy", r.spec.route.order.String(), "needs nats-server 2.11, this is "+version, ErrServerTooOld)
+		}
 		return r.spec.fault("pinnedBy", strconv.Quote(r.spec.route.group), "needs nats-server 2.11, this is "+version, ErrServerTooOld)
 	}
-	pinned := r.spec.route.set&optPinnedBy != 0
+	pinned := r.spec.route.pinGroup() != ""
 	if pinned && olderThan(r.env.api.nc.ConnectedServerVersion(), 2, 11) {
 		return tooOld()
 	}
@@ -313,8 +316,8 @@ func (r *durableRoute) consumerConfig() jetstream.ConsumerConfig {
 		DeliverPolicy: spec.deliver,
 		Metadata:      map[string]string{metadataID: rand.Text()},
 	}
-	if spec.set&optPinnedBy != 0 {
-		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{spec.group}, pinFor(cfg.AckWait)
+	if group := spec.pinGroup(); group != "" {
+		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{group}, pinFor(cfg.AckWait)
 	}
 	switch spec.deliver {
 	case jetstream.DeliverByStartSequencePolicy:
@@ -419,7 +422,7 @@ func (r *durableRoute) unpin(ctx context.Context) {
 	if err == nil {
 		err = r.env.api.ask(ctx, "CONSUMER.UNPIN."+r.target.stream+"."+r.target.consumer, struct {
 			Group string `json:"group"`
-		}{r.spec.route.group}, &struct{}{})
+		}{r.spec.route.pinGroup()}, &struct{}{})
 	}
 	if err != nil {
 		r.env.log.Info("natsx: pin not released, it will expire", r.names("error", err)...)
@@ -484,6 +487,9 @@ func (r *durableRoute) verify(lost bool, gone error) {
 func (r *durableRoute) runCheck() {
 	p := r.env.pool
 	for {
+		p.mu.Lock()
+		still := r.orderIsStill()
+		p.mu.Unlock()
 		info, ok := r.inspect()
 		r.awaitCallbacks()
 		p.mu.Lock()
@@ -504,6 +510,9 @@ func (r *durableRoute) runCheck() {
 				r.history.addLost(r.puller.forget())
 			}
 			c.lost, c.suspended, c.gone = false, false, nil
+			if info != nil {
+				r.judgeOrder(info, still, now)
+			}
 			r.releaseHeld(now)
 		}
 		r.release(now)
@@ -656,7 +665,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 		}
 	}
 	r.ackWait = c.AckWait
-	r.puller.limits, r.puller.group, r.puller.pinKeep = pullLimitsOf(c), r.spec.route.group, int64(c.PinnedTTL/pinRenewals)
+	r.puller.limits, r.puller.group, r.puller.pinKeep = pullLimitsOf(c), r.spec.route.pinGroup(), int64(c.PinnedTTL/pinRenewals)
 	r.inactive = c.InactiveThreshold
 	checks := &r.checks
 	checks.maxAckPending = c.MaxAckPending

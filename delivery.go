@@ -118,6 +118,7 @@ type work struct {
 	count uint64 // the server's delivery count
 	key   string // its order key; see keyedQueue
 
+	first     bool // it is the one of its key that may run; see sequencer
 	alone     bool // it is to run in isolation
 	marked    bool // and that was recorded; see alone.go
 	confirmed bool // its acknowledgement was confirmed

@@ -37,22 +37,38 @@ func (q *keyedQueue) admit(d *work) bool {
 	return false
 }
 
-// release is told that d is finished, and returns the next of its key, if any.
-func (q *keyedQueue) release(d *work) *work {
-	behind := q.busy[d.key]
+// release is told that the one of a key that was let through is finished, and returns the
+// next of that key, if any.
+func (q *keyedQueue) release(key string) *work {
+	behind := q.busy[key]
 	if behind == nil {
-		delete(q.busy, d.key)
+		delete(q.busy, key)
 		return nil
 	}
 	next := behind.pop()
 	q.waiting--
 	if behind.len() == 0 {
-		q.busy[d.key] = nil
+		q.busy[key] = nil
 		if len(q.spare) < 64 && len(behind.ring) <= 64 {
 			q.spare = append(q.spare, behind)
 		}
 	}
 	return next
+}
+
+// takeBehind appends all that waits to works. The keys stay busy.
+func (q *keyedQueue) takeBehind(works []*work) []*work {
+	for key, behind := range q.busy {
+		if behind == nil {
+			continue
+		}
+		for behind.len() > 0 {
+			works = append(works, behind.pop())
+		}
+		q.busy[key] = nil
+	}
+	q.waiting = 0
+	return works
 }
 
 // of is the key of a message.

@@ -590,7 +590,7 @@ func TestKeyedQueue(t *testing.T) {
 	for i := 0; i < len(ran); i++ {
 		d := held[ran[i]]
 		d.msg.Subject = "changed by the handler"
-		if next := q.release(d); next != nil {
+		if next := q.release(d.key); next != nil {
 			ran = append(ran, next.msg.seq)
 		}
 	}

@@ -386,7 +386,7 @@ func (r *replay) book(w *work) {
 		r.bytes -= r.hand.settle(seq)
 	}
 	if r.keys != nil {
-		if next := r.keys.release(w); next != nil {
+		if next := r.keys.release(w.key); next != nil {
 			r.backlog.push(next)
 		}
 	}
