@@ -247,7 +247,7 @@ func TestExistingDurable(t *testing.T) {
 				t.Fatal(err)
 			}
 			b := NewBroker(nc)
-			route := Route("orders.*").Durable(tt.name).AckWait(5 * time.Second).Handle(succeed)
+			route := Route("orders.*").Durable(tt.name).Handle(succeed)
 			if tt.refused != "" {
 				err := b.Run(testContext(t), route)
 				var fault *RouteError
@@ -259,7 +259,7 @@ func TestExistingDurable(t *testing.T) {
 			runBroker(t, b, route)
 			info := consumerInfo(t, nc, "ORDERS", tt.name)
 			got := info.Config
-			if got.AckWait != 5*time.Second || got.MaxDeliver != -1 || got.MaxAckPending != DefaultMaxAckPending || got.Description != "kept" {
+			if got.AckWait != 7*time.Second || got.MaxDeliver != -1 || got.MaxAckPending != 10 || got.Description != "kept" {
 				t.Errorf("adopted as %+v", got)
 			}
 		})

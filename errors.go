@@ -193,8 +193,9 @@ var (
 	// [ErrNoStream] too), or several, or one that cannot keep letters; see
 	// [RouteBuilder.DLQ]. Of a purge it is a DLQ that refuses deletion.
 	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
-	// ErrConsumerConflict is an existing durable that the route cannot adopt; see
-	// [RouteBuilder.Durable].
+	// ErrConsumerConflict is an existing durable that is not what the route says, or was
+	// changed while the route ran; see [RouteBuilder.Durable] and
+	// [RouteBuilder.AdoptChanges].
 	ErrConsumerConflict = errors.New("natsx: durable exists with other settings")
 	// ErrStreamConflict is an existing stream that cannot become what was
 	// described; see [StreamConflictError].

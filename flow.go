@@ -147,7 +147,7 @@ func (r *durableRoute) setAlarm(now int64) {
 			soonest(r.breaker.wake())
 		}
 	}
-	if !r.open && !r.stopped && r.inactive > 0 {
+	if r.needsKeepAlive() {
 		soonest(r.keptAlive + int64(r.inactive)/4)
 	}
 	if at != r.alarmAt {
@@ -174,7 +174,7 @@ func (r *durableRoute) tick(now int64) {
 		r.requestCheck(now, false)
 	}
 	r.release(now)
-	if alive := r.keptAlive; !r.open && !r.stopped && r.inactive > 0 && now-alive >= int64(r.inactive)/4 {
+	if r.needsKeepAlive() && now-r.keptAlive >= int64(r.inactive)/4 {
 		r.keptAlive = now
 		defer r.keepAlive()
 	}
@@ -363,8 +363,14 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	}
 }
 
-// keepAlive sends an idle pull, so that the server does not remove the consumer of a
-// paused route after its inactive threshold.
+// needsKeepAlive reports whether no pull keeps the server from removing the consumer of
+// this route after its inactive threshold: it is paused, or all its handlers are busy. The
+// pool is locked.
+func (r *durableRoute) needsKeepAlive() bool {
+	return r.inactive > 0 && (!r.open || len(r.puller.pulls) == 0) && (!r.stopped || r.leases.head != nil)
+}
+
+// keepAlive sends an idle pull that no message fits.
 func (r *durableRoute) keepAlive() {
 	if r.env.link.up() {
 		idle := pullRequest{batch: 1, maxBytes: 1, expires: time.Second, group: r.spec.route.group}
