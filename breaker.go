@@ -1,7 +1,6 @@
 package natsx
 
 import (
-	"fmt"
 	"sync"
 	"time"
 )
@@ -107,33 +106,3 @@ func (b *breaker) open(now int64) { b.state, b.until = BreakerOpen, now+int64(b.
 // comesBack is after how long a message is delivered again that was no attempt since the
 // breaker was not closed: others are tried before it.
 func (b *breaker) comesBack() time.Duration { return b.rest + b.rest/4 }
-
-// brake takes a result into account for the breaker and says for how long its message
-// rests if that was no attempt, 0 if it was one.
-func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (void time.Duration) {
-	b := r.breaker
-	no, turned := b.judge(now, j.verdict, cut)
-	switch turned {
-	case BreakerOpen:
-		p := r.env.pool
-		p.mu.Lock()
-		back := r.takeWaiting()
-		r.setAlarm(now)
-		p.mu.Unlock()
-		r.giveBackAll(back)
-		r.trouble("breaker", fmt.Errorf("natsx: breaker is open: %d failures in a row, the last: %w", b.most, err))
-	case BreakerClosed:
-		r.clear("breaker")
-		err = nil
-		r.flow()
-	}
-	if o, ok := r.env.observer.(BreakerObserver); ok && turned != BreakerNone {
-		r.env.callUser(r.observing(), func() {
-			o.ObserveBreaker(BreakerEvent{Route: r.spec.route.filter, Durable: r.spec.route.durable, State: turned, Err: err})
-		})
-	}
-	if no {
-		return b.comesBack()
-	}
-	return 0
-}

@@ -22,6 +22,9 @@ const (
 	DefaultMaxAckPending = 65536
 )
 
+// MaxBatch is how many messages a batch may have at most.
+const MaxBatch = 10_000
+
 // option is one bit for each setter, so that an option set to its zero value is
 // told from one that was not set.
 type option uint32
@@ -276,8 +279,13 @@ func (r RouteBuilder) OrderedBy(key OrderKey) RouteBuilder {
 	return r
 }
 
-// Batch hands up to n messages, or what came within wait, to a batch handler. This
-// version refuses it with [ErrNotSupported].
+// Batch gathers up to n messages, or what came within wait of the first of them, for one
+// call of the function that [RouteBuilder.HandleBatch] takes. Attempts, retries and dead
+// letters stay those of each message, and a retried message comes in a later batch. A batch
+// takes one worker, and counts as one for Concurrency and Rate, and as one attempt for
+// Breaker. The messages keep their leases while they wait. n is 1 to [MaxBatch] and wait
+// above zero, else it is [ErrOutOfRange]; with OrderedBy, with Handle, or with n above
+// MaxAckPending it is [ErrOptionConflict].
 func (r RouteBuilder) Batch(n int, wait time.Duration) RouteBuilder {
 	r.set |= optBatch
 	r.batch, r.batchWait = n, wait
@@ -412,8 +420,10 @@ func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 // [ErrNoHandler].
 func (r RouteBuilder) Handle(fn Handler) Spec { return Spec{route: r, handler: fn} }
 
-// HandleBatch ends a chain that has Batch. This version refuses it with
-// [ErrNotSupported].
+// HandleBatch ends a chain that has Batch, else it is [ErrOptionConflict]. Where a message
+// must run by itself, as one that may have taken its process down, fn gets it alone. The
+// middleware of [WithMiddleware] is for handlers of one message and not called. A nil fn
+// is [ErrNoHandler].
 func (r RouteBuilder) HandleBatch(fn BatchHandler) Spec {
 	return Spec{route: r, kind: kindBatch, batch: fn}
 }
@@ -645,14 +655,16 @@ func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason 
 		switch {
 		case r.batch < 1:
 			add("batch", value, "needs at least 1 message", ErrOutOfRange)
+		case r.batch > MaxBatch:
+			add("batch", value, fmt.Sprintf("takes at most %d messages", MaxBatch), ErrOutOfRange)
 		case r.batchWait <= 0:
 			add("batch", value, "the wait must be above zero", ErrOutOfRange)
 		case s.kind != kindBatch:
 			add("batch", value, "needs HandleBatch", ErrOptionConflict)
 		case has(optOrderedBy):
 			add("batch", value, "does not fit with an order key", ErrOptionConflict)
-		default:
-			add("batch", value, later, ErrNotSupported)
+		case has(optMaxAckPending) && r.maxAckPending >= 1 && r.batch > r.maxAckPending:
+			add("batch", value, fmt.Sprintf("is above MaxAckPending, %d: it could never be full", r.maxAckPending), ErrOptionConflict)
 		}
 	} else if s.kind == kindBatch {
 		add("handleBatch", "", "needs Batch", ErrOptionConflict)

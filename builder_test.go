@@ -184,7 +184,6 @@ func TestValidateUnsupported(t *testing.T) {
 		{"orderedBy", billing.OrderedBy(SubjectKey()).Handle(nop)},
 		{"orderedBy", billing.OrderedBy(SubjectToken(0)).Handle(nop)},
 		{"orderedBy", billing.OrderedBy(HeaderKey("Customer")).Handle(nop)},
-		{"batch", billing.Batch(1, time.Second).HandleBatch(nopBatch)},
 	} {
 		var fault *RouteError
 		err := tc.spec.Validate()

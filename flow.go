@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -56,7 +57,7 @@ func (r *durableRoute) demand(now int64) demand {
 			return d
 		}
 	}
-	waiting := r.lane.waiting()
+	waiting := r.waitingMessages()
 	room := min(r.limit-r.running, p.roomToPull(&r.lane))
 	if !r.pending {
 		room = min(room, max(p.size/max(p.lanes, 1), r.trickle()))
@@ -65,13 +66,18 @@ func (r *durableRoute) demand(now int64) demand {
 		p.waitForWorker(&r.lane)
 	}
 	room = max(room, 0)
+	each := 1 // messages of a start
+	if r.batch != nil {
+		each = r.batch.most
+		room = min(room*each, max(deepest, each))
+	}
 	ahead := min(r.window.recent(now), deepest)
 	if r.ackWait < time.Second {
 		ahead = int(int64(ahead) * int64(r.ackWait) / int64(time.Second))
 	}
 	d.messages = room + ahead - waiting
 	d.refill = max(ahead/2, min(r.puller.outstanding, room-1))
-	idle := r.lane.inHand() == 0 && !r.pending
+	idle := r.inHand() == 0 && !r.pending
 	switch {
 	case idle && r.target.canIdle && (room == 0 || now-r.arrived > int64(idleAfter)):
 		return demand{idle: true, stay: idleStay, heartbeat: idleHeartbeat}
@@ -79,15 +85,15 @@ func (r *durableRoute) demand(now int64) demand {
 		d.messages = 1 // without a pull the route would not learn of a message
 	}
 	if r.rate != nil {
-		most := r.rate.soon(now) - waiting
+		most := r.rate.soon(now)*each - waiting
 		d.refill = min(d.refill, int(r.rate.most)/4)
 		if d.messages > most && most-r.puller.outstanding < max(d.refill, 1) {
-			d.again = r.rate.reach(now, waiting+r.puller.outstanding+max(d.refill, 1))
+			d.again = r.rate.reach(now, (waiting+r.puller.outstanding+max(d.refill, 1)-1)/each+1)
 		}
 		d.messages = min(d.messages, most)
 	}
 	if mayHold > 0 {
-		d.messages, d.refill = min(d.messages, mayHold-r.lane.inHand()), 0
+		d.messages, d.refill = min(d.messages, mayHold-r.inHand()), 0
 	}
 	return d
 }
@@ -135,6 +141,9 @@ func (r *durableRoute) setAlarm(now int64) {
 	if r.puller.starved {
 		soonest(now + starvedPause)
 	}
+	if r.batch != nil {
+		soonest(r.batch.wake())
+	}
 	if r.lane.waiting() > 0 {
 		soonest(max(r.started, r.heldAt) + int64(heldFor))
 	}
@@ -169,6 +178,9 @@ func (r *durableRoute) tick(now int64) {
 	r.alarmAt = 0
 	silent := r.puller.expire(now) && r.open
 	due := r.leases.due(now, r.ackWait, nil)
+	if r.batch != nil && r.batch.wake() != 0 && r.batch.wake() <= now {
+		r.queueBatch(now)
+	}
 	back := r.unserved(now)
 	if !r.stopped && r.checks.due(now, r.arrived) {
 		r.requestCheck(now, false)
@@ -220,11 +232,25 @@ func (r *durableRoute) takeWaiting() []*work {
 	p := r.env.pool
 	all := func(*work) bool { return true }
 	back := append(p.drop(&r.lane, &r.lane.first, all), p.drop(&r.lane, &r.lane.queue, all)...)
+	if r.batch != nil {
+		back = r.unbatch(back)
+	}
 	for _, w := range back {
 		r.removeUnrun(w)
 	}
 	return back
 }
+
+// waitingMessages is how many messages no worker has taken, and inHand how many there
+// are in all. The pool is locked.
+func (r *durableRoute) waitingMessages() int {
+	if r.batch != nil {
+		return r.batch.waiting() + r.lane.first.len()
+	}
+	return r.lane.waiting()
+}
+
+func (r *durableRoute) inHand() int { return r.waitingMessages() + r.lane.taken }
 
 // removeUnrun ends the lease of a message, as a delivery that ran nothing. The pool is
 // locked.
@@ -320,6 +346,9 @@ func (r *durableRoute) learn(took time.Duration) {
 	default:
 		r.mean += (ns - r.mean) / 32
 	}
+	if r.batch != nil {
+		return // a batch is enough for a worker
+	}
 	r.burst = int(min(float64(burstTurn)/2/max(r.mean, 1), maxBurst))
 }
 
@@ -399,6 +428,14 @@ func (r *durableRoute) awaitPulls(ctx context.Context) {
 
 // enqueue hands w to the pool. The pool is locked.
 func (r *durableRoute) enqueue(w *work, q *fifo[*work], now int64) {
+	if r.batch != nil && !w.alone {
+		r.gather(w, now)
+		return
+	}
+	r.queueWork(w, q, now)
+}
+
+func (r *durableRoute) queueWork(w *work, q *fifo[*work], now int64) {
 	if r.lane.inHand() == 0 {
 		r.started = now
 	}
@@ -408,9 +445,87 @@ func (r *durableRoute) enqueue(w *work, q *fifo[*work], now int64) {
 // release queues the next suspect if nothing else of the route is in hand. The pool is
 // locked.
 func (r *durableRoute) release(now int64) {
-	if r.isolated == nil && r.suspects.len() > 0 && r.lane.inHand() == 0 && r.puller.outstanding == 0 {
+	if r.isolated == nil && r.suspects.len() > 0 && r.inHand() == 0 && r.puller.outstanding == 0 {
 		r.isolated = r.suspects.pop()
 		r.env.pool.held--
 		r.enqueue(r.isolated, &r.lane.first, now)
 	}
+}
+
+// gather adds a message. The pool is locked.
+func (r *durableRoute) gather(w *work, now int64) {
+	b := r.batch
+	if b.gathered.len() == 0 {
+		b.since = now
+	}
+	b.gathered.push(w)
+	r.env.pool.held++
+	full := b.gathered.len() >= b.most
+	if r.breaker != nil && !full {
+		_, mayHold := r.breaker.now(now)
+		full = mayHold > 0 // it is what the breaker probes with
+	}
+	if full || r.stopped {
+		r.queueBatch(now)
+	}
+}
+
+// queueBatch passes what was gathered to the pool. The pool is locked.
+func (r *durableRoute) queueBatch(now int64) {
+	b := r.batch
+	batch := &work{members: b.take(r.env.pool, nil)}
+	b.queued += len(batch.members)
+	r.queueWork(batch, &r.lane.queue, now)
+}
+
+// unbatch replaces the batches among works by their messages, and adds what was gathered.
+// The pool is locked.
+func (r *durableRoute) unbatch(works []*work) (all []*work) {
+	b := r.batch
+	for _, w := range works {
+		if w.members == nil {
+			all = append(all, w)
+			continue
+		}
+		all = append(all, w.members...)
+		b.queued -= len(w.members)
+	}
+	for b.gathered.len() > 0 {
+		all = append(all, b.gathered.pop())
+		r.env.pool.held--
+	}
+	return all
+}
+
+// brake tells the breaker of a result, and returns how long the message rests if the attempt
+// does not count, 0 if it does.
+func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest time.Duration) {
+	b := r.breaker
+	if b == nil {
+		return 0
+	}
+	no, turned := b.judge(now, j.verdict, cut)
+	switch turned {
+	case BreakerOpen:
+		p := r.env.pool
+		p.mu.Lock()
+		back := r.takeWaiting()
+		r.setAlarm(now)
+		p.mu.Unlock()
+		r.giveBackAll(back)
+		r.trouble("breaker", fmt.Errorf("natsx: breaker is open: %d failures in a row, the last: %w", b.most, err))
+	case BreakerClosed:
+		r.clear("breaker")
+		err = nil
+		r.flow()
+	}
+	if o, ok := r.env.observer.(BreakerObserver); ok && turned != BreakerNone {
+		r.env.callUser(r.observing(), func() {
+			o.ObserveBreaker(BreakerEvent{Route: r.spec.route.filter, Durable: r.spec.route.durable, State: turned, Err: err})
+		})
+	}
+	if no {
+		return b.comesBack()
+	}
+	return 0
 }

@@ -198,7 +198,12 @@ func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
 	ctx := withDeadline(d, time.Now().Add(timeout))
 	defer ctx.end()
-	err := invoke(h, ctx, &d.msg)
+	return lateness(ctx, timeout, invoke(h, ctx, &d.msg))
+}
+
+// lateness is the result of a handler that has returned err under a context with a
+// timeout.
+func lateness(ctx context.Context, timeout time.Duration, err error) error {
 	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return err
 	}
