@@ -10,11 +10,11 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// pinFor is how long the server keeps a pin that is not renewed. The leases of what its
-// client had in hand end before, so that the next one receives that first.
+// pinFor is how long the server keeps a pin that is not renewed. The leases of the pinned
+// client's messages end before, so that the next client receives these first.
 func pinFor(ackWait time.Duration) time.Duration { return ackWait * 3 / 2 }
 
-// durableDiff is one setting of an existing durable that is not what the route says.
+// durableDiff is one setting of an existing durable that differs from the route.
 type durableDiff struct {
 	field string // the route's option, by its setter's name in lower camel case
 	want  string // its value
@@ -22,9 +22,9 @@ type durableDiff struct {
 	fixed bool   // the server cannot change it
 }
 
-// cannotFollow are the settings of a durable with which the route would not handle what
-// it says, or not as it says.
-func cannotFollow(have, want jetstream.ConsumerConfig) (diffs []durableDiff) {
+// incompatible returns the settings of a durable with which a route cannot run: it would
+// receive other messages, or the server would settle them in another way.
+func incompatible(have, want jetstream.ConsumerConfig) (diffs []durableDiff) {
 	add := func(differs bool, d durableDiff) {
 		if differs {
 			diffs = append(diffs, d)
@@ -40,9 +40,9 @@ func cannotFollow(have, want jetstream.ConsumerConfig) (diffs []durableDiff) {
 	return diffs
 }
 
-// notAsSaid are the other settings of a durable that the route's options say otherwise.
-// What no option says is as the durable has it.
-func notAsSaid(set option, have, want jetstream.ConsumerConfig) (diffs []durableDiff) {
+// optionDiffs returns the other settings of a durable that differ from the options which
+// the route has. Options that it does not have are left as the durable has them.
+func optionDiffs(set option, have, want jetstream.ConsumerConfig) (diffs []durableDiff) {
 	add := func(opt option, field, name, wanted, existing string, fixed bool) {
 		if set&opt != 0 && wanted != existing {
 			diffs = append(diffs, durableDiff{field, wanted, "its " + name + " is " + existing, fixed})
@@ -55,8 +55,7 @@ func notAsSaid(set option, have, want jetstream.ConsumerConfig) (diffs []durable
 	return diffs
 }
 
-// changed is have with all that want and the route's options say of it and the server can
-// change.
+// changed returns have with every difference removed that the server can change.
 func changed(set option, have, want jetstream.ConsumerConfig) jetstream.ConsumerConfig {
 	next := have
 	next.FilterSubject, next.FilterSubjects = want.FilterSubject, want.FilterSubjects
@@ -75,7 +74,7 @@ func changed(set option, have, want jetstream.ConsumerConfig) jetstream.Consumer
 	return next
 }
 
-// filtersOf are the filters of a consumer in order; > for none.
+// filtersOf returns the filters of a consumer in order; > for none.
 func filtersOf(c jetstream.ConsumerConfig) []string {
 	switch {
 	case c.FilterSubject != "":
@@ -96,7 +95,7 @@ func priorityText(c jetstream.ConsumerConfig) string {
 	return fmt.Sprintf("%s of %q", strings.Trim(string(policy), `"`), c.PriorityGroups)
 }
 
-// startText is where a consumer starts.
+// startText describes where a consumer starts.
 func startText(c jetstream.ConsumerConfig) string {
 	text := c.DeliverPolicy.String()
 	switch {
@@ -108,7 +107,7 @@ func startText(c jetstream.ConsumerConfig) string {
 	return text
 }
 
-// conflict is the text of a difference that stays.
+// conflict is the reason of the fault for a difference.
 func (d durableDiff) conflict(adopts bool) string {
 	switch {
 	case d.fixed:
@@ -119,15 +118,15 @@ func (d durableDiff) conflict(adopts bool) string {
 	return fmt.Sprintf("the durable exists and %s: let the route have what it has, or change the durable with AdoptChanges", d.have)
 }
 
-// state is what the durable has.
+// state describes the durable.
 func (d durableDiff) state() string { return d.have }
 
-// change is what becomes of it.
+// change describes the change of the durable.
 func (d durableDiff) change() string {
 	return fmt.Sprintf("%s %s, where %s", d.field, d.want, strings.Replace(d.have, " is ", " was ", 1))
 }
 
-// diffText is all that differs, in one line.
+// diffText joins descriptions of differences in one line.
 func diffText(diffs []durableDiff, each func(durableDiff) string) string {
 	var list []string
 	for _, d := range diffs {

@@ -61,7 +61,7 @@ func TestChangedRoute(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			durable := strings.ReplaceAll(tt.name, " ", "-")
-			run := func(r RouteBuilder) (error, *logBook) {
+			run := func(r RouteBuilder) (*logBook, error) {
 				ctx, cancel := context.WithCancel(testContext(t))
 				defer cancel()
 				book, log := newLogBook()
@@ -73,9 +73,9 @@ func TestChangedRoute(t *testing.T) {
 					case <-ctx.Done():
 					}
 				}()
-				return b.Run(ctx, r.Durable(durable).Handle(succeed)), book
+				return book, b.Run(ctx, r.Durable(durable).Handle(succeed))
 			}
-			if err, _ := run(tt.before); err != nil {
+			if _, err := run(tt.before); err != nil {
 				t.Fatal(err)
 			}
 			before := consumerInfo(t, nc, "ORDERS", durable).Config
@@ -90,7 +90,7 @@ func TestChangedRoute(t *testing.T) {
 					t.Errorf("the refusal changed the durable (-before +now):\n%s", cmp.Diff(before, now))
 				}
 			}
-			err, _ := run(tt.after)
+			_, err := run(tt.after)
 			if tt.have == "" {
 				if err != nil {
 					t.Error(err)
@@ -98,7 +98,7 @@ func TestChangedRoute(t *testing.T) {
 				return
 			}
 			wantFault(err, map[bool]string{true: "delete it to start anew", false: "AdoptChanges"}[tt.fixed])
-			err, book := run(tt.after.AdoptChanges())
+			book, err := run(tt.after.AdoptChanges())
 			if tt.fixed {
 				wantFault(err, "the server cannot change")
 				return
@@ -107,11 +107,11 @@ func TestChangedRoute(t *testing.T) {
 				t.Fatalf("with AdoptChanges: %v", err)
 			}
 			said := strings.Replace(tt.have, " is ", " was ", 1)
-			if lines := book.logged("durable changed"); len(lines) != 1 || !strings.Contains(lines[0], tt.want) || !strings.Contains(lines[0], said) {
+			if lines := book.logged("durable changed to match"); len(lines) != 1 || !strings.Contains(lines[0], tt.want) || !strings.Contains(lines[0], said) {
 				t.Errorf("logged %q, want one line that tells %q and %q", lines, tt.want, said)
 			}
-			if err, book := run(tt.after); err != nil || len(book.logged("durable changed")) != 0 {
-				t.Errorf("once more: %v, logged %q", err, book.logged("durable changed"))
+			if book, err := run(tt.after); err != nil || len(book.logged("durable changed to match")) != 0 {
+				t.Errorf("once more: %v, logged %q", err, book.logged("durable changed to match"))
 			}
 			if now := consumerInfo(t, nc, "ORDERS", durable); now.Created.IsZero() || now.Config.Metadata[metadataID] != before.Metadata[metadataID] {
 				t.Error("the durable was made anew")

@@ -325,8 +325,8 @@ func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder
 // MaxAckPending is the server's cap on messages that are delivered to the
 // durable and not settled, over all its processes and with those that wait for a
 // retry. When they are that many, retries still come and new messages do not, until
-// some are settled; [Broker.Health] tells it. Default is [DefaultMaxAckPending],
-// 65,536. It is at least 1, else [ErrOutOfRange], and not below Concurrency, else
+// some are settled; [Broker.Health] tells it. Default of a new durable is
+// [DefaultMaxAckPending], 65,536. It is at least 1, else [ErrOutOfRange], and not below Concurrency, else
 // [ErrOptionConflict]; above a limit of the server, [Broker.Run] returns the server's
 // error.
 func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
@@ -337,18 +337,18 @@ func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 
 // PinnedBy delivers the messages of the durable to one process at a time, the client that
 // the server has pinned in this priority group (ADR-42). The other processes with the
-// durable stand by, and each must name the same group. One of them takes over
+// durable stand by, and each must name the same group. The server pins another one
 //
 //   - at once when the pinned one ends its Run;
 //   - one and a half AckWaits after it was killed, lost its connection or paused its route
-//     with nothing in hand. What it had in hand is delivered first then;
-//   - at once when another server becomes the leader of the durable, or it restarts. What
-//     the process before has in hand still runs there, beside what the next one receives.
+//     with all its messages settled. Those that were not settled are delivered first then;
+//   - at once when another server becomes the leader of the durable, or the server restarts.
+//     The messages of the process before may still run there meanwhile.
 //
 // The name has letters, digits and any of / _ = - and at most 16 bytes, else it is
 // [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
 // [ErrServerTooOld]. To release its pin at the end of Run the user needs the permission
-// for CONSUMER.UNPIN; without it the pin expires as that of a killed process.
+// for CONSUMER.UNPIN; without it the pin expires as that of a killed process does.
 func (r RouteBuilder) PinnedBy(group string) RouteBuilder {
 	r.set |= optPinnedBy
 	r.group = group
@@ -384,7 +384,7 @@ func (r RouteBuilder) InactiveThreshold(d time.Duration) RouteBuilder {
 //
 // Processes that run with the durable follow other limits. Those with other filters or
 // another PinnedBy end their Run with ErrConsumerConflict, since their handlers are not
-// made for what the durable delivers now: change filters where all are replaced.
+// made for what the durable delivers now: change these only when all are replaced.
 func (r RouteBuilder) AdoptChanges() RouteBuilder {
 	r.set |= optAdoptChanges
 	return r

@@ -263,7 +263,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.clear("pull")
 	}
 	if pinned {
-		r.env.log.Info("natsx: route gets the messages of its durable", r.names("group", r.spec.route.group)...)
+		r.env.log.Info("natsx: route is pinned and receives the messages of its durable", r.names("group", r.spec.route.group)...)
 	}
 }
 

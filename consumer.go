@@ -26,7 +26,7 @@ const (
 	consumerMisses = 2
 	// pinRenewals is how often a pin is renewed while it lasts.
 	pinRenewals = 4
-	// unpinPatience bounds what a drain waits for its pin to be released.
+	// unpinPatience bounds how long a drain waits for the release of its pin.
 	unpinPatience = 2 * time.Second
 )
 
@@ -307,7 +307,7 @@ func (r *durableRoute) refuseOldServer(ctx context.Context, cfg jetstream.Consum
 	reason := fmt.Sprintf("needs nats-server 2.10, this is %s", version)
 	err := ErrServerTooOld
 	if info, failed := r.consumerInfo(ctx); failed == nil {
-		if differs := cannotFollow(info.Config, cfg); len(differs) > 0 {
+		if differs := incompatible(info.Config, cfg); len(differs) > 0 {
 			reason += "; it exists: " + diffText(differs, durableDiff.state)
 			err = fmt.Errorf("%w: %w", ErrServerTooOld, ErrConsumerConflict)
 		}
@@ -353,13 +353,13 @@ func (r *durableRoute) consumerConfig() jetstream.ConsumerConfig {
 	return cfg
 }
 
-// adopt uses an existing consumer. What of it is not as the route says is an error, each
-// with its fault, or changed where the route adopts changes. A limit of deliveries is
-// lifted in any case, by whoever may.
+// adopt uses an existing consumer. Each difference from the route is a fault, or is
+// changed where the route has AdoptChanges. A limited MaxDeliver is always lifted, unless
+// the user may only bind.
 func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, want jetstream.ConsumerConfig, bindOnly bool) (*jetstream.ConsumerInfo, error) {
 	set, have := r.spec.route.set, info.Config
 	adopts := set&optAdoptChanges != 0
-	diffs := slices.Concat(cannotFollow(have, want), notAsSaid(set, have, want))
+	diffs := slices.Concat(incompatible(have, want), optionDiffs(set, have, want))
 	if !adopts || slices.ContainsFunc(diffs, func(d durableDiff) bool { return d.fixed }) {
 		var faults []error
 		for _, d := range diffs {
@@ -401,7 +401,7 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 	var refused *jetstream.APIError
 	switch {
 	case err == nil:
-		r.logChanges(diffs, slices.Concat(cannotFollow(info.Config, want), notAsSaid(set, info.Config, want)))
+		r.logChanges(diffs, slices.Concat(incompatible(info.Config, want), optionDiffs(set, info.Config, want)))
 	case errors.As(err, &refused) && len(diffs) > 0:
 		reason := fmt.Sprintf("exists, and the server refuses to change it (%s): %s", diffText(diffs, durableDiff.change), cause(err))
 		err = r.spec.fault("durable", strconv.Quote(r.target.consumer), reason, fmt.Errorf("%w: %w", ErrConsumerConflict, err))
@@ -409,11 +409,11 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 	return info, err
 }
 
-// logChanges logs what is not as it was before.
+// logChanges logs the differences that were removed.
 func (r *durableRoute) logChanges(before, after []durableDiff) {
 	made := slices.DeleteFunc(before, func(d durableDiff) bool { return slices.Contains(after, d) })
 	if len(made) > 0 {
-		r.env.log.Info("natsx: durable changed to what the route says",
+		r.env.log.Info("natsx: durable changed to match the route",
 			r.names("stream", r.target.stream, "changes", diffText(made, durableDiff.change))...)
 	}
 }
@@ -423,8 +423,8 @@ func (r *durableRoute) cannotAdopt(reasons ...string) error {
 	return r.spec.fault("durable", strconv.Quote(r.target.consumer), "exists and cannot be adopted: "+strings.Join(reasons, "; "), ErrConsumerConflict)
 }
 
-// unpin has the server pin another client at once, when this one has nothing in hand any
-// more.
+// unpin releases the pin, so that another client is pinned at once. All messages of this
+// one must be settled.
 func (r *durableRoute) unpin(ctx context.Context) {
 	r.env.pool.mu.Lock()
 	pin := r.puller.pin
@@ -436,7 +436,7 @@ func (r *durableRoute) unpin(ctx context.Context) {
 	defer cancel()
 	info, err := r.env.api.consumerInfo(ctx, r.target.stream, r.target.consumer)
 	if err == nil && (len(info.PriorityGroups) == 0 || info.PriorityGroups[0].PinnedClientID != pin) {
-		return // another one is pinned already
+		return // another client is pinned already
 	}
 	if err == nil {
 		err = r.env.api.ask(ctx, "CONSUMER.UNPIN."+r.target.stream+"."+r.target.consumer, struct {
@@ -660,7 +660,7 @@ func (r *durableRoute) judge(info *jetstream.ConsumerInfo) error {
 	if n := info.Config.MaxDeliver; n > 0 {
 		return r.spec.fault("maxDeliver", strconv.Itoa(n), "was set while the route runs: the server would give up on messages; it must be unlimited", ErrConsumerConflict)
 	}
-	if diffs := cannotFollow(info.Config, r.consumerConfig()); len(diffs) > 0 {
+	if diffs := incompatible(info.Config, r.consumerConfig()); len(diffs) > 0 {
 		return r.spec.fault("durable", strconv.Quote(t.consumer), "was changed while the route runs: "+diffText(diffs, durableDiff.state), ErrConsumerConflict)
 	}
 	return nil

@@ -52,8 +52,8 @@ type RouteError struct {
 	// Field is the option at fault, by its setter's name in lower camel case, such
 	// as "ackWait", or one of these:
 	//
-	//   - "subject", the filter, "handler", the function, and "deliver", a Deliver
-	//     option of a core route;
+	//   - "subject", the filters, "handler", the function, and "deliver", a Deliver
+	//     option of a core route or one that differs from the durable's;
 	//   - of Run: "middleware", which returned no handler, and "publish" or
 	//     "subscribe", what the server does not permit;
 	//   - of Health: "start", JetStream does not let the route start yet; "consumer",

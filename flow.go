@@ -121,8 +121,8 @@ func (r *durableRoute) plan(now int64) pullRequest {
 	return next
 }
 
-// keepsPin reports whether another client must not be pinned in place of this one: it
-// wants messages, or has some in hand. The pool is locked.
+// keepsPin reports whether this client is to stay pinned: it wants messages, or has some
+// that are not settled. The pool is locked.
 func (r *durableRoute) keepsPin() bool { return r.open || r.leases.head != nil }
 
 // setAlarm schedules tick for when the next time limit ends. The pool is locked.
@@ -378,7 +378,7 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	}
 	switch event {
 	case pullUnpinned:
-		r.env.log.Info("natsx: another process may get the messages of the durable", r.names("group", r.spec.route.group)...)
+		r.env.log.Info("natsx: route is no longer pinned, another process may receive the messages of the durable", r.names("group", r.spec.route.group)...)
 	case pullRefused:
 		r.verify(false, nil)
 	case pullMoved:

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -221,4 +222,33 @@ func TestPinnedRouteOnAnotherDurable(t *testing.T) {
 	if err := wantRefused(t, nc, []Spec{Route("orders.*").Durable("overflow").Handle(succeed)}, ErrConsumerConflict); !errors.As(err, &fault) {
 		t.Errorf("got %v, want a *RouteError", err)
 	}
+}
+
+// A user who may not release the pin stops as well; the pin expires.
+func TestPinnedRouteWithoutThePermissionToUnpin(t *testing.T) {
+	t.Parallel()
+	admin, user := startGuarded(t, &server.Permissions{
+		Publish:   &server.SubjectPermission{Allow: []string{">"}, Deny: []string{"$JS.API.CONSUMER.UNPIN.>"}},
+		Subscribe: &server.SubjectPermission{Allow: []string{"_INBOX.>"}},
+	})
+	orders(t, admin)
+	handled := make(chan struct{}, 10)
+	book, log := newLogBook()
+	handle := func(context.Context, *Msg) error {
+		handled <- struct{}{}
+		return nil
+	}
+	route := Route("orders.*").Durable("d").PinnedBy("g").AckWait(time.Second).Handle(handle)
+	first := runBroker(t, NewBroker(user, WithLogger(log)), route)
+	publishAcked(t, admin, "orders.x", "1")
+	receive(t, handled, "the first message")
+	if err := first.stop(t); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if lines := book.logged("pin not released"); len(lines) != 1 {
+		t.Errorf("logged %q, want that the pin was not released", lines)
+	}
+	runBroker(t, NewBroker(admin, WithLogger(log)), route)
+	publishAcked(t, admin, "orders.x", "2")
+	receive(t, handled, "the second message")
 }
