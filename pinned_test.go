@@ -252,3 +252,33 @@ func TestPinnedRouteWithoutThePermissionToUnpin(t *testing.T) {
 	publishAcked(t, admin, "orders.x", "2")
 	receive(t, handled, "the second message")
 }
+
+// What waits for a worker is not given back for the processes that stand by, since the
+// server would deliver it here again.
+func TestPinnedRouteKeepsWhatWaits(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	orders(t, nc)
+	const messages = 3000
+	var seen tally
+	run := func() *running {
+		_, log := newLogBook()
+		return runBroker(t, NewBroker(connect(t, s.ClientURL()), WithWorkers(1), WithLogger(log)),
+			Route("orders.*").Durable("d").PinnedBy("g").Handle(func(_ context.Context, m *Msg) error {
+				if seen.add(string(m.Data)) == messages/2 {
+					<-time.After(3 * time.Second) // while many wait here that were proven to be done in a moment
+				}
+				return nil
+			}))
+	}
+	publishMany(t, nc, messages, numbered("orders.x"))
+	first := run()
+	eventually(t, "the first has begun", func() bool { return seen.sum() > 0 })
+	second := run()
+	eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
+	seen.wantOnce(t, messages)
+	if a, b := first.Stats().Routes[0].Received, second.Stats().Routes[0].Received; a != messages || b != 0 {
+		t.Errorf("the first received %d and the second %d, want %d and none", a, b, messages)
+	}
+}
