@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"time"
 
@@ -46,6 +47,9 @@ const (
 	optConfirmAcks
 	optDLQ
 	optPinnedBy
+	optAlso
+	optAdoptChanges
+	optInactiveThreshold
 )
 
 // RouteBuilder describes where messages come from and what becomes of them. It
@@ -57,6 +61,7 @@ type RouteBuilder struct {
 	set option
 
 	filter  string
+	also    string // filters of Also, each quoted
 	queue   string
 	durable string
 	stream  string
@@ -80,6 +85,7 @@ type RouteBuilder struct {
 	breakerRest   time.Duration
 	maxAckPending int
 	group         string // of PinnedBy
+	inactive      time.Duration
 }
 
 // instant is a time.Time without its pointer.
@@ -95,6 +101,34 @@ func (i instant) after(o instant) bool { return i.time().After(o.time()) }
 // subscription: at most once. What only a durable can have, such as Retry, DLQ or
 // DeliverNew, is then [ErrOptionConflict].
 func Route(filter string) RouteBuilder { return RouteBuilder{filter: filter} }
+
+// Also adds one more filter to a durable: its messages are those of all of them, in the
+// order of the stream. Several calls add several. The grammar is that of [Route], and no
+// two filters may overlap, as the server demands ([ErrOptionConflict]). All must be
+// subjects of one stream.
+//
+// A route with several filters is named by that of [Route] in errors, logs and [Stats].
+// The permission to create its durable is one for CONSUMER.CREATE.<stream>.<durable>,
+// without a filter.
+func (r RouteBuilder) Also(filter string) RouteBuilder {
+	r.set |= optAlso
+	r.also += strconv.Quote(filter)
+	return r
+}
+
+// filters are that of Route and those of Also.
+func (r RouteBuilder) filters() []string {
+	list := []string{r.filter}
+	for rest := r.also; rest != ""; {
+		quoted, err := strconv.QuotedPrefix(rest)
+		if err != nil {
+			panic(err) // Also writes nothing else
+		}
+		filter, _ := strconv.Unquote(quoted)
+		list, rest = append(list, filter), rest[len(quoted):]
+	}
+	return list
+}
 
 // Queue makes a core subscription a member of a queue group: each message goes
 // to one member. It excludes Durable ([ErrOptionConflict]). The name is not empty, has
@@ -113,13 +147,17 @@ func (r RouteBuilder) Queue(group string) RouteBuilder {
 // take more than ASCII.
 //
 // It is created when it is missing, with an unlimited MaxDeliver. One that exists is
-// adopted when it is a pull consumer with the route's filter and explicit
-// acknowledgement, without BackOff, HeadersOnly and a priority policy, else it is
-// [ErrConsumerConflict]. Its MaxDeliver, AckWait and MaxAckPending are then set to
-// those of the route, defaults included. But AckWait is not lowered while somebody
-// pulls or has unsettled messages: the route then uses the longer one, and logs that.
-// A user who may bind but not create takes these three as they are, and is refused a
-// limited MaxDeliver.
+// used when it is what the route says: a pull consumer with the route's filters,
+// explicit acknowledgement and PinnedBy group, without BackOff and HeadersOnly, and
+// with the Deliver option, AckWait, MaxAckPending and InactiveThreshold of the route,
+// where the route has these options. Each difference is an [ErrConsumerConflict] that
+// names the option, both values and what to do; [RouteBuilder.AdoptChanges] changes the
+// durable instead. What the route has no option for stays as the durable has it, but a
+// limited MaxDeliver is lifted, or refused to a user who may not update the consumer.
+//
+// While the route runs it follows what somebody changes of AckWait, MaxAckPending,
+// InactiveThreshold and the limits on pulls. Any other change with which it could not go
+// on ends Run with ErrConsumerConflict.
 func (r RouteBuilder) Durable(name string) RouteBuilder {
 	r.set |= optDurable
 	r.durable = name
@@ -137,9 +175,12 @@ func (r RouteBuilder) Stream(name string) RouteBuilder {
 	return r
 }
 
-// DeliverNew starts a new durable after the last stored message. An existing
-// durable goes on where it is, with this and every other deliver option. The
-// last one called holds; default is all messages.
+// DeliverNew starts a new durable after the last stored message. The last deliver option
+// called holds; default is all messages.
+//
+// An existing durable goes on where it is. It must have been created with this option: the
+// server cannot change where a durable starts, so that another option, sequence or time
+// is [ErrConsumerConflict]. A route without a deliver option takes the durable as it is.
 func (r RouteBuilder) DeliverNew() RouteBuilder {
 	r.set |= optDeliver
 	r.deliver = jetstream.DeliverNewPolicy
@@ -170,7 +211,8 @@ func (r RouteBuilder) DeliverFromSequence(seq uint64) RouteBuilder {
 }
 
 // DeliverFromTime starts a new durable with the first message stored at or after
-// t; the zero time is [ErrOutOfRange].
+// t; the zero time is [ErrOutOfRange]. It must be the same at every start, as the durable
+// keeps it: not one that is computed from the present.
 func (r RouteBuilder) DeliverFromTime(t time.Time) RouteBuilder {
 	r.set |= optDeliver
 	r.deliver = jetstream.DeliverByStartTimePolicy
@@ -212,7 +254,7 @@ func (r RouteBuilder) Timeout(d time.Duration) RouteBuilder {
 // process gets it. natsx renews it while a message waits or runs, so it need not
 // be longer than a handler takes: it is how soon a crashed process is noticed.
 // Default is [DefaultAckWait], 30 s; at least [MinAckWait], 100 ms, else it is
-// [ErrOutOfRange]. An existing durable may keep a longer one: see Durable.
+// [ErrOutOfRange]. An existing durable may have another one: see Durable and AdoptChanges.
 func (r RouteBuilder) AckWait(d time.Duration) RouteBuilder {
 	r.set |= optAckWait
 	r.ackWait = d
@@ -297,8 +339,8 @@ func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder
 // MaxAckPending is the server's cap on messages that are delivered to the
 // durable and not settled, over all its processes and with those that wait for a
 // retry. When they are that many, retries still come and new messages do not, until
-// some are settled; [Broker.Health] tells it. Default is [DefaultMaxAckPending],
-// 65,536. It is at least 1, else [ErrOutOfRange], and not below Concurrency, else
+// some are settled; [Broker.Health] tells it. Default of a new durable is
+// [DefaultMaxAckPending], 65,536. It is at least 1, else [ErrOutOfRange], and not below Concurrency, else
 // [ErrOptionConflict]; above a limit of the server, [Broker.Run] returns the server's
 // error.
 func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
@@ -309,21 +351,56 @@ func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 
 // PinnedBy delivers the messages of the durable to one process at a time, the client that
 // the server has pinned in this priority group (ADR-42). The other processes with the
-// durable stand by, and each must name the same group. One of them takes over
+// durable stand by, and each must name the same group. The server pins another one
 //
 //   - at once when the pinned one ends its Run;
 //   - one and a half AckWaits after it was killed, lost its connection or paused its route
-//     with nothing in hand. What it had in hand is delivered first then;
-//   - at once when another server becomes the leader of the durable, or it restarts. What
-//     the process before has in hand still runs there, beside what the next one receives.
+//     with all its messages settled. Those that were not settled are delivered first then;
+//   - at once when another server becomes the leader of the durable, or the server restarts.
+//     The messages of the process before may still run there meanwhile.
 //
 // The name has letters, digits and any of / _ = - and at most 16 bytes, else it is
 // [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
 // [ErrServerTooOld]. To release its pin at the end of Run the user needs the permission
-// for CONSUMER.UNPIN; without it the pin expires as that of a killed process.
+// for CONSUMER.UNPIN; without it the pin expires as that of a killed process does.
 func (r RouteBuilder) PinnedBy(group string) RouteBuilder {
 	r.set |= optPinnedBy
 	r.group = group
+	return r
+}
+
+// InactiveThreshold has the server remove the durable when no process has pulled from it
+// for d, a second more or less: for a durable that belongs to one replica and is to go with
+// it. Default is never. It is at least [MinInactiveThreshold], 1 s, else
+// [ErrOutOfRange]; above a limit of the stream, [Broker.Run] returns the server's error.
+//
+// While Run is under way the durable stays, also through a [Broker.Pause] and handlers
+// that take longer than d. A connection that is lost for longer than d ends Run with
+// [ErrConsumerDeleted]. What the durable had not settled when it was removed is not
+// delivered again: a new durable of that name starts where the Deliver option says.
+func (r RouteBuilder) InactiveThreshold(d time.Duration) RouteBuilder {
+	r.set |= optInactiveThreshold
+	r.inactive = d
+	return r
+}
+
+// AdoptChanges has [Broker.Run] change an existing durable to what the route says, where
+// the server can, and log the changes. That is the filters, AckWait, MaxAckPending,
+// InactiveThreshold and PinnedBy, and that there is no BackOff, HeadersOnly or other
+// priority policy. Without it each difference is [ErrConsumerConflict], as it is with it
+// for what the server cannot change, such as a Deliver option; then nothing is changed.
+// Options that the route does not have are left as the durable has them.
+//
+// A filter that is added selects from where the durable is: what is stored before that is
+// not delivered. What was delivered on a filter that is removed, and not settled, is still
+// delivered again. AckWait is not lowered while other processes pull or have unsettled
+// messages: the longer one stays, and that is logged.
+//
+// Processes that run with the durable follow other limits. Those with other filters or
+// another PinnedBy end their Run with ErrConsumerConflict, since their handlers are not
+// made for what the durable delivers now: change these only when all are replaced.
+func (r RouteBuilder) AdoptChanges() RouteBuilder {
+	r.set |= optAdoptChanges
 	return r
 }
 
@@ -445,7 +522,9 @@ func (s Spec) sharesDurable(o Spec) bool {
 	if a.stream != "" || b.stream != "" {
 		return a.stream == b.stream
 	}
-	return subjectsOverlap(a.filter, b.filter)
+	return slices.ContainsFunc(a.filters(), func(f string) bool {
+		return slices.ContainsFunc(b.filters(), func(g string) bool { return subjectsOverlap(f, g) })
+	})
 }
 
 func (s Spec) duplicateOf(earlier Spec) error {
@@ -467,6 +546,19 @@ func (s Spec) faults() []error {
 
 	if reason := filterFault(r.filter); reason != "" {
 		add("subject", strconv.Quote(r.filter), reason, ErrInvalidSubject)
+	}
+	filters := r.filters()
+	for i, filter := range filters[1:] {
+		if reason := filterFault(filter); reason != "" {
+			add("also", strconv.Quote(filter), reason, ErrInvalidSubject)
+			continue
+		}
+		for _, earlier := range filters[:i+1] {
+			if filterFault(earlier) == "" && subjectsOverlap(filter, earlier) {
+				add("also", strconv.Quote(filter), fmt.Sprintf("overlaps with %q of the same durable", earlier), ErrOptionConflict)
+				break
+			}
+		}
 	}
 	if s.handler == nil && s.batch == nil && s.responder == nil {
 		add("handler", "nil", "a route needs a function", ErrNoHandler)
@@ -536,6 +628,9 @@ func (s Spec) faults() []error {
 				fmt.Sprintf("is below the concurrency of %d, which it would cap", r.concurrency), ErrOptionConflict)
 		}
 	}
+	if has(optInactiveThreshold) && r.inactive < MinInactiveThreshold {
+		add("inactiveThreshold", r.inactive.String(), "must be at least "+MinInactiveThreshold.String(), ErrOutOfRange)
+	}
 	if has(optPinnedBy) {
 		if reason := priorityGroupFault(r.group); reason != "" {
 			add("pinnedBy", strconv.Quote(r.group), reason, ErrInvalidName)
@@ -545,7 +640,7 @@ func (s Spec) faults() []error {
 	if has(optDLQ) {
 		if reason := publishFault(r.dlq); reason != "" {
 			add("dlq", strconv.Quote(r.dlq), reason, ErrInvalidSubject)
-		} else if subjectMatches(r.filter, r.dlq) {
+		} else if slices.ContainsFunc(filters, func(f string) bool { return subjectMatches(f, r.dlq) }) {
 			add("dlq", strconv.Quote(r.dlq), "is matched by the route's own filter: dead letters would come back", ErrDLQLoop)
 		}
 	}
@@ -607,6 +702,9 @@ var durableOptions = []struct {
 	field string
 	value func(RouteBuilder) string
 }{
+	{optAlso, "also", func(r RouteBuilder) string { return fmt.Sprintf("%q", r.filters()[1:]) }},
+	{optInactiveThreshold, "inactiveThreshold", func(r RouteBuilder) string { return r.inactive.String() }},
+	{optAdoptChanges, "adoptChanges", func(RouteBuilder) string { return "" }},
 	{optStream, "stream", func(r RouteBuilder) string { return strconv.Quote(r.stream) }},
 	{optDeliver, "deliver", func(r RouteBuilder) string { return r.deliver.String() }},
 	{optRetry, "retry", func(r RouteBuilder) string { return strconv.Itoa(r.retry) }},

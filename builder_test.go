@@ -44,7 +44,8 @@ func TestValidate(t *testing.T) {
 		{"reply", core.Queue("g").Reply(noReply), nil},
 		{"durable", billing.Handle(nop), nil},
 		{"durable with all that fits", billing.Stream("ORDERS").DeliverFromSequence(1).Retry(0).Backoff(time.Second, time.Second).
-			Timeout(time.Minute).AckWait(MinAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").PinnedBy("a/B_=-9").Handle(nop), nil},
+			Timeout(time.Minute).AckWait(MinAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").PinnedBy("a/B_=-9").
+			Also("returns.*").Also("stock.>").InactiveThreshold(MinInactiveThreshold).AdoptChanges().Handle(nop), nil},
 		{"deliver new", billing.DeliverNew().Handle(nop), nil},
 		{"deliver last", billing.DeliverLast().Handle(nop), nil},
 		{"deliver last per subject", billing.DeliverLastPerSubject().Handle(nop), nil},
@@ -96,6 +97,23 @@ func TestValidate(t *testing.T) {
 			{inBilling + `maxAckPending 7: is below the concurrency of 8, which it would cap`, ErrOptionConflict},
 		}},
 
+		{"empty further filter", billing.Also("").Handle(nop), []fault{{inBilling + `also "": must not be empty`, ErrInvalidSubject}}},
+		{"two filters in one", billing.Also("a.* b.*").Handle(nop), []fault{{inBilling + `also "a.* b.*": has white space`, ErrInvalidSubject}}},
+		{"filters that overlap", billing.Also("a.b").Also("orders.new").Also("*.b").Also("orders.>").Handle(nop), []fault{
+			{inBilling + `also "orders.new": overlaps with "orders.*" of the same durable`, ErrOptionConflict},
+			{inBilling + `also "*.b": overlaps with "orders.*" of the same durable`, ErrOptionConflict},
+			{inBilling + `also "orders.>": overlaps with "orders.*" of the same durable`, ErrOptionConflict},
+		}},
+		{"filter twice", billing.Also("a.*").Also("a.*").Handle(nop), []fault{{inBilling + `also "a.*": overlaps with "a.*" of the same durable`, ErrOptionConflict}}},
+		{"further filter of a core route", core.Also("a.*").Also("b.*").Handle(nop), []fault{{inCore + `also ["a.*" "b.*"]: needs a durable`, ErrOptionConflict}}},
+		{"further filter of what is faulty", Route("a..b").Durable("d").Also("a.>").Handle(nop), []fault{{`natsx: route "a..b" durable "d": subject "a..b": has an empty token`, ErrInvalidSubject}}},
+		{"DLQ that comes back on a further filter", billing.Also("dlq.*").DLQ("dlq.x").Handle(nop), []fault{{inBilling + `dlq "dlq.x": is matched by the route's own filter: dead letters would come back`, ErrDLQLoop}}},
+		{"short inactive threshold", billing.InactiveThreshold(999 * time.Millisecond).Handle(nop), []fault{{inBilling + `inactiveThreshold 999ms: must be at least 1s`, ErrOutOfRange}}},
+		{"negative inactive threshold", billing.InactiveThreshold(-1).Handle(nop), []fault{{inBilling + `inactiveThreshold -1ns: must be at least 1s`, ErrOutOfRange}}},
+		{"options of a durable on a core route", core.InactiveThreshold(time.Hour).AdoptChanges().Handle(nop), []fault{
+			{inCore + `inactiveThreshold 1h0m0s: needs a durable`, ErrOptionConflict},
+			{inCore + `adoptChanges: needs a durable`, ErrOptionConflict},
+		}},
 		{"empty group", billing.PinnedBy("").Handle(nop), []fault{{inBilling + `pinnedBy "": must not be empty`, ErrInvalidName}}},
 		{"long group", billing.PinnedBy("12345678901234567").Handle(nop), []fault{{inBilling + `pinnedBy "12345678901234567": is longer than 16 bytes`, ErrInvalidName}}},
 		{"group with a dot", billing.PinnedBy("a.b").Handle(nop), []fault{{inBilling + `pinnedBy "a.b": must hold letters, digits and / _ = - only`, ErrInvalidName}}},
@@ -191,6 +209,8 @@ func TestValidateAcrossRoutes(t *testing.T) {
 			[]string{`natsx: route "*.b" durable "d": durable "d": is already used by route "a.*" of the same stream`}},
 		{"one named stream", []Spec{route("a.*", "d").Stream("S").Handle(nop), route("b.*", "d").Stream("S").Handle(nop)},
 			[]string{`natsx: route "b.*" durable "d": durable "d": is already used by route "a.*" of the same stream`}},
+		{"overlap by a further filter", []Spec{route("a.*", "d").Also("b.*").Handle(nop), route("c", "d").Also("*.x").Handle(nop), route("c.x.y", "d").Handle(nop)},
+			[]string{`natsx: route "c" durable "d": durable "d": is already used by route "a.*" of the same stream`}},
 		{"three of one durable", []Spec{route("a", "d").Handle(nop), route(">", "d").Handle(nop), route("*", "d").Handle(nop)},
 			[]string{
 				`natsx: route ">" durable "d": durable "d": is already used by route "a" of the same stream`,

@@ -91,7 +91,7 @@ func (r *durableRoute) start() error {
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Stream = r.target.stream
-	r.from = &origin{stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
+	r.from = &origin{route: r.spec.route.filter, stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
 	p.enter(&r.lane)
 	p.mu.Unlock()
 	return r.begin(true)
@@ -273,7 +273,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.clear("pull")
 	}
 	if pinned {
-		r.env.log.Info("natsx: route gets the messages of its durable", r.names("group", r.spec.route.pinGroup())...)
+		r.env.log.Info("natsx: route is pinned and receives the messages of its durable", r.names("group", r.spec.route.pinGroup())...)
 	}
 }
 

@@ -52,8 +52,8 @@ type RouteError struct {
 	// Field is the option at fault, by its setter's name in lower camel case, such
 	// as "ackWait", or one of these:
 	//
-	//   - "subject", the filter, "handler", the function, and "deliver", a Deliver
-	//     option of a core route;
+	//   - "subject", the filters, "handler", the function, and "deliver", a Deliver
+	//     option of a core route or one that differs from the durable's;
 	//   - of Run: "middleware", which returned no handler, and "publish" or
 	//     "subscribe", what the server does not permit;
 	//   - of Health: "start", JetStream does not let the route start yet; "consumer",
@@ -193,8 +193,9 @@ var (
 	// [ErrNoStream] too), or several, or one that cannot keep letters; see
 	// [RouteBuilder.DLQ]. Of a purge it is a DLQ that refuses deletion.
 	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
-	// ErrConsumerConflict is an existing durable that the route cannot adopt; see
-	// [RouteBuilder.Durable].
+	// ErrConsumerConflict is an existing durable that is not what the route says, or was
+	// changed while the route ran; see [RouteBuilder.Durable] and
+	// [RouteBuilder.AdoptChanges].
 	ErrConsumerConflict = errors.New("natsx: durable exists with other settings")
 	// ErrStreamConflict is an existing stream that cannot become what was
 	// described; see [StreamConflictError].

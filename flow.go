@@ -129,8 +129,8 @@ func (r *durableRoute) plan(now int64) pullRequest {
 	return next
 }
 
-// keepsPin reports whether another client must not be pinned in place of this one: it
-// wants messages, or has some in hand. The pool is locked.
+// keepsPin reports whether this client is to stay pinned: it wants messages, or has some
+// that are not settled. The pool is locked.
 func (r *durableRoute) keepsPin() bool { return r.open || r.leases.head != nil }
 
 // setAlarm schedules tick for when the next time limit ends. The pool is locked.
@@ -164,7 +164,7 @@ func (r *durableRoute) setAlarm(now int64) {
 			soonest(r.breaker.wake())
 		}
 	}
-	if !r.open && !r.stopped && r.inactive > 0 {
+	if r.needsKeepAlive() {
 		soonest(r.keptAlive + int64(r.inactive)/4)
 	}
 	if at != r.alarmAt {
@@ -194,7 +194,7 @@ func (r *durableRoute) tick(now int64) {
 		r.requestCheck(now, false)
 	}
 	r.release(now)
-	if alive := r.keptAlive; !r.open && !r.stopped && r.inactive > 0 && now-alive >= int64(r.inactive)/4 {
+	if r.needsKeepAlive() && now-r.keptAlive >= int64(r.inactive)/4 {
 		r.keptAlive = now
 		defer r.keepAlive()
 	}
@@ -477,7 +477,7 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	}
 	switch event {
 	case pullUnpinned:
-		r.env.log.Info("natsx: another process may get the messages of the durable", r.names("group", r.spec.route.pinGroup())...)
+		r.env.log.Info("natsx: route is no longer pinned, another process may receive the messages of the durable", r.names("group", r.spec.route.pinGroup())...)
 	case pullRefused:
 		r.verify(false, nil)
 	case pullMoved:
@@ -491,8 +491,14 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	}
 }
 
-// keepAlive sends an idle pull, so that the server does not remove the consumer of a
-// paused route after its inactive threshold.
+// needsKeepAlive reports whether no pull keeps the server from removing the consumer of
+// this route after its inactive threshold: it is paused, or all its handlers are busy. The
+// pool is locked.
+func (r *durableRoute) needsKeepAlive() bool {
+	return r.inactive > 0 && (!r.open || len(r.puller.pulls) == 0) && (!r.stopped || r.leases.head != nil)
+}
+
+// keepAlive sends an idle pull that no message fits.
 func (r *durableRoute) keepAlive() {
 	if r.env.link.up() {
 		idle := pullRequest{batch: 1, maxBytes: 1, expires: time.Second, group: r.spec.route.pinGroup()}

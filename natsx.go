@@ -67,8 +67,13 @@ func (e BatchError) Unwrap() (errs []error) {
 // request tells it: see [RouteBuilder.Reply].
 type Responder func(ctx context.Context, m *Msg) ([]byte, error)
 
-// Middleware wraps every handler of a broker; see [WithMiddleware]. It is called once
-// for each route and replay; what it returns is called by many goroutines at once.
+// Middleware wraps a handler in another one. [WithMiddleware] has every handler of a broker
+// wrapped, once for each route and replay; what that returns is called by many goroutines
+// at once, and [Msg.Route] tells it the route. The handler of one route is wrapped in the
+// chain: Handle(mw(handler)). The broker's middleware is then around that.
+//
+// The examples show a timeout, a correlation id, a log, deduplication by a key in a
+// key-value bucket, an alert of poison messages, and one that is for some routes only.
 type Middleware func(Handler) Handler
 
 // Msg is a received message. It belongs to its handler, which may keep it and set
@@ -93,6 +98,10 @@ type Msg struct {
 // process did not start, or gave back at a shutdown, is no attempt; of other processes
 // only the deliveries are known.
 func (m *Msg) Attempt() int { return max(int(m.attempt), 1) }
+
+// Route is the filter of the route or replay that received the message, the one given to
+// [Route] or [Replay]. It is empty for a message that neither received.
+func (m *Msg) Route() string { return m.origin().route }
 
 // Stream is the name of the stream the message is from, empty for core NATS.
 func (m *Msg) Stream() string { return m.origin().stream }
@@ -134,6 +143,7 @@ func (m *Msg) replyTo() string {
 
 // origin is what the messages of one route or replay have in common.
 type origin struct {
+	route   string          // its filter
 	stream  string          // empty for core NATS
 	durable string          // empty for core NATS and a replay
 	ctx     context.Context // that handlers run under

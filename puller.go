@@ -47,9 +47,9 @@ type puller struct {
 	single      bool  // the next real request is for one message of any size
 	starved     bool  // the budget did not allow the last request
 
-	// Of a consumer with a pinned client (ADR-42), which alone gets messages. Who is not
-	// pinned waits with a request without a pin, and finds its pin in what that brings. The
-	// pin is lost a while after the last request with it, whatever waits at the server.
+	// Of a consumer with a pinned client (ADR-42), the only one that receives messages. Other
+	// clients wait with requests without a pin; the first message of one carries its pin. The
+	// pin ends some time after the last request with it, whatever waits at the server.
 	group   string
 	pin     string // empty for none
 	pinKeep int64  // how long after a request with the pin the next one is due
@@ -162,7 +162,7 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	return pullRefused
 }
 
-// pinned takes the pin of a message into account.
+// pinned records the pin of a message, and reports whether it is a new one.
 func (p *puller) pinned(pin string) (gained bool) {
 	if pin == "" || pin == p.pin {
 		return false
@@ -171,8 +171,8 @@ func (p *puller) pinned(pin string) (gained bool) {
 	return true
 }
 
-// keepPin is the request that keeps the pin when no other did, when it is due. It
-// takes no message, as an idle pull.
+// keepPin returns the request that renews the pin, when one is due. It receives no message,
+// as an idle pull.
 func (p *puller) keepPin(now int64) (r pullRequest, ok bool) {
 	if at := p.pinDue(); at == 0 || now < at {
 		return r, false

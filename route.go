@@ -52,7 +52,7 @@ func (r *route) init(e *env, spec Spec, owner job) {
 		r.waits.ring = func(int64) { e.pool.resume(&r.lane) }
 		r.later = func(at int64) { e.agenda.set(&r.waits, at) }
 	}
-	r.from = &origin{ctx: e.handlers}
+	r.from = &origin{route: spec.route.filter, ctx: e.handlers}
 	r.lane.name, r.lane.timeout = "handler of "+spec.String(), spec.route.timeout
 	r.stats = RouteStats{Route: spec.route.filter, Durable: spec.route.durable}
 }

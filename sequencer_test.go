@@ -364,12 +364,7 @@ func TestOrderSurvivesAKill(t *testing.T) {
 		note(receive(t, lines, "a run of the first process"))
 	}
 	var survived atomic.Int64
-	bb := NewBroker(connect(t, s.ClientURL()))
-	dbgRoutes(t, bb, func() string {
-		i := consumerInfo(t, nc, "ORDERS", "d")
-		return fmt.Sprint(i.NumAckPending, i.NumPending, i.NumRedelivered, i.NumWaiting, i.PriorityGroups)
-	})
-	runBroker(t, bb, orderedSpec(func(line string) {
+	runBroker(t, NewBroker(connect(t, s.ClientURL())), orderedSpec(func(line string) {
 		survived.Add(1)
 		note(line)
 	}))

@@ -251,4 +251,7 @@ const (
 	MaxNameLength = 255
 	// MinAckWait is the shortest lease that can be kept alive in time.
 	MinAckWait = 100 * time.Millisecond
+	// MinInactiveThreshold is the shortest time without a reader after which a durable can
+	// be kept in time.
+	MinInactiveThreshold = time.Second
 )
