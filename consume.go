@@ -77,7 +77,7 @@ func (r *durableRoute) start() error {
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Stream = r.target.stream
-	r.from = &origin{stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
+	r.from = &origin{filter: r.spec.route.filter, stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
 	p.enter(&r.lane)
 	p.mu.Unlock()
 	return r.begin(true)

@@ -195,16 +195,23 @@ func (r *coreRoute) conclude(w *work, err error) {
 	} else if err != nil {
 		r.env.log.Error("natsx: handler failed, core message is gone", r.about(w, "error", err)...)
 	}
-	switch {
-	case w.err == nil:
-		w.outcome = OutcomeSucceeded
-		w.swift = r.env.observer == nil && !r.isReply()
-	case j.verdict == verdictDiscard && !r.isReply():
-		w.outcome = OutcomeDiscarded
-	default:
-		w.outcome = OutcomeFailed
+	if w.err != nil && j.verdict == verdictSuccess {
+		j.verdict = verdictRetry // the answer was not sent as it is
 	}
+	w.outcome = coreOutcome(r.spec.kind, j)
+	w.swift = w.outcome == OutcomeSucceeded && r.env.observer == nil && !r.isReply()
 	r.observe(w)
+}
+
+// coreOutcome is what becomes of a message that no server keeps.
+func coreOutcome(kind specKind, j judgement) Outcome {
+	switch {
+	case j.verdict == verdictSuccess:
+		return OutcomeSucceeded
+	case j.verdict == verdictDiscard && kind != kindReply:
+		return OutcomeDiscarded
+	}
+	return OutcomeFailed
 }
 
 // respond answers a request with the result of its responder, unless it was

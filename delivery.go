@@ -94,15 +94,21 @@ func (d *delivery) Deadline() (time.Time, bool) { return d.msg.origin().ctx.Dead
 func (d *delivery) Done() <-chan struct{}       { return d.msg.origin().ctx.Done() }
 func (d *delivery) Err() error                  { return d.msg.origin().ctx.Err() }
 
-// Value finds the delivery itself and else asks the parent.
+// Value finds the delivery itself and its message, and else asks the parent.
 func (d *delivery) Value(key any) any {
-	if key == (deliveryKey{}) {
+	switch key.(type) {
+	case deliveryKey:
 		return d
+	case msgKey:
+		return &d.msg
 	}
 	return d.msg.origin().ctx.Value(key)
 }
 
-type deliveryKey struct{}
+type (
+	deliveryKey struct{}
+	msgKey      struct{}
+)
 
 func deliveryFrom(ctx context.Context) *delivery {
 	d, _ := ctx.Value(deliveryKey{}).(*delivery)
@@ -195,8 +201,16 @@ func (l *leased) settling() bool { return l.state.Load()%leaseStates == leaseSet
 // and does not derive from, a handler's context. A typed handler finds subject,
 // headers and attempt this way.
 func MsgFrom(ctx context.Context) *Msg {
-	if d := deliveryFrom(ctx); d != nil {
-		return &d.msg
+	m, _ := ctx.Value(msgKey{}).(*Msg)
+	return m
+}
+
+// contextOf is a context under which m is handled, as far as a handler can tell, without
+// an engine.
+func contextOf(ctx context.Context, m *Msg) context.Context {
+	d := &delivery{}
+	if m != nil {
+		d.msg = *m
 	}
-	return nil
+	return context.WithValue(context.WithValue(ctx, deliveryKey{}, d), msgKey{}, m)
 }
