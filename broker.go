@@ -42,9 +42,16 @@ func WithMiddleware(mw ...Middleware) Option {
 	return func(b *Broker) { b.middleware = append(b.middleware, mw...) }
 }
 
-// WithObserver has o told of every finished attempt, those of replays included. Of
-// several the last one holds; default, also for nil, is none.
-func WithObserver(o Observer) Option { return func(b *Broker) { b.observer = o } }
+// WithObserver adds an observer of every finished attempt, those of replays included.
+// Several calls add up, and the observers are told one after another; nil adds none.
+// Default is none.
+func WithObserver(o Observer) Option {
+	return func(b *Broker) {
+		if o != nil {
+			b.observers = append(b.observers, o)
+		}
+	}
+}
 
 // WithDrainTimeout sets how long a shutdown waits for running handlers before it
 // cancels their contexts. Default is [DefaultDrainTimeout]; it must be above zero,

@@ -216,8 +216,10 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		since = asked
 	}
 	r.puller.message(now, size)
+	r.checks.pending = info.pending
 	r.arrived, r.rang, r.seen = now, info.pending > 0, max(r.seen, info.consumerSeq)
 	w := r.newWork(d, m, messageID{info.sequence, info.time}, info.delivered)
+	w.arrived = now
 	w.begin(since+int64(r.ackWait)*9/10, since+int64(r.ackWait)/renewals)
 	handled := false
 	if info.delivered > 1 {
@@ -423,7 +425,7 @@ func (r *durableRoute) conclude(w *work, err error) {
 		return
 	}
 	if j.verdict == verdictSuccess {
-		w.swift = r.env.observer == nil && !w.alone && r.spec.route.set&optConfirmAcks == 0
+		w.swift = len(r.env.observers) == 0 && !w.alone && r.spec.route.set&optConfirmAcks == 0
 		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
 		return
 	}
@@ -614,5 +616,8 @@ func (r *durableRoute) report() RouteStats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st.Delayed = r.delayed.after(processTime())
+	if !r.stopped && !r.checks.told.IsZero() {
+		st.Consumer = &ConsumerStats{NumPending: r.checks.pending, NumAckPending: r.checks.unsettled, At: r.checks.told}
+	}
 	return st
 }

@@ -99,8 +99,11 @@ type consumerChecks struct {
 	gone      error // what the server said of the consumer's end
 
 	maxAckPending int
-	wanted        bool // another process asks for messages
-	crowded       bool // retries fill MaxAckPending
+	pending       uint64    // not delivered yet
+	unsettled     int       // delivered and not settled
+	told          time.Time // when the server said so
+	wanted        bool      // another process asks for messages
+	crowded       bool      // retries fill MaxAckPending
 }
 
 // at is when the next look is due, for a route whose last message came at a time.
@@ -603,6 +606,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (tell func()) {
 	if checks.maxAckPending <= 0 {
 		checks.maxAckPending = math.MaxInt
 	}
+	checks.pending, checks.unsettled, checks.told = info.NumPending, info.NumAckPending, time.Now()
 	checks.wanted = info.NumWaiting > len(r.puller.pulls)
 	checks.crowded = info.NumPending > 0 && info.NumAckPending >= checks.maxAckPending &&
 		r.lane.inHand() < min(r.limit, checks.maxAckPending)

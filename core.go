@@ -64,6 +64,7 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		r.admit(&work{delivery: d, raw: m})
 		return
 	}
+	arrived := r.arrival()
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Received++
@@ -80,14 +81,24 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		w = &work{}
 	}
 	w.delivery, w.raw = d, m
+	w.arrived = arrived
 	d.work = w
 	p.put(&r.lane, w)
 	p.mu.Unlock()
 }
 
+// arrival is the time for those who observe it, and else 0: the clock is not free.
+func (r *coreRoute) arrival() int64 {
+	if len(r.env.observers) == 0 {
+		return 0
+	}
+	return processTime()
+}
+
 // admit queues a request, or refuses it while too many wait.
 func (r *coreRoute) admit(w *work) {
 	w.delivery.work = w
+	w.arrived = r.arrival()
 	if patience, ok := requestTimeout(w.msg.Header); ok {
 		w.due = processTime() + int64(min(patience, math.MaxInt64/2))
 	}
@@ -199,7 +210,7 @@ func (r *coreRoute) conclude(w *work, err error) {
 		j.verdict = verdictRetry // the answer was not sent as it is
 	}
 	w.outcome = coreOutcome(r.spec.kind, j)
-	w.swift = w.outcome == OutcomeSucceeded && r.env.observer == nil && !r.isReply()
+	w.swift = w.outcome == OutcomeSucceeded && len(r.env.observers) == 0 && !r.isReply()
 	r.observe(w)
 }
 

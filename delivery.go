@@ -134,6 +134,7 @@ type work struct {
 	// The attempt, written by the worker that runs it.
 	outcome  Outcome
 	reason   Reason // of a dead one
+	arrived  int64  // 0 where nobody measures it
 	began    int64  // when it was started or given up
 	ended    int64  // when the handler had returned
 	swift    bool   // nothing that takes time was done after that
@@ -147,6 +148,27 @@ type work struct {
 
 // took is how long the handler ran.
 func (w *work) took() time.Duration { return time.Duration(w.ended - w.began) }
+
+// event is what observers are told of it.
+func (w *work) event(filter, durable string) Event {
+	e := Event{
+		Route: filter, Durable: durable, Msg: &w.msg, Outcome: w.outcome, Err: w.err,
+		Duration: w.took(),
+	}
+	if w.began > 0 {
+		e.Started = time.Now().Add(time.Duration(w.began - processTime()))
+		if w.arrived > 0 {
+			e.Waited = time.Duration(w.began - w.arrived)
+		}
+	}
+	switch w.outcome {
+	case OutcomeDead:
+		e.Reason = w.reason
+	case OutcomeRetried:
+		e.Delay = time.Duration(w.due - w.ended)
+	}
+	return e
+}
 
 // leased is the lease on a message of a durable: the server's AckWait, counted from
 // the arrival and then from each renewal that the server has confirmed. Past its end

@@ -24,7 +24,7 @@ type settings struct {
 	workers      int
 	drainTimeout time.Duration
 	middleware   []Middleware
-	observer     Observer
+	observers    []Observer
 	errorText    func(error) string
 }
 
@@ -143,6 +143,13 @@ func (e *env) visit(what string, fn func()) {
 		}
 	}()
 	fn()
+}
+
+// observe tells every observer of a finished attempt.
+func (e *env) observe(what string, ctx context.Context, ev Event) {
+	for _, o := range e.observers {
+		e.visit(what, func() { o.Observe(ctx, ev) })
+	}
 }
 
 // visitApart is visit on a goroutine of its own, for callers that must go on whatever

@@ -25,14 +25,18 @@ type Event struct {
 	Durable  string        // empty for a core route and a replay
 	Msg      *Msg          // owned by the handler: not to be kept or changed
 	Outcome  Outcome       // what became of it
+	Reason   Reason        // why it is dead, empty unless it is
+	Delay    time.Duration // before the next attempt, 0 unless it is Retried
 	Err      error         // what the handler returned, nil for Succeeded
+	Started  time.Time     // when a worker took the message, the zero time when none did
+	Waited   time.Duration // how long it had waited in this process by then; 0 for a replay
 	Duration time.Duration // how long the handler ran, 0 when it did not
 }
 
 // Observer is told of every finished attempt once it is settled, and of every message
 // that a replay handled. It mostly runs on the worker, so it must be fast, and is called
-// by many at once. A panic of it is logged and changes nothing. The context is the
-// handler's.
+// by many at once. A panic of it is logged and changes nothing. The context is the one
+// that the broker's first middleware gets.
 type Observer interface {
 	Observe(ctx context.Context, e Event)
 }
@@ -62,5 +66,27 @@ type RouteStats struct {
 	Waiting int // messages pulled and waiting for a worker now
 	Delayed int // messages that this process gave back and that wait for their retry now
 
-	HandlerTime time.Duration // time spent in handlers, all together
+	HandlerTime   time.Duration // time spent in handlers, all together
+	OldestRunning time.Duration // how long the handler that began first has been running, 0 when none runs
+
+	Breaker  BreakerState   // empty for a route without a breaker
+	Consumer *ConsumerStats // nil for a core route, until it is known, and once the route has stopped
+}
+
+// BreakerState is the state of a route's breaker.
+type BreakerState string
+
+// The states of a breaker.
+const (
+	BreakerClosed   BreakerState = "closed"    // messages are pulled
+	BreakerOpen     BreakerState = "open"      // nothing is pulled until the cool-down is over
+	BreakerHalfOpen BreakerState = "half-open" // one message is tried
+)
+
+// ConsumerStats are what the server last reported of a durable, over all its processes.
+// A route asks about every 8 seconds while it is busy, and about every 15 while it is idle.
+type ConsumerStats struct {
+	NumPending    uint64    // messages that were not delivered yet; also taken from each delivery
+	NumAckPending int       // delivered and not settled, with those that wait for their retry
+	At            time.Time // when the server was last asked
 }

@@ -165,25 +165,21 @@ func (r *route) report() RouteStats {
 	defer p.mu.Unlock()
 	st := r.stats
 	st.Running = r.lane.running
+	st.OldestRunning = p.oldest(&r.lane)
 	st.Waiting = r.lane.waiting() + max(r.lane.taken-r.lane.running, 0)
 	return st
 }
 
-// observe tells the observer what became of w.
+// observe tells the observers what became of w.
 func (r *route) observe(w *work) {
-	if r.env.observer != nil {
-		r.env.visit(r.observing(), func() { r.tellObserver(w) })
+	if len(r.env.observers) > 0 {
+		r.env.observe(r.observing(), w.delivery, r.event(w))
 	}
 }
 
 func (r *route) observing() string { return "observer of " + r.spec.String() }
 
-func (r *route) tellObserver(w *work) {
-	r.env.observer.Observe(w.delivery, Event{
-		Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &w.msg,
-		Outcome: w.outcome, Err: w.err, Duration: w.took(),
-	})
-}
+func (r *route) event(w *work) Event { return w.event(r.spec.route.filter, r.spec.route.durable) }
 
 // subscribe makes a subscription the route's own. Its callbacks may have begun.
 func (r *route) subscribe(subject, queue string, receive nats.MsgHandler) (*nats.Subscription, error) {
