@@ -33,7 +33,7 @@ var layers = []struct {
 		"pool.go agenda.go lease.go history.go window.go budget.go puller.go link.go acker.go env.go " +
 			"connect.go ensure.go ordered.go reader.go"},
 	{"publishing",
-		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go"},
+		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go publish_hook.go"},
 	{"running", // what a route does
 		"route.go settle.go consume.go flow.go consumer.go alone.go passover.go dlq.go core.go reply.go"},
 	{"tools", // the day after
