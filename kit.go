@@ -23,7 +23,7 @@ func init() {
 	kit.Context = func(ctx context.Context, m any) context.Context { return contextOf(ctx, m.(*Msg)) }
 	kit.Describe = func(spec any) kit.Spec {
 		r := spec.(Spec).route
-		return kit.Spec{Filter: r.filter, Durable: r.durable, Stream: r.stream, DLQ: r.dlq}
+		return kit.Spec{Filters: []string{r.filter}, Durable: r.durable, Stream: r.stream, DLQ: r.dlq}
 	}
 	kit.Settle = func(spec any, err error, attempt int) kit.Settlement {
 		s := spec.(Spec)

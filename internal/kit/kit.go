@@ -20,7 +20,8 @@ type Facts struct {
 
 // Spec is what a natsx.Spec says about where messages come from and where dead ones go.
 type Spec struct {
-	Filter, Durable, Stream, DLQ string
+	Filters              []string
+	Durable, Stream, DLQ string // empty for none
 }
 
 // Settlement is what becomes of a message: a natsx.Outcome and a natsx.Reason.
