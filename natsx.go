@@ -67,6 +67,10 @@ func (m *Msg) Attempt() int {
 // an answer to a request.
 func (m *Msg) Route() string { return m.origin().filter }
 
+// IsRequest reports whether the message is a request to a reply route, whose sender waits
+// for the answer.
+func (m *Msg) IsRequest() bool { return m.origin().request }
+
 // Stream is the name of the stream the message is from, empty for core NATS.
 func (m *Msg) Stream() string { return m.origin().stream }
 
@@ -121,6 +125,7 @@ func (m *Msg) replyTo() string {
 // origin is what the messages of one route or replay have in common.
 type origin struct {
 	filter  string
+	request bool            // of a reply route
 	stream  string          // empty for core NATS
 	durable string          // empty for core NATS and a replay
 	ctx     context.Context // that handlers run under

@@ -46,7 +46,7 @@ func (r *route) init(e *env, spec Spec, owner job) {
 	if spec.route.set&optConcurrency != 0 {
 		r.limit = min(e.workers, spec.route.concurrency)
 	}
-	r.from = &origin{filter: spec.route.filter, ctx: e.handlers}
+	r.from = &origin{filter: spec.route.filter, request: r.requests, ctx: e.handlers}
 	r.lane.name, r.lane.timeout = "handler of "+spec.String(), spec.route.timeout
 	r.stats = RouteStats{Route: spec.route.filter, Durable: spec.route.durable}
 }
