@@ -224,12 +224,12 @@ func (b *letterBox) writeLetters() {
 			b.refreshDLQ()
 		}
 		for _, o := range r.env.observers {
-			r.env.visitApart(r.observing(), func() { o.Observe(w.delivery, r.event(w)) })
+			r.env.callUserApart(r.observing(), func() { o.Observe(w.delivery, r.event(w)) })
 		}
 		p.mu.Lock()
 		p.held--
 		b.owner.book(w)
-		p.checkQuiet()
+		p.checkDrained()
 		p.mu.Unlock()
 	}
 }

@@ -14,7 +14,7 @@ const (
 	OutcomeRetried   Outcome = "retried"   // to be delivered again
 	OutcomeDead      Outcome = "dead"      // moved to the DLQ, or without one terminated or left unsettled
 	OutcomeDiscarded Outcome = "discarded" // terminated on the handler's word
-	OutcomeReturned  Outcome = "returned"  // given back at the drain timeout, which is no attempt
+	OutcomeReturned  Outcome = "returned"  // given back at the drain timeout or for an open breaker, which is no attempt
 	OutcomeLapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
 	OutcomeFailed    Outcome = "failed"    // of a core message that is gone, or an error answered to a request
 )
@@ -31,6 +31,7 @@ type Event struct {
 	Started  time.Time     // when a worker took the message, the zero time when none did
 	Waited   time.Duration // how long it had waited in this process by then; 0 for a replay
 	Duration time.Duration // how long the handler ran, 0 when it did not
+	Batch    int           // of a route with HandleBatch: how many messages the handler was called with
 }
 
 // Observer is told of every finished attempt once it is settled, and of every message
@@ -39,6 +40,32 @@ type Event struct {
 // that the broker's first middleware gets.
 type Observer interface {
 	Observe(ctx context.Context, e Event)
+}
+
+// BreakerState is the state of a route's [RouteBuilder.Breaker].
+type BreakerState string
+
+// The states of a breaker.
+const (
+	BreakerNone     BreakerState = ""          // the route has none
+	BreakerClosed   BreakerState = "closed"    // messages are handled
+	BreakerOpen     BreakerState = "open"      // nothing is pulled for the cool-down
+	BreakerHalfOpen BreakerState = "half-open" // one message is tried
+)
+
+// BreakerEvent is a breaker that has opened, or closed again.
+type BreakerEvent struct {
+	Route   string // the filter of the route
+	Durable string
+	State   BreakerState // BreakerOpen or BreakerClosed
+	Err     error        // the failure that opened it, nil when it has closed
+}
+
+// BreakerObserver is an [Observer] that is also told of the breakers of the routes, when
+// one opens and when it closes again. What holds for Observe holds for it.
+type BreakerObserver interface {
+	Observer
+	ObserveBreaker(e BreakerEvent)
 }
 
 // Stats are the counters of a broker since its start.
@@ -57,7 +84,7 @@ type RouteStats struct {
 	Retried   uint64 // failed attempts that another follows
 	Dead      uint64 // moved to the DLQ, or without one terminated or left unsettled
 	Discarded uint64 // terminated by Discard
-	Returned  uint64 // cut off by the drain timeout and given back, which is no attempt
+	Returned  uint64 // given back at the drain timeout or for an open breaker, which is no attempt
 	Lapsed    uint64 // leases lost before the message was settled: it is delivered again
 	Failed    uint64 // failed messages of a core route, errors answered to requests
 	Dropped   uint64 // dropped by the client as a slow consumer of a core route
@@ -66,27 +93,18 @@ type RouteStats struct {
 	Waiting int // messages pulled and waiting for a worker now
 	Delayed int // messages that this process gave back and that wait for their retry now
 
-	HandlerTime   time.Duration // time spent in handlers, all together
-	OldestRunning time.Duration // how long the handler that began first has been running, 0 when none runs
+	Breaker BreakerState // of a route with one
 
-	Breaker  BreakerState   // empty for a route without a breaker
-	Consumer *ConsumerStats // nil for a core route, until it is known, and once the route has stopped
+	HandlerTime   time.Duration // time spent in handlers, all together
+	OldestRunning time.Duration // how long the oldest running handler has been running, 0 when none runs
+
+	Consumer *ConsumerStats // nil for a core route, until the server has reported, and once the route has stopped
 }
 
-// BreakerState is the state of a route's breaker.
-type BreakerState string
-
-// The states of a breaker.
-const (
-	BreakerClosed   BreakerState = "closed"    // messages are pulled
-	BreakerOpen     BreakerState = "open"      // nothing is pulled until the cool-down is over
-	BreakerHalfOpen BreakerState = "half-open" // one message is tried
-)
-
 // ConsumerStats are what the server last reported of a durable, over all its processes.
-// A route asks about every 8 seconds while it is busy, and about every 15 while it is idle.
+// A busy route asks about every 8 seconds, an idle one about every 15.
 type ConsumerStats struct {
-	NumPending    uint64    // messages that were not delivered yet; also taken from each delivery
-	NumAckPending int       // delivered and not settled, with those that wait for their retry
-	At            time.Time // when the server was last asked
+	NumPending    uint64    // messages not delivered yet; also updated by each delivery
+	NumAckPending int       // messages delivered and not settled, including those that wait for a retry
+	At            time.Time // when the server last reported
 }

@@ -326,8 +326,8 @@ func (r *replay) conclude(w *work, err error) {
 	}
 }
 
-// finish books what a worker is done with. The pool is locked.
-func (r *replay) finish(done []*work) pullRequest {
+// bookAll books what a worker is done with. The pool is locked.
+func (r *replay) bookAll(done []*work) pullRequest {
 	if r.abandoned {
 		return pullRequest{}
 	}
@@ -349,7 +349,7 @@ func (r *replay) finish(done []*work) pullRequest {
 	return pullRequest{}
 }
 
-func (r *replay) feed()            {}
+func (r *replay) workerFree()      {}
 func (r *replay) send(pullRequest) {}
 
 // book takes a handled message into account. The pool is locked.
@@ -437,7 +437,7 @@ func (r *replay) tellProgress() (end func() bool) {
 		back := make(chan struct{})
 		go func() {
 			defer close(back)
-			r.env.visit(r.telling(), func() { fn(now) })
+			r.env.callUser(r.telling(), func() { fn(now) })
 		}()
 		select {
 		case <-back:
