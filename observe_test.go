@@ -144,3 +144,27 @@ func TestStatsOfTheConsumer(t *testing.T) {
 		t.Errorf("a stopped route has a consumer: %+v", got)
 	}
 }
+
+// An event of a batch says how many messages its handler was called with.
+func TestEventsOfABatch(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	events := make(chan Event, 3)
+	b := NewBroker(nc, WithObserver(observerFunc(func(e Event) { events <- e })))
+	runBroker(t, b,
+		Route("orders.a").Durable("a").Batch(2, time.Hour).HandleBatch(func(context.Context, []*Msg) error { return nil }),
+		Route("orders.b").Durable("b").Handle(succeed))
+	publishAcked(t, nc, "orders.a", "1", "2")
+	publishAcked(t, nc, "orders.b", "3")
+	for range 3 {
+		e := receive(t, events, "an event")
+		want := 2
+		if e.Durable == "b" {
+			want = 0
+		}
+		if e.Batch != want {
+			t.Errorf("%s: a batch of %d, want %d", e.Durable, e.Batch, want)
+		}
+	}
+}

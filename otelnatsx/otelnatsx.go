@@ -103,43 +103,20 @@ func (t *Tracing) Publisher() natsx.PublisherOption { return natsx.WithPublishMi
 // in this process. Middleware that is to run inside of the span comes later.
 func (t *Tracing) Middleware(next natsx.Handler) natsx.Handler {
 	return func(ctx context.Context, m *natsx.Msg) error {
-		// What is current where Run was called is not why the message is handled.
-		ctx = trace.ContextWithSpanContext(ctx, trace.SpanContext{})
-		ctx = t.propagator.Extract(ctx, carrier(m.Header))
-		creation := trace.SpanContextFromContext(ctx)
-		links := linksTo(creation)
-		first := trace.SpanContext{}
-		if m.Attempt() > 1 {
-			first = t.firsts.get(keyOf(m))
-			links = append(links, linksTo(first)...)
-		}
-		kind := trace.SpanKindConsumer
-		if m.IsRequest() {
-			kind = trace.SpanKindServer
-		}
-		ctx, span := t.tracer.Start(ctx, "process "+m.Route(), trace.WithSpanKind(kind), trace.WithLinks(links...), trace.WithAttributes(
-			append(received(m), semconv.MessagingOperationName("process"), semconv.MessagingOperationTypeProcess)...))
-		defer span.End()
+		p := t.process(ctx, m)
+		defer p.span.End()
 		err, returned := error(nil), false
 		defer func() {
-			outcome := natsx.OutcomeOf(err)
-			if !returned { // a panic, which span.End records and passes on
-				outcome = natsx.OutcomeRetried
-				span.SetStatus(codes.Error, "panic")
-				span.SetAttributes(semconv.ErrorTypeKey.String("panic"))
-			}
-			if outcome != natsx.OutcomeDiscarded {
-				fail(span, err)
-			}
-			if m.Durable() == "" {
+			if returned {
+				p.end(natsx.OutcomeOf(err), err)
 				return
 			}
-			span.SetAttributes(OutcomeKey.String(string(outcome)))
-			if outcome == natsx.OutcomeRetried && !first.IsValid() {
-				t.firsts.put(keyOf(m), span.SpanContext())
-			}
+			// A panic, which span.End records and passes on.
+			p.span.SetStatus(codes.Error, "panic")
+			p.span.SetAttributes(semconv.ErrorTypeKey.String("panic"))
+			p.end(natsx.OutcomeRetried, nil)
 		}()
-		err = next(context.WithValue(ctx, handledKey{}, t), m)
+		err = next(context.WithValue(p.ctx, handledKey{}, t), m)
 		returned = true
 		return err
 	}
@@ -147,19 +124,75 @@ func (t *Tracing) Middleware(next natsx.Handler) natsx.Handler {
 
 type handledKey struct{}
 
-// Observe makes a span of each message of a durable for the time between its arrival in
-// this process and the start of its handler.
-func (t *Tracing) Observe(ctx context.Context, e natsx.Event) {
-	if e.Outcome != natsx.OutcomeRetried && e.Outcome != natsx.OutcomeReturned && e.Outcome != natsx.OutcomeLapsed && e.Durable != "" {
-		t.firsts.drop(keyOf(e.Msg))
+// processing is the handling of one message.
+type processing struct {
+	t     *Tracing
+	ctx   context.Context
+	span  trace.Span
+	m     *natsx.Msg
+	first trace.SpanContext // of an earlier attempt, if one is known
+}
+
+func (t *Tracing) process(ctx context.Context, m *natsx.Msg, opts ...trace.SpanStartOption) *processing {
+	ctx, links := t.creation(ctx, m)
+	p := &processing{t: t, m: m}
+	if m.Attempt() > 1 {
+		p.first = t.firsts.get(keyOf(m))
+		links = append(links, linksTo(p.first)...)
 	}
-	if t.silent || e.Durable == "" || e.Started.IsZero() {
+	kind := trace.SpanKindConsumer
+	if m.IsRequest() {
+		kind = trace.SpanKindServer
+	}
+	p.ctx, p.span = t.tracer.Start(ctx, "process "+m.Route(), append(opts, trace.WithSpanKind(kind), trace.WithLinks(links...), trace.WithAttributes(
+		append(received(m), semconv.MessagingOperationName("process"), semconv.MessagingOperationTypeProcess)...))...)
+	return p
+}
+
+// end is all but the end of the span.
+func (p *processing) end(outcome natsx.Outcome, err error) {
+	if outcome != natsx.OutcomeDiscarded {
+		fail(p.span, err)
+	}
+	if p.m.Durable() == "" {
 		return
 	}
+	p.span.SetAttributes(OutcomeKey.String(string(outcome)))
+	if outcome == natsx.OutcomeRetried && !p.first.IsValid() {
+		p.t.firsts.put(keyOf(p.m), p.span.SpanContext())
+	}
+}
+
+// creation is ctx with the context that published m, and a link to that. What is current
+// where Run was called is not why m is handled.
+func (t *Tracing) creation(ctx context.Context, m *natsx.Msg) (context.Context, []trace.Link) {
 	ctx = trace.ContextWithSpanContext(ctx, trace.SpanContext{})
-	ctx = t.propagator.Extract(ctx, carrier(e.Msg.Header))
-	_, span := t.tracer.Start(ctx, "receive "+e.Route, trace.WithSpanKind(trace.SpanKindClient),
-		trace.WithLinks(linksTo(trace.SpanContextFromContext(ctx))...),
+	ctx = t.propagator.Extract(ctx, carrier(m.Header))
+	return ctx, linksTo(trace.SpanContextFromContext(ctx))
+}
+
+// Observe makes a span of each message of a durable for the time between its arrival in
+// this process and the start of its handler. Of a message of a batch, which passes no
+// middleware, it also makes the span of its handling, when that is over.
+func (t *Tracing) Observe(ctx context.Context, e natsx.Event) {
+	if e.Durable == "" || e.Started.IsZero() {
+		return
+	}
+	if e.Batch > 0 && e.Duration > 0 {
+		p := t.process(ctx, e.Msg, trace.WithTimestamp(e.Started))
+		p.span.SetAttributes(semconv.MessagingBatchMessageCount(e.Batch))
+		p.end(e.Outcome, e.Err)
+		p.span.End(trace.WithTimestamp(e.Started.Add(e.Duration)))
+	}
+	switch e.Outcome {
+	case natsx.OutcomeSucceeded, natsx.OutcomeDead, natsx.OutcomeDiscarded:
+		t.firsts.drop(keyOf(e.Msg))
+	}
+	if t.silent {
+		return
+	}
+	ctx, links := t.creation(ctx, e.Msg)
+	_, span := t.tracer.Start(ctx, "receive "+e.Route, trace.WithSpanKind(trace.SpanKindClient), trace.WithLinks(links...),
 		trace.WithTimestamp(e.Started.Add(-e.Waited)), trace.WithAttributes(
 			append(received(e.Msg), semconv.MessagingOperationName("receive"), semconv.MessagingOperationTypeReceive)...))
 	span.End(trace.WithTimestamp(e.Started))

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -274,6 +276,45 @@ func TestBatches(t *testing.T) {
 	}
 }
 
+// Each message of a batch has a span, in the trace that it is of.
+func TestMessagesOfABatch(t *testing.T) {
+	t.Parallel()
+	tr := newTraced(t)
+	r := natsxtest.Runner{Options: []natsx.Option{tr.Broker()}}.Run(t,
+		natsx.Route("orders.*").Durable("billing").Retry(1).Backoff(time.Millisecond, time.Millisecond).Batch(2, time.Minute).
+			HandleBatch(func(context.Context, []*natsx.Msg) error { return errors.New("no") }))
+	pub := natsx.NewPublisher(r.Conn, tr.Publisher())
+	for _, name := range []string{"a", "b"} {
+		if _, err := pub.Publish(t.Context(), natsx.To("orders."+name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	spans := tr.await("process orders.*", 4)
+	first := map[string]sdk.ReadOnlySpan{}
+	for _, s := range spans {
+		attributes := map[attribute.Key]string{}
+		for _, a := range s.Attributes() {
+			attributes[a.Key] = a.Value.Emit()
+		}
+		subject := attributes["messaging.destination.name"]
+		wantParent(t, s, tr.await("publish "+subject, 1)[0])
+		if attributes["messaging.batch.message_count"] != "2" || s.Status().Code != codes.Error || !s.StartTime().Before(s.EndTime()) {
+			t.Errorf("%s: attributes %v, status %v, from %s to %s", subject, attributes, s.Status(), s.StartTime(), s.EndTime())
+		}
+		want := "retried"
+		if earlier := first[subject]; earlier != nil {
+			want = "dead"
+			if !linked(s, earlier) {
+				t.Errorf("%s: the retry has the links %v", subject, s.Links())
+			}
+		}
+		first[subject] = s
+		if attributes[OutcomeKey] != want {
+			t.Errorf("%s: outcome %s, want %s", subject, attributes[OutcomeKey], want)
+		}
+	}
+}
+
 // handled calls a handler as a route would.
 func handled(t *testing.T, tr *traced, m *natsx.Msg, h natsx.Handler) (err error) {
 	t.Helper()
@@ -435,5 +476,28 @@ func TestFirstsAreBounded(t *testing.T) {
 	f.drop(key{sequence: n - 1})
 	if f.get(key{sequence: n - 1}).IsValid() {
 		t.Error("one that is settled is kept")
+	}
+}
+
+// The README shows code of the examples.
+func TestReadmeShowsExamples(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	examples, err := os.ReadFile("example_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	flat := func(s string) string { return strings.Join(strings.Fields(s), " ") }
+	blocks := regexp.MustCompile("(?ms)^```go\n(.*?)^```$").FindAllStringSubmatch(string(readme), -1)
+	if len(blocks) == 0 {
+		t.Error("README.md shows no code")
+	}
+	for _, block := range blocks {
+		if !strings.Contains(flat(string(examples)), flat(block[1])) {
+			t.Errorf("no example has this block of README.md:\n%s", block[1])
+		}
 	}
 }

@@ -65,7 +65,7 @@ func New(opts ...Option) *Metrics {
 		opt(m)
 	}
 	m.handler = prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name: "natsx_handler_seconds", Help: "Time that handlers ran, by attempt.", Buckets: m.buckets,
+		Name: "natsx_handler_seconds", Help: "Time that handlers ran, by attempt; each message of a batch has its share.", Buckets: m.buckets,
 	}, routeLabels)
 	m.dead = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "natsx_dead_total", Help: "Dead messages: moved to the DLQ, or without one terminated or left unsettled.",
@@ -96,7 +96,8 @@ func (m *Metrics) watch(s source) {
 // Observe counts a finished attempt; see [natsx.WithObserver].
 func (m *Metrics) Observe(_ context.Context, e natsx.Event) {
 	if e.Duration > 0 {
-		m.handler.WithLabelValues(e.Route, e.Durable, e.Msg.Stream()).Observe(e.Duration.Seconds())
+		share := e.Duration / time.Duration(max(e.Batch, 1))
+		m.handler.WithLabelValues(e.Route, e.Durable, e.Msg.Stream()).Observe(share.Seconds())
 	}
 	if e.Outcome == natsx.OutcomeDead {
 		m.dead.WithLabelValues(e.Route, e.Durable, e.Msg.Stream(), string(e.Reason)).Inc()

@@ -72,7 +72,7 @@ func TestScrapeOfAHandler(t *testing.T) {
 	nothing := func(context.Context, *natsx.Msg) error { return nil }
 	hold, held := make(chan struct{}), make(chan struct{})
 	r := natsxtest.Runner{Options: []natsx.Option{natsx.WithObserver(m)}}.Run(t,
-		natsx.Route("orders.*").Durable("billing").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.orders").
+		natsx.Route("orders.*").Durable("billing").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.orders").Breaker(100, time.Hour).
 			Handle(func(_ context.Context, m *natsx.Msg) error {
 				switch string(m.Data) {
 				case "broken":
@@ -131,6 +131,8 @@ func TestScrapeOfAHandler(t *testing.T) {
 		"natsx_handler_seconds_count"+billing+"5",
 		`natsx_dead_total{durable="billing",reason="exhausted",route="orders.*",stream="NATSXTEST"} 1`,
 		`natsx_dead_total{durable="billing",reason="permanent",route="orders.*",stream="NATSXTEST"} 0`,
+		`natsx_breaker_state{durable="billing",route="orders.*",state="closed",stream="NATSXTEST"} 1`,
+		`natsx_breaker_state{durable="billing",route="orders.*",state="open",stream="NATSXTEST"} 0`,
 		// Two routes with the same filter are one to Prometheus.
 		`natsx_received_total{durable="",route="audit",stream=""} 2`,
 		`natsx_succeeded_total{durable="",route="audit",stream=""} 2`,
@@ -146,7 +148,7 @@ func TestScrapeOfAHandler(t *testing.T) {
 		if rest, ok := strings.CutPrefix(line, "natsx_oldest_running_seconds"+billing); ok && rest == "0" {
 			t.Error("no handler is the oldest")
 		}
-		if strings.HasPrefix(line, "natsx_breaker_state") {
+		if strings.HasPrefix(line, "natsx_breaker_state") && !strings.Contains(line, "billing") {
 			t.Errorf("a route without a breaker has the state of one: %s", line)
 		}
 	}
@@ -188,6 +190,16 @@ func TestScrapeOfAPublisher(t *testing.T) {
 			t.Errorf("health without a broker: %s", line)
 		}
 	}
+}
+
+// Each message of a batch has its share of the handler's time.
+func TestHandlerTimeOfABatch(t *testing.T) {
+	t.Parallel()
+	m := New()
+	for range 4 {
+		m.Observe(t.Context(), natsx.Event{Route: "a", Durable: "d", Msg: &natsx.Msg{}, Duration: 8 * time.Second, Batch: 4})
+	}
+	wantLines(t, scrape(t, m), `natsx_handler_seconds_sum{durable="d",route="a",stream=""} 8`, `natsx_handler_seconds_count{durable="d",route="a",stream=""} 4`)
 }
 
 // fake is a broker with any statistics.
@@ -417,6 +429,29 @@ func TestReadmeListsTheMetrics(t *testing.T) {
 		}
 		if !strings.Contains(string(readme), "`"+name+"`") {
 			t.Errorf("README.md does not name %s", name)
+		}
+	}
+}
+
+// The README shows code of the examples.
+func TestReadmeShowsExamples(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	examples, err := os.ReadFile("example_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	flat := func(s string) string { return strings.Join(strings.Fields(s), " ") }
+	blocks := regexp.MustCompile("(?ms)^```go\n(.*?)^```$").FindAllStringSubmatch(string(readme), -1)
+	if len(blocks) == 0 {
+		t.Error("README.md shows no code")
+	}
+	for _, block := range blocks {
+		if !strings.Contains(flat(string(examples)), flat(block[1])) {
+			t.Errorf("no example has this block of README.md:\n%s", block[1])
 		}
 	}
 }
