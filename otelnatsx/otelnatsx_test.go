@@ -71,7 +71,7 @@ func wantAttributes(t *testing.T, s sdk.ReadOnlySpan, want map[string]string) {
 	t.Helper()
 	got := map[string]string{}
 	for _, a := range s.Attributes() {
-		got[string(a.Key)] = a.Value.Emit()
+		got[string(a.Key)] = a.Value.String()
 	}
 	for name, v := range want {
 		if got[name] != v {
@@ -294,7 +294,7 @@ func TestMessagesOfABatch(t *testing.T) {
 	for _, s := range spans {
 		attributes := map[attribute.Key]string{}
 		for _, a := range s.Attributes() {
-			attributes[a.Key] = a.Value.Emit()
+			attributes[a.Key] = a.Value.String()
 		}
 		subject := attributes["messaging.destination.name"]
 		wantParent(t, s, tr.await("publish "+subject, 1)[0])
@@ -354,7 +354,7 @@ func TestOutcomes(t *testing.T) {
 			got := ""
 			for _, a := range s.Attributes() {
 				if string(a.Key) == name {
-					got = a.Value.Emit()
+					got = a.Value.String()
 				}
 			}
 			if got != want {
