@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -54,6 +55,18 @@ const (
 // unanswered try or when a handler runs again, is acknowledged as a duplicate; one of
 // which only some are is refused and not stored.
 func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, error) {
+	if p.around == nil {
+		return p.publishAtomic(ctx, es)
+	}
+	c, err := p.through(ctx, OperationPublishAtomic, slices.Clone(es), func(ctx context.Context, c *PublishCall) error {
+		ack, err := p.publishAtomic(ctx, c.Envelopes)
+		c.Acks = []Ack{ack}
+		return err
+	})
+	return c.ack(), err
+}
+
+func (p *Publisher) publishAtomic(ctx context.Context, es []Envelope) (Ack, error) {
 	if err := checkAtomic(es); err != nil {
 		return Ack{}, err
 	}

@@ -87,7 +87,7 @@ func (b *batcher) handle(batch *work, run []*work) {
 	r := b.route
 	msgs := make([]*Msg, len(run))
 	for i, w := range run {
-		w.began = processTime()
+		w.began, w.peers = processTime(), len(run)
 		msgs[i] = &w.msg
 	}
 	batch.began = run[0].began

@@ -40,9 +40,16 @@ func WithMiddleware(mw ...Middleware) Option {
 	return func(b *Broker) { b.middleware = append(b.middleware, mw...) }
 }
 
-// WithObserver sets the observer of every finished attempt, those of replays included;
-// the last call wins. The default, also for nil, is none.
-func WithObserver(o Observer) Option { return func(b *Broker) { b.observer = o } }
+// WithObserver adds an observer of every finished attempt, those of replays included.
+// Several calls add up, and the observers are told one after another; nil adds none.
+// Default is none.
+func WithObserver(o Observer) Option {
+	return func(b *Broker) {
+		if o != nil {
+			b.observers = append(b.observers, o)
+		}
+	}
+}
 
 // WithDrainTimeout sets how long a shutdown waits for running handlers before it
 // cancels their contexts. The default is [DefaultDrainTimeout]; it must be above zero,

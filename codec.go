@@ -161,6 +161,9 @@ func DecodeReply[Req, Resp any](codec Codec, fn func(context.Context, Req) (Resp
 
 func decode[T any](codec Codec, m *Msg) (T, error) {
 	var v T
+	if m == nil { // as in a unit test
+		m = &Msg{}
+	}
 	if err := codec.Unmarshal(m.Data, &v); err != nil {
 		return v, &DecodeError{Subject: m.Subject, ContentType: codec.ContentType(), Err: err}
 	}

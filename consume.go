@@ -91,7 +91,7 @@ func (r *durableRoute) start() error {
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Stream = r.target.stream
-	r.from = &origin{route: r.spec.route.filter, stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
+	r.from = &origin{filter: r.spec.route.filter, stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
 	p.enter(&r.lane)
 	p.mu.Unlock()
 	return r.begin(true)
@@ -244,8 +244,10 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		since = asked
 	}
 	r.puller.message(now, size)
+	r.checks.pending = info.pending
 	r.arrived, r.pending, r.seen = now, info.pending > 0, max(r.seen, info.consumerSeq)
 	w := r.newWork(d, m, messageID{info.sequence, info.time}, info.delivered)
+	w.arrived = now
 	w.begin(since+int64(r.ackWait)*9/10, since+int64(r.ackWait)/renewals)
 	handled := false
 	if info.delivered > 1 {
@@ -341,7 +343,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
 	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, false, "", ""
-	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared = 0, 0, nil, 0, nil, nil, false
+	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
 	}
@@ -485,7 +487,7 @@ func (r *durableRoute) settleAttempt(w *work, j judgement, err error, cut bool, 
 		return
 	}
 	if j.verdict == verdictSuccess {
-		w.swift = r.env.observer == nil && !w.alone && r.spec.route.set&optConfirmAcks == 0
+		w.swift = len(r.env.observers) == 0 && !w.alone && r.spec.route.set&optConfirmAcks == 0
 		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
 		return
 	}
@@ -728,6 +730,9 @@ func (r *durableRoute) report() RouteStats {
 	}
 	if r.breaker != nil {
 		st.Breaker, _ = r.breaker.now(now)
+	}
+	if !r.stopped && !r.checks.reported.IsZero() {
+		st.Consumer = &ConsumerStats{NumPending: r.checks.pending, NumAckPending: r.checks.ackPending, At: r.checks.reported}
 	}
 	return st
 }

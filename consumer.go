@@ -104,8 +104,11 @@ type consumerChecks struct {
 	gone      error // the deletion that the server reported, or nil
 
 	maxAckPending  int
-	othersPull     bool // another process pulls too
-	ackPendingFull bool // retries fill MaxAckPending
+	pending        uint64    // not delivered yet
+	ackPending     int       // delivered and not settled
+	reported       time.Time // when the server last reported these
+	othersPull     bool      // another process pulls too
+	ackPendingFull bool      // retries fill MaxAckPending
 }
 
 // at is when the next check is due, 0 while one runs. arrived is when the last message
@@ -694,6 +697,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 	if checks.maxAckPending <= 0 {
 		checks.maxAckPending = math.MaxInt
 	}
+	checks.pending, checks.ackPending, checks.reported = info.NumPending, info.NumAckPending, time.Now()
 	checks.othersPull = info.NumWaiting > len(r.puller.pulls)
 	standsBy := r.puller.group != "" && r.puller.pin == ""
 	checks.ackPendingFull = info.NumPending > 0 && info.NumAckPending >= checks.maxAckPending && !standsBy &&

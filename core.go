@@ -64,6 +64,7 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		r.admit(&work{delivery: d, raw: m})
 		return
 	}
+	arrived := r.arrival()
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Received++
@@ -80,14 +81,24 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		w = &work{}
 	}
 	w.delivery, w.raw = d, m
+	w.arrived = arrived
 	d.work = w
 	p.put(&r.lane, w)
 	p.mu.Unlock()
 }
 
+// arrival is the time for those who observe it, and else 0: the clock is not free.
+func (r *coreRoute) arrival() int64 {
+	if len(r.env.observers) == 0 {
+		return 0
+	}
+	return processTime()
+}
+
 // admit queues a request, or refuses it while too many wait.
 func (r *coreRoute) admit(w *work) {
 	w.delivery.work = w
+	w.arrived = r.arrival()
 	if patience, ok := requestTimeout(w.msg.Header); ok {
 		w.due = processTime() + int64(min(patience, math.MaxInt64/2))
 	}
@@ -195,16 +206,23 @@ func (r *coreRoute) conclude(w *work, err error) {
 	} else if err != nil {
 		r.env.log.Error("natsx: handler failed, core message is lost", r.about(w, "error", err)...)
 	}
-	switch {
-	case w.err == nil:
-		w.outcome = OutcomeSucceeded
-		w.swift = r.env.observer == nil && !r.isReply()
-	case j.verdict == verdictDiscard && !r.isReply():
-		w.outcome = OutcomeDiscarded
-	default:
-		w.outcome = OutcomeFailed
+	if w.err != nil && j.verdict == verdictSuccess {
+		j.verdict = verdictRetry // the answer was not sent as it is
 	}
+	w.outcome = coreOutcome(r.spec.kind, j)
+	w.swift = w.outcome == OutcomeSucceeded && len(r.env.observers) == 0 && !r.isReply()
 	r.observe(w)
+}
+
+// coreOutcome is the outcome of a message that no server keeps.
+func coreOutcome(kind specKind, j judgement) Outcome {
+	switch {
+	case j.verdict == verdictSuccess:
+		return OutcomeSucceeded
+	case j.verdict == verdictDiscard && kind != kindReply:
+		return OutcomeDiscarded
+	}
+	return OutcomeFailed
 }
 
 // respond answers a request with the result of its responder, unless it was already

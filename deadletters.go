@@ -28,6 +28,9 @@ func OnDeadLetter(fn func(ctx context.Context, l DeadLetter) error) Handler {
 		return nil
 	}
 	return func(ctx context.Context, m *Msg) error {
+		if m == nil { // as in a unit test
+			m = &Msg{}
+		}
 		l, err := parseLetter(m.Stream(), &storedMsg{subject: m.Subject, seq: m.Sequence(), time: m.Time(), header: m.Header, data: m.Data})
 		if err != nil {
 			return &DecodeError{Subject: m.Subject, ContentType: "dead letter", Err: err}

@@ -223,8 +223,8 @@ func (b *letterBox) writeLetters() {
 			}
 			b.refreshDLQ()
 		}
-		if r.env.observer != nil {
-			r.env.callUserApart(r.observing(), func() { r.notifyObserver(w) })
+		for _, o := range r.env.observers {
+			r.env.callUserApart(r.observing(), func() { o.Observe(w.delivery, r.event(w)) })
 		}
 		p.mu.Lock()
 		p.held--

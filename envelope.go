@@ -202,6 +202,15 @@ func (e Envelope) ExpectLastSubjectSequence(n uint64) Envelope {
 	return e
 }
 
+// Subject is what [To] was given.
+func (e Envelope) Subject() string { return e.subject }
+
+// Size is the number of bytes of the payload.
+func (e Envelope) Size() int { return len(e.data) }
+
+// ID is what [Envelope.MsgID] was given, empty for an automatic one.
+func (e Envelope) ID() string { return e.msgID }
+
 func (e *Envelope) delayed() bool { return e.set&(envAt|envAfter) != 0 }
 
 // expects tells whether the last sequence of the stream or the subject matters.

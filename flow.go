@@ -635,10 +635,12 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 		err = nil
 		r.flow()
 	}
-	if o, ok := r.env.observer.(BreakerObserver); ok && turned != BreakerNone {
-		r.env.callUser(r.observing(), func() {
-			o.ObserveBreaker(BreakerEvent{Route: r.spec.route.filter, Durable: r.spec.route.durable, State: turned, Err: err})
-		})
+	for _, o := range r.env.observers {
+		if o, ok := o.(BreakerObserver); ok && turned != BreakerNone {
+			r.env.callUser(r.observing(), func() {
+				o.ObserveBreaker(BreakerEvent{Route: r.spec.route.filter, Durable: r.spec.route.durable, State: turned, Err: err})
+			})
+		}
 	}
 	if no {
 		return b.comesBack()

@@ -79,6 +79,10 @@ type Middleware func(Handler) Handler
 // Msg is a received message. It belongs to its handler, which may keep it and set
 // its fields; it is not safe for concurrent use while it is changed. The bytes of
 // Data and the values in Header stay as they are: a dead letter is made of them.
+//
+// The methods of a nil Msg, which [MsgFrom] returns outside of a handler, and of the zero
+// Msg return what they return for an empty message of core NATS. Package natsxtest makes
+// messages for unit tests.
 type Msg struct {
 	Subject string
 	Data    []byte
@@ -97,11 +101,20 @@ type Msg struct {
 // than the attempts that the route's Retry allows. What the server delivered and this
 // process did not start, or gave back at a shutdown, is no attempt; of other processes
 // only the deliveries are known.
-func (m *Msg) Attempt() int { return max(int(m.attempt), 1) }
+func (m *Msg) Attempt() int {
+	if m == nil {
+		return 1
+	}
+	return max(int(m.attempt), 1)
+}
 
-// Route is the filter of the route or replay that received the message, the one given to
-// [Route] or [Replay]. It is empty for a message that neither received.
-func (m *Msg) Route() string { return m.origin().route }
+// Route is the filter of the route or replay that the message was received by, empty for
+// an answer to a request.
+func (m *Msg) Route() string { return m.origin().filter }
+
+// IsRequest reports whether the message is a request to a reply route, whose sender waits
+// for the answer.
+func (m *Msg) IsRequest() bool { return m.origin().request }
 
 // Stream is the name of the stream the message is from, empty for core NATS.
 func (m *Msg) Stream() string { return m.origin().stream }
@@ -110,11 +123,16 @@ func (m *Msg) Stream() string { return m.origin().stream }
 func (m *Msg) Durable() string { return m.origin().durable }
 
 // Sequence is the message's sequence in its stream, 0 for core NATS.
-func (m *Msg) Sequence() uint64 { return m.seq }
+func (m *Msg) Sequence() uint64 {
+	if m == nil {
+		return 0
+	}
+	return m.seq
+}
 
 // Time is when the stream stored the message, the zero time for core NATS.
 func (m *Msg) Time() time.Time {
-	if m.time == 0 {
+	if m == nil || m.time == 0 {
 		return time.Time{}
 	}
 	return time.Unix(0, m.time)
@@ -122,11 +140,19 @@ func (m *Msg) Time() time.Time {
 
 // Token returns the i-th token of the subject, counted from 0, and the empty
 // string when there is no such token.
-func (m *Msg) Token(i int) string { return subjectToken(m.Subject, i) }
+func (m *Msg) Token(i int) string {
+	if m == nil {
+		return ""
+	}
+	return subjectToken(m.Subject, i)
+}
 
 // ReplyHeader is what a [Responder] may fill to send headers with its answer.
 // It is never nil; for a message that is not a request it is not sent.
 func (m *Msg) ReplyHeader() nats.Header {
+	if m == nil {
+		return nats.Header{}
+	}
 	if m.answer == nil {
 		m.answer = nats.Header{}
 	}
@@ -143,7 +169,8 @@ func (m *Msg) replyTo() string {
 
 // origin is what the messages of one route or replay have in common.
 type origin struct {
-	route   string          // its filter
+	filter  string
+	request bool            // of a reply route
 	stream  string          // empty for core NATS
 	durable string          // empty for core NATS and a replay
 	ctx     context.Context // that handlers run under
@@ -152,7 +179,7 @@ type origin struct {
 var noOrigin = origin{ctx: context.Background()}
 
 func (m *Msg) origin() *origin {
-	if m.from == nil {
+	if m == nil || m.from == nil {
 		return &noOrigin
 	}
 	return m.from

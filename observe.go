@@ -25,14 +25,19 @@ type Event struct {
 	Durable  string        // empty for a core route and a replay
 	Msg      *Msg          // owned by the handler: not to be kept or changed
 	Outcome  Outcome       // what became of it
+	Reason   Reason        // why it is dead, empty unless it is
+	Delay    time.Duration // before the next attempt, 0 unless it is Retried
 	Err      error         // what the handler returned, nil for Succeeded
+	Started  time.Time     // when a worker took the message, the zero time when none did
+	Waited   time.Duration // how long it had waited in this process by then; 0 for a replay
 	Duration time.Duration // how long the handler ran, 0 when it did not
+	Batch    int           // of a route with HandleBatch: how many messages the handler was called with
 }
 
 // Observer is told of every finished attempt once it is settled, and of every message
 // that a replay handled. It mostly runs on the worker, so it must be fast, and is called
-// by many at once. A panic of it is logged and changes nothing. The context is the
-// handler's.
+// by many at once. A panic of it is logged and changes nothing. The context is the one
+// that the broker's first middleware gets.
 type Observer interface {
 	Observe(ctx context.Context, e Event)
 }
@@ -90,5 +95,16 @@ type RouteStats struct {
 
 	Breaker BreakerState // of a route with one
 
-	HandlerTime time.Duration // time spent in handlers, all together
+	HandlerTime   time.Duration // time spent in handlers, all together
+	OldestRunning time.Duration // how long the oldest running handler has been running, 0 when none runs
+
+	Consumer *ConsumerStats // nil for a core route, until the server has reported, and once the route has stopped
+}
+
+// ConsumerStats are what the server last reported of a durable, over all its processes.
+// A busy route asks about every 8 seconds, an idle one about every 15.
+type ConsumerStats struct {
+	NumPending    uint64    // messages not delivered yet; also updated by each delivery
+	NumAckPending int       // messages delivered and not settled, including those that wait for a retry
+	At            time.Time // when the server last reported
 }

@@ -17,7 +17,7 @@ import (
 type call struct {
 	p       *Publisher
 	d       *delivery // of the handler whose context it is, or nil
-	carried []field   // headers of the handled message
+	carried []field   // headers that go with every envelope
 	mark    uint64    // of denials when it began
 
 	streams []*jetstream.StreamInfo // looked up
@@ -26,8 +26,7 @@ type call struct {
 }
 
 func (p *Publisher) newCall(ctx context.Context) *call {
-	d := deliveryFrom(ctx)
-	return &call{p: p, d: d, carried: carriedFrom(d), mark: p.denials.mark()}
+	return &call{p: p, d: deliveryFrom(ctx), carried: p.carried(ctx), mark: p.denials.mark()}
 }
 
 // denied is the permission that keeps a message on subject from being stored and
@@ -52,7 +51,7 @@ type outgoing struct {
 	number  number    // of which the id is made
 	subject string    // where it is sent: the schedule's subject for a delayed one
 	due     time.Time // of a delayed one
-	carried []field   // headers of the handled message
+	carried []field   // headers that go with every envelope
 	located bool      // call.locate found nothing against it
 
 	tries      int    // sent so many times
@@ -362,21 +361,4 @@ func (d *delivery) output() *made {
 	}
 	d.made.CompareAndSwap(nil, &made{name: deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time}), taken: make(map[digest]uint32)})
 	return d.made.Load()
-}
-
-func carriedFrom(d *delivery) []field {
-	if d == nil {
-		return nil
-	}
-	var carried []field
-	for name, values := range d.msg.Header {
-		for _, c := range carriedHeaders {
-			if strings.EqualFold(name, c) {
-				for _, v := range values {
-					carried = append(carried, field{name, v})
-				}
-			}
-		}
-	}
-	return carried
 }

@@ -22,6 +22,16 @@ import (
 // that is closed or draining [ErrConnectionClosed], and a message above the server's
 // maximum [nats.ErrMaxPayload].
 func (p *Publisher) Send(ctx context.Context, e Envelope) error {
+	if p.around == nil {
+		return p.send(ctx, e)
+	}
+	_, err := p.through(ctx, OperationSend, []Envelope{e}, func(ctx context.Context, c *PublishCall) error {
+		return p.send(ctx, c.Envelopes[0])
+	})
+	return err
+}
+
+func (p *Publisher) send(ctx context.Context, e Envelope) error {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {
 		return err
@@ -71,6 +81,18 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 // A delayed envelope (At, After) is stored as a schedule, see [Envelope.At], and
 // the ack is of the schedule.
 func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
+	if p.around == nil {
+		return p.publish(ctx, e)
+	}
+	c, err := p.through(ctx, OperationPublish, []Envelope{e}, func(ctx context.Context, c *PublishCall) error {
+		ack, err := p.publish(ctx, c.Envelopes[0])
+		c.Acks = []Ack{ack}
+		return err
+	})
+	return c.ack(), err
+}
+
+func (p *Publisher) publish(ctx context.Context, e Envelope) (Ack, error) {
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
 	c := p.newCall(ctx)
@@ -149,7 +171,7 @@ func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, err
 		return nil, err
 	}
 	m := &nats.Msg{Subject: e.subject, Data: e.data}
-	carried := carriedFrom(deliveryFrom(ctx))
+	carried := p.carried(ctx)
 	if len(e.headers)+len(carried) > 0 || e.contentType != "" || e.set != 0 {
 		m.Header = make(nats.Header, len(e.headers)+3)
 		e.fill(m.Header, carried)
@@ -166,7 +188,13 @@ func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, err
 // slimCore leaves out one of the headers that natsx adds, the least needed first, for a
 // message that is too large with them. It returns false when none is left.
 func slimCore(m *nats.Msg, e *Envelope) bool {
-	for _, name := range slices.Concat([]string{timeoutHeader}, carriedHeaders, []string{"Content-Type"}) {
+	added := slices.Concat([]string{timeoutHeader}, carriedHeaders)
+	for name := range m.Header { // what a middleware has carried over
+		if name != jetstream.MsgIDHeader && name != jetstream.MsgTTLHeader && name != "Content-Type" {
+			added = append(added, name)
+		}
+	}
+	for _, name := range append(added, "Content-Type") {
 		for have := range m.Header {
 			if !strings.EqualFold(have, name) || e.hasHeader(have) {
 				continue

@@ -3,6 +3,7 @@ package natsx
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -62,7 +63,14 @@ func (e *PublishError) Unwrap() []error {
 // not sent; nothing is sent while the connection is down. Without envelopes it returns
 // nothing and no error.
 func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, error) {
-	return p.publishAll(ctx, DefaultPublishTimeout, es)
+	if p.around == nil {
+		return p.publishAll(ctx, DefaultPublishTimeout, es)
+	}
+	c, err := p.through(ctx, OperationPublishAll, slices.Clone(es), func(ctx context.Context, c *PublishCall) (err error) {
+		c.Acks, err = p.publishAll(ctx, DefaultPublishTimeout, c.Envelopes)
+		return err
+	})
+	return c.Acks, err
 }
 
 // publishAll gives up after so long without progress when ctx has no deadline.

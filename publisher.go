@@ -29,7 +29,8 @@ type Ack struct {
 //
 // Published with a handler's context, an envelope carries over the headers
 // traceparent, tracestate, baggage and Correlation-Id of the handled message
-// that it does not set itself. In a durable's handler, an envelope without a
+// that it does not set itself; [WithPublishMiddleware] may carry over others in their
+// place, such as the trace context of a current span. In a durable's handler, an envelope without a
 // message id that goes to JetStream gets
 //
 //	<stream>/<durable>/<sequence>@<stored time in Unix nanoseconds>/<hash>/<n>
@@ -56,13 +57,15 @@ type Ack struct {
 // first without those carried over, then without the codec's Content-Type, at last
 // without an automatic message id, as [WithoutMessageIDs] has it.
 type Publisher struct {
-	nc     *nats.Conn
-	js     jetstream.JetStream
-	bare   bool          // no automatic message ids
-	fast   bool          // batches in PublishAll
-	prefix string        // of automatic message ids
-	count  atomic.Uint64 // automatic message ids so far
-	recent recentStreams
+	nc         *nats.Conn
+	js         jetstream.JetStream
+	bare       bool   // no automatic message ids
+	fast       bool   // batches in PublishAll
+	prefix     string // of automatic message ids
+	middleware []PublishMiddleware
+	around     PublishFunc   // the middleware around a call; nil without any
+	count      atomic.Uint64 // automatic message ids so far
+	recent     recentStreams
 
 	denials *denials // which the end of the publisher stops
 }
@@ -98,6 +101,7 @@ func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
 	for _, opt := range opts {
 		opt(p)
 	}
+	p.around = wrapPublish(p.middleware)
 	if p.js == nil {
 		// Without options there is nothing that New could refuse.
 		p.js, _ = jetstream.New(nc)

@@ -321,10 +321,8 @@ func (r *replay) conclude(w *work, err error) {
 			r.lowerCut(w.id.seq)
 		}
 	}
-	if o := r.env.observer; o != nil {
-		r.env.callUser(r.observing, func() {
-			o.Observe(w.delivery, Event{Route: r.want.replay.filter, Msg: &w.msg, Outcome: w.outcome, Err: w.err, Duration: w.took()})
-		})
+	if len(r.env.observers) > 0 {
+		r.env.observe(r.observing, w.delivery, w.event(r.want.replay.filter, ""))
 	}
 }
 

@@ -46,7 +46,7 @@ func (r *replay) openSource() error {
 	p := r.env.pool
 	p.mu.Lock()
 	r.stream, r.schedules = c.Name, c.AllowMsgSchedules
-	r.from = &origin{route: r.want.replay.filter, stream: c.Name, ctx: r.serving}
+	r.from = &origin{filter: r.want.replay.filter, stream: c.Name, ctx: r.serving}
 	p.mu.Unlock()
 	r.reader, err = openReader(r.env.api, r.env.link, r.env.log, info, readerOptions{
 		filter: r.want.replay.filter, consumers: replayConsumer, inactive: ReplayInactive,

@@ -27,6 +27,17 @@ const DefaultRequestTimeout = 5 * time.Second
 // [ErrPermission], a connection that is closed or draining [ErrConnectionClosed]. An
 // envelope with a schedule or an expectation is [ErrOptionConflict].
 func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
+	if p.around == nil {
+		return p.request(ctx, e)
+	}
+	c, err := p.through(ctx, OperationRequest, []Envelope{e}, func(ctx context.Context, c *PublishCall) (err error) {
+		c.Reply, err = p.request(ctx, c.Envelopes[0])
+		return err
+	})
+	return c.Reply, err
+}
+
+func (p *Publisher) request(ctx context.Context, e Envelope) (*Msg, error) {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {
 		return nil, err
@@ -102,53 +113,68 @@ func RequestJSON[T any](ctx context.Context, p *Publisher, e Envelope) (T, error
 // Each use of the sequence sends the request anew.
 func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg, error] {
 	return func(yield func(*Msg, error) bool) {
-		m, err := p.coreMessage(ctx, e)
-		if err != nil {
+		if p.around == nil {
+			p.requestMany(ctx, e, yield)
+			return
+		}
+		asked := false
+		_, err := p.through(ctx, OperationRequestMany, []Envelope{e}, func(ctx context.Context, c *PublishCall) error {
+			asked = true
+			return p.requestMany(ctx, c.Envelopes[0], yield)
+		})
+		if err != nil && !asked {
 			yield(nil, err)
-			return
 		}
-		mark, up := p.denials.mark(), p.nc.IsConnected()
-		_, bounded := ctx.Deadline()
-		ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
-		defer cancel()
-		if err := p.ready(ctx, m, up); err != nil {
-			yield(nil, err)
-			return
+	}
+}
+
+// requestMany returns the error that it yields last, if it does.
+func (p *Publisher) requestMany(ctx context.Context, e Envelope, yield func(*Msg, error) bool) error {
+	fail := func(err error) error {
+		yield(nil, err)
+		return err
+	}
+	m, err := p.coreMessage(ctx, e)
+	if err != nil {
+		return fail(err)
+	}
+	mark, up := p.denials.mark(), p.nc.IsConnected()
+	_, bounded := ctx.Deadline()
+	ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
+	defer cancel()
+	if err := p.ready(ctx, m, up); err != nil {
+		return fail(err)
+	}
+	if bounded {
+		if m.Header == nil {
+			m.Header = make(nats.Header, 1)
 		}
-		if bounded {
-			if m.Header == nil {
-				m.Header = make(nats.Header, 1)
-			}
-			m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
-		}
-		m.Reply = p.nc.NewInbox()
-		sub, err := p.nc.SubscribeSync(m.Reply)
-		if err != nil {
-			yield(nil, p.requestFailure(m, mark, err))
-			return
-		}
-		defer sub.Unsubscribe()
+		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
+	}
+	m.Reply = p.nc.NewInbox()
+	sub, err := p.nc.SubscribeSync(m.Reply)
+	if err != nil {
+		return fail(p.requestFailure(m, mark, err))
+	}
+	defer sub.Unsubscribe()
+	err = p.nc.PublishMsg(m)
+	for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, &e) {
 		err = p.nc.PublishMsg(m)
-		for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, &e) {
-			err = p.nc.PublishMsg(m)
-		}
-		if err != nil {
-			yield(nil, p.requestFailure(m, mark, err))
-			return
-		}
-		for answered := false; ; answered = true {
-			r, err := sub.NextMsgWithContext(ctx)
-			switch {
-			case err == nil:
-				if !yield(received(r)) {
-					return
-				}
-			case answered && errors.Is(err, context.DeadlineExceeded):
-				return
-			default:
-				yield(nil, p.requestFailure(m, mark, err))
-				return
+	}
+	if err != nil {
+		return fail(p.requestFailure(m, mark, err))
+	}
+	for answered := false; ; answered = true {
+		r, err := sub.NextMsgWithContext(ctx)
+		switch {
+		case err == nil:
+			if !yield(received(r)) {
+				return nil
 			}
+		case answered && errors.Is(err, context.DeadlineExceeded):
+			return nil
+		default:
+			return fail(p.requestFailure(m, mark, err))
 		}
 	}
 }
