@@ -240,16 +240,30 @@ func (r RouteBuilder) Batch(n int, wait time.Duration) RouteBuilder {
 	return r
 }
 
-// Rate limits the handlers started in a second. This version refuses it with
-// [ErrNotSupported].
+// Rate limits how many handlers of this route are started in a second in this process,
+// smoothly: never more at once than a tenth of a second's worth, and one where that is
+// less. A durable's messages are not even asked for before their turn is near, so that
+// other processes can take them. A core route's messages wait here, within its limits.
+// There is no limit over several processes: divide it by their number. It is above zero
+// and finite, else [ErrOutOfRange]; default is no limit.
 func (r RouteBuilder) Rate(perSecond float64) RouteBuilder {
 	r.set |= optRate
 	r.rate = perSecond
 	return r
 }
 
-// Breaker stops pulling for cooldown after so many failures in a row, then
-// tries one message. This version refuses it with [ErrNotSupported].
+// Breaker has the route stop after so many failed attempts in a row, of any messages:
+// it pulls nothing for cooldown, gives back what waits, and then tries one message. If
+// that fails too, it rests again; if it succeeds, the route goes on as before. So an
+// outage of what the handlers need neither uses up attempts nor fills the DLQ: what
+// fails while the breaker is not closed is no attempt ([OutcomeReturned]).
+//
+// An error, a panic and a timeout are failures. A message that is dead at once
+// ([Permanent]) or dropped ([Discard]) says nothing about others and does not count.
+// A message that always fails and is the only one keeps it open until another succeeds.
+// While it is open, [Broker.Health] says why and [RouteStats] shows it; a
+// [BreakerObserver] is told. failures is at least 1 and cooldown above zero, else it is
+// [ErrOutOfRange]; default is none. It needs a durable.
 func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder {
 	r.set |= optBreaker
 	r.breakerAfter, r.breakerRest = failures, cooldown
@@ -525,8 +539,6 @@ func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason 
 		value := strconv.FormatFloat(r.rate, 'g', -1, 64)
 		if !(r.rate > 0) || math.IsInf(r.rate, 0) {
 			add("rate", value, "must be above zero and finite", ErrOutOfRange)
-		} else {
-			add("rate", value, later, ErrNotSupported)
 		}
 	}
 	if has(optBreaker) {
@@ -536,8 +548,6 @@ func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason 
 			add("breaker", value, "needs at least 1 failure", ErrOutOfRange)
 		case r.breakerRest <= 0:
 			add("breaker", value, "the cool-down must be above zero", ErrOutOfRange)
-		default:
-			add("breaker", value, later, ErrNotSupported)
 		}
 	}
 }

@@ -76,8 +76,8 @@ func TestValidate(t *testing.T) {
 		{"queue with a durable", billing.Queue("g").Handle(nop), []fault{{inBilling + `queue "g": does not fit with a durable, whose processes share messages anyway`, ErrOptionConflict}}},
 
 		{"empty durable", core.Durable("").Handle(nop), []fault{{inCore + `durable "": must not be empty`, ErrInvalidName}}},
-		{"durable with a dot", core.Durable("a.b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a.b": durable "a.b": must not hold any of . * > / \`, ErrInvalidName}}},
-		{"durable that does not print", core.Durable("a\u200b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a\u200b": durable "a\u200b": has a character that does not print`, ErrInvalidName}}},
+		{"durable with a dot", core.Durable("a.b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a.b": durable "a.b": must not contain any of . * > / \`, ErrInvalidName}}},
+		{"durable that does not print", core.Durable("a\u200b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a\u200b": durable "a\u200b": has a character that is not printable`, ErrInvalidName}}},
 		{"reply with a durable", billing.Reply(noReply), []fault{{inBilling + `reply: does not fit with a durable: a requester waits on core NATS`, ErrOptionConflict}}},
 
 		{"empty stream", billing.Stream("").Handle(nop), []fault{{inBilling + `stream "": must not be empty`, ErrInvalidName}}},
@@ -117,7 +117,7 @@ func TestValidate(t *testing.T) {
 		{"no order key", billing.OrderedBy(OrderKey{}).Handle(nop), []fault{{inBilling + `orderedBy OrderKey{}: needs SubjectKey, SubjectToken or HeaderKey`, ErrOutOfRange}}},
 		{"order by a negative token", billing.OrderedBy(SubjectToken(-1)).Handle(nop), []fault{{inBilling + `orderedBy SubjectToken(-1): tokens are counted from 0`, ErrOutOfRange}}},
 		{"order by no header", billing.OrderedBy(HeaderKey("")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey(""): must not be empty`, ErrInvalidName}}},
-		{"order by a header with a colon", billing.OrderedBy(HeaderKey("a:b")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey("a:b"): must be an HTTP token: letters, digits, dashes and the like`, ErrInvalidName}}},
+		{"order by a header with a colon", billing.OrderedBy(HeaderKey("a:b")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey("a:b"): must be an HTTP token of letters, digits and characters such as -`, ErrInvalidName}}},
 		{"empty batch", billing.Batch(0, time.Second).HandleBatch(nopBatch), []fault{{inBilling + `batch 0 within 1s: needs at least 1 message`, ErrOutOfRange}}},
 		{"batch that does not wait", billing.Batch(1, 0).HandleBatch(nopBatch), []fault{{inBilling + `batch 1 within 0s: the wait must be above zero`, ErrOutOfRange}}},
 		{"batch for a single handler", billing.Batch(1, time.Second).Handle(nop), []fault{{inBilling + `batch 1 within 1s: needs HandleBatch`, ErrOptionConflict}}},
@@ -162,8 +162,6 @@ func TestValidateUnsupported(t *testing.T) {
 		{"orderedBy", billing.OrderedBy(SubjectToken(0)).Handle(nop)},
 		{"orderedBy", billing.OrderedBy(HeaderKey("Customer")).Handle(nop)},
 		{"batch", billing.Batch(1, time.Second).HandleBatch(nopBatch)},
-		{"rate", billing.Rate(0.5).Handle(nop)},
-		{"breaker", billing.Breaker(1, time.Second).Handle(nop)},
 	} {
 		var fault *RouteError
 		err := tc.spec.Validate()

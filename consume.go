@@ -45,6 +45,7 @@ type durableRoute struct {
 	pending   bool     // the server has messages
 	pullsFail bool     // Health reports that pulls are refused or not served
 	seen      uint64   // highest consumer sequence received
+	more      int64    // when the demand grows even if nothing happens, 0 for never
 	unplanned int      // messages received since the last plan
 	mean      float64  // handler time in ns, weighted towards slow runs
 	started   int64    // when a message was last finished, or the first began to wait
@@ -58,6 +59,7 @@ type durableRoute struct {
 	checks  consumerChecks // owned by consumer.go
 	letters letterBox      // owned by dlq.go
 	passer  passer
+	breaker *breaker // nil for none
 
 	free []*work // for reuse
 }
@@ -69,6 +71,9 @@ func newDurableRoute(e *env, spec Spec) *durableRoute {
 	r.puller.budget = &e.link.budget
 	r.passer.route = &r.route
 	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	if spec.route.set&optBreaker != 0 {
+		r.breaker = newBreaker(spec.route.breakerAfter, spec.route.breakerRest)
+	}
 	return r
 }
 
@@ -341,6 +346,12 @@ func (r *durableRoute) run(w *work) {
 	if w.alone && !r.mayRunAlone(w) {
 		return
 	}
+	if r.breaker != nil && !r.breaker.mayStart(w.began) {
+		w.outcome = OutcomeReturned
+		r.giveBack(w, r.breaker.redeliverAfter())
+		r.unmark(w)
+		return
+	}
 	attempt(r.owner, r.handler, w, r.spec.route.timeout)
 	r.unmark(w)
 }
@@ -414,6 +425,10 @@ func (r *durableRoute) lapse(w *work) {
 func (r *durableRoute) conclude(w *work, err error) {
 	j, err := judge(err)
 	w.err = err
+	c := circumstances{attempt: w.msg.Attempt(), cut: r.env.handlers.Err() != nil, spread: rand.Float64()}
+	if r.breaker != nil {
+		c.void = r.brake(w.ended, j, err, c.cut)
+	}
 	if w.ended >= w.ends.Load() {
 		r.lapse(w)
 		if j.verdict == verdictSuccess {
@@ -427,10 +442,7 @@ func (r *durableRoute) conclude(w *work, err error) {
 		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
 		return
 	}
-	c := circumstances{
-		attempt: w.msg.Attempt(), cut: r.env.handlers.Err() != nil,
-		life: r.remainingLife(w), spread: rand.Float64(),
-	}
+	c.life = r.remainingLife(w)
 	if c.cut && errors.Is(err, context.Canceled) {
 		j.verdict = verdictRetry // whatever else it wraps
 	}
@@ -455,8 +467,12 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 		r.giveBack(w, s.delay)
 		r.checkAfterFailure()
 	case actReturn:
-		r.env.log.Info("natsx: handler was cancelled by the shutdown, message given back", r.about(w, "error", err)...)
-		r.giveBack(w, 0)
+		why := "natsx: handler was cancelled by the shutdown, message given back"
+		if s.delay > 0 {
+			why = "natsx: the breaker is not closed, so the failure is no attempt, message given back"
+		}
+		r.env.log.Info(why, r.about(w, "error", err)...)
+		r.giveBack(w, s.delay)
 	case actTerm:
 		switch {
 		case s.outcome == OutcomeDiscarded:
@@ -612,6 +628,10 @@ func (r *durableRoute) report() RouteStats {
 	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st.Delayed = r.delayed.after(processTime())
+	now := processTime()
+	st.Delayed = r.delayed.after(now)
+	if r.breaker != nil {
+		st.Breaker, _ = r.breaker.now(now)
+	}
 	return st
 }

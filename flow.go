@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -50,6 +51,12 @@ func (r *durableRoute) demand(now int64) demand {
 	if r.letters.down || r.suspects.len() > 0 || r.isolated != nil || r.checks.suspended {
 		return d
 	}
+	mayHold := -1
+	if r.breaker != nil {
+		if _, mayHold = r.breaker.now(now); mayHold == 0 {
+			return d
+		}
+	}
 	waiting := r.lane.waiting()
 	room := min(r.limit-r.running, p.roomToPull(&r.lane))
 	if !r.pending {
@@ -72,6 +79,17 @@ func (r *durableRoute) demand(now int64) demand {
 	case idle && room == 0:
 		d.messages = 1 // without a pull the route would not learn of a message
 	}
+	if r.rate != nil {
+		most := r.rate.soon(now) - waiting
+		d.refill = min(d.refill, int(r.rate.most)/4)
+		if d.messages > most && most-r.puller.outstanding < max(d.refill, 1) {
+			d.again = r.rate.reach(now, waiting+r.puller.outstanding+max(d.refill, 1))
+		}
+		d.messages = min(d.messages, most)
+	}
+	if mayHold > 0 {
+		d.messages = min(d.messages, mayHold-r.lane.inHand())
+	}
 	return d
 }
 
@@ -88,7 +106,9 @@ func (r *durableRoute) trickle() int {
 // plan returns the next pull, already booked, and sets the alarm. The pool is locked.
 func (r *durableRoute) plan(now int64) pullRequest {
 	r.unplanned = 0
-	next, _ := r.puller.next(now, r.demand(now))
+	d := r.demand(now)
+	next, _ := r.puller.next(now, d)
+	r.more = d.again
 	r.setAlarm(now)
 	return next
 }
@@ -111,6 +131,12 @@ func (r *durableRoute) setAlarm(now int64) {
 	}
 	if !r.stopped && (r.open || r.leases.head != nil) {
 		soonest(r.checks.at(r.arrived))
+	}
+	if r.open {
+		soonest(r.more)
+		if r.breaker != nil {
+			soonest(r.breaker.wake())
+		}
 	}
 	if !r.open && !r.stopped && r.inactive > 0 {
 		soonest(r.keptAlive + int64(r.inactive)/4)
@@ -324,6 +350,36 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	case pullStreamGone:
 		r.verify(true, ErrStreamDeleted)
 	}
+}
+
+// brake accounts for a result and acts on a change of the breaker. It returns the delay of
+// the message's redelivery if the result was no attempt, else 0.
+func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (void time.Duration) {
+	b := r.breaker
+	no, turned := b.judge(now, j.verdict, cut)
+	switch turned {
+	case BreakerOpen:
+		p := r.env.pool
+		p.mu.Lock()
+		back := r.takeWaiting()
+		r.setAlarm(now)
+		p.mu.Unlock()
+		r.giveBackAll(back)
+		r.trouble("breaker", fmt.Errorf("natsx: breaker is open: %d failures in a row, the last: %w", b.most, err))
+	case BreakerClosed:
+		r.clear("breaker")
+		err = nil
+		r.flow()
+	}
+	if o, ok := r.env.observer.(BreakerObserver); ok && turned != BreakerNone {
+		r.env.callUser(r.observing(), func() {
+			o.ObserveBreaker(BreakerEvent{Route: r.spec.route.filter, Durable: r.spec.route.durable, State: turned, Err: err})
+		})
+	}
+	if no {
+		return b.redeliverAfter()
+	}
+	return 0
 }
 
 // keepAlive sends an idle pull, so that the server does not remove the consumer of a

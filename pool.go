@@ -60,11 +60,13 @@ type pool struct {
 // lane is the queue of one route or replay in the pool. Guarded by the pool's mutex.
 type lane struct {
 	owner    job
-	limit    int           // works of this lane that run at once
-	requests bool          // it is a lane of requests
-	burst    int           // works that a worker takes at once, 0 for 1
-	name     string        // of the handler, to report one that does not return
-	timeout  time.Duration // of a work, 0 for none
+	limit    int            // works of this lane that run at once
+	requests bool           // it is a lane of requests
+	burst    int            // works that a worker takes at once, 0 for 1
+	rate     *bucket        // of its starts, nil for no limit
+	later    func(at int64) // schedules resume
+	name     string         // of the handler, to report one that does not return
+	timeout  time.Duration  // of a work, 0 for none
 
 	open    bool
 	first   fifo[*work] // runs before queue
@@ -287,10 +289,25 @@ func (p *pool) updateActive(l *lane) {
 
 // enlist adds l to ready if it has work that it may run. The pool is locked.
 func (p *pool) enlist(l *lane) {
-	if !l.listed && l.waiting() > 0 && l.running < l.limit {
-		l.listed = true
-		p.ready.push(l)
+	if l.listed || l.waiting() == 0 || l.running >= l.limit {
+		return
 	}
+	if l.rate != nil {
+		if at := l.rate.next(p.clock()); at != 0 {
+			l.later(at)
+			return
+		}
+	}
+	l.listed = true
+	p.ready.push(l)
+}
+
+// resume continues a lane that has waited for its rate. The pool is not locked.
+func (p *pool) resume(l *lane) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.enlist(l)
+	p.signal()
 }
 
 // signal wakes one worker for work that is ready. Only one at a time is waking up: it
@@ -324,6 +341,10 @@ func (p *pool) take(w *worker) bool {
 // assign gives w a burst of l, which is not in ready. The pool is locked.
 func (p *pool) assign(w *worker, l *lane) {
 	n := min(max(l.burst, 1), l.waiting(), maxBurst)
+	if l.rate != nil {
+		n = 1
+		l.rate.take(p.clock())
+	}
 	for i := range n {
 		w.burst[i] = l.pop()
 	}

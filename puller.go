@@ -63,6 +63,7 @@ type demand struct {
 	idle      bool          // when messages is 0: an idle pull is to wait at the server
 	stay      time.Duration // how long a request may wait at the server
 	heartbeat time.Duration // of a request that waits longer than this, 0 for none
+	again     int64         // when the demand grows even if nothing happens, 0 for never
 }
 
 // pullEvent is what a status means for the owner of the puller.

@@ -25,6 +25,7 @@ type route struct {
 	spec    Spec
 	handler Handler // with the broker's middleware; stores a responder's answer in the work
 	from    *origin // of its messages; fixed once started
+	waits   alarm   // of a rate
 
 	// Guarded by the pool's mutex.
 	stats  RouteStats
@@ -45,6 +46,11 @@ func (r *route) init(e *env, spec Spec, owner job) {
 	r.limit = e.workers
 	if spec.route.set&optConcurrency != 0 {
 		r.limit = min(e.workers, spec.route.concurrency)
+	}
+	if spec.route.set&optRate != 0 {
+		r.rate = newBucket(spec.route.rate, processTime())
+		r.waits.ring = func(int64) { e.pool.resume(&r.lane) }
+		r.later = func(at int64) { e.agenda.set(&r.waits, at) }
 	}
 	r.from = &origin{ctx: e.handlers}
 	r.lane.name, r.lane.timeout = "handler of "+spec.String(), spec.route.timeout

@@ -105,6 +105,7 @@ type settlement struct {
 type circumstances struct {
 	attempt int           // 1 for the first
 	cut     bool          // a shutdown cancelled the handler's context
+	void    time.Duration // a failure is no attempt, since the breaker is open: delay of the redelivery
 	life    time.Duration // until the stream deletes the message, 0 for never
 	spread  float64       // a random number in [0, 1) for the jitter
 }
@@ -133,6 +134,9 @@ func decide(r RouteBuilder, j judgement, c circumstances) settlement {
 	}
 	if c.cut {
 		return settlement{action: actReturn, outcome: OutcomeReturned}
+	}
+	if c.void > 0 {
+		return settlement{action: actReturn, delay: c.void, outcome: OutcomeReturned}
 	}
 	last := ReasonExhausted
 	if j.verdict == verdictPanic {

@@ -30,7 +30,7 @@ func TestStreamValidate(t *testing.T) {
 		{"dedup window without an age", s.MaxAge(0).DedupWindow(time.Hour), nil, nil},
 
 		{"empty name", Stream(""), []string{`natsx: stream "": name "": must not be empty`}, ErrInvalidName},
-		{"name with a dot", Stream("a.b"), []string{`natsx: stream "a.b": name "a.b": must not hold any of . * > / \`}, ErrInvalidName},
+		{"name with a dot", Stream("a.b"), []string{`natsx: stream "a.b": name "a.b": must not contain any of . * > / \`}, ErrInvalidName},
 		{"no subjects", s.Subjects(), []string{`natsx: stream "S": subjects: needs at least one subject`}, ErrInvalidSubject},
 		{"empty subject", s.Subjects("a", ""), []string{`natsx: stream "S": subjects "": must not be empty`}, ErrInvalidSubject},
 		{"separator in a subject", s.Subjects("a\x00b"), []string{`natsx: stream "S": subjects "a\x00b": has a control character`}, ErrInvalidSubject},
