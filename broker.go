@@ -261,7 +261,7 @@ func WithStreams(specs ...StreamSpec) Option {
 // Replay handles stored messages again, within the bounds of spec. It ends at the last
 // message that was stored when it started. It reads through an ephemeral consumer, which
 // it deletes at the end; if the process is killed, the server removes the consumer after
-// [ReplayInactive] or the stream's shorter limit. It acknowledges nothing and affects no
+// a minute or the stream's shorter limit. It acknowledges nothing and affects no
 // durable.
 //
 // Messages are replayed as they are stored. A redriven message (see

@@ -29,7 +29,7 @@ func TestValidate(t *testing.T) {
 		inCore    = `natsx: route "orders.*": `
 		inBilling = `natsx: route "orders.*" durable "billing": `
 	)
-	long := strings.Repeat("x", MaxNameLength+1)
+	long := strings.Repeat("x", maxNameLength+1)
 	type fault struct {
 		line string
 		is   error
@@ -44,7 +44,7 @@ func TestValidate(t *testing.T) {
 		{"reply", core.Queue("g").Reply(noReply), nil},
 		{"durable", billing.Handle(nop), nil},
 		{"durable with all that fits", billing.Stream("ORDERS").DeliverFromSequence(1).Retry(0).Backoff(time.Second, time.Second).
-			Timeout(time.Minute).AckWait(MinAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").Handle(nop), nil},
+			Timeout(time.Minute).AckWait(minAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").Handle(nop), nil},
 		{"deliver new", billing.DeliverNew().Handle(nop), nil},
 		{"deliver last", billing.DeliverLast().Handle(nop), nil},
 		{"deliver last per subject", billing.DeliverLastPerSubject().Handle(nop), nil},
@@ -93,7 +93,7 @@ func TestValidate(t *testing.T) {
 		{"no concurrency", core.Concurrency(0).Handle(nop), []fault{{inCore + `concurrency 0: must be at least 1`, ErrOutOfRange}}},
 		{"nothing pending", billing.MaxAckPending(0).Handle(nop), []fault{{inBilling + `maxAckPending 0: must be at least 1`, ErrOutOfRange}}},
 		{"pending below the concurrency", billing.Concurrency(8).MaxAckPending(7).Handle(nop), []fault{
-			{inBilling + `maxAckPending 7: is below the concurrency of 8, which it would cap`, ErrOptionConflict},
+			{inBilling + `maxAckPending 7: is below the concurrency of 8, which it would limit`, ErrOptionConflict},
 		}},
 
 		{"empty DLQ", billing.DLQ("").Handle(nop), []fault{{inBilling + `dlq "": must not be empty`, ErrInvalidSubject}}},
@@ -389,7 +389,7 @@ func TestNamesAreTaken(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	js := jetStream(t, nc)
 	for i, name := range []string{
-		"a", "A-b_c", "ünïcode", "日本", "$x", `quo"te's`, "{}", "#1", "a:b", "%2e", strings.Repeat("x", MaxNameLength),
+		"a", "A-b_c", "ünïcode", "日本", "$x", `quo"te's`, "{}", "#1", "a:b", "%2e", strings.Repeat("x", maxNameLength),
 	} {
 		if reason := nameFault(name); reason != "" {
 			t.Errorf("nameFault(%q) = %s, want none", name, reason)

@@ -16,7 +16,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// flusherTimeout bounds how long nats.go writes with the connection locked.
+// flusherTimeout is how long nats.go may hold the connection's lock for a write.
 const flusherTimeout = 5 * time.Second
 
 // Connect is [nats.Connect] with defaults for production ahead of opts: the
@@ -67,7 +67,7 @@ func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 		nats.ReconnectErrHandler(func(nc *nats.Conn, err error) {
 			setCause(nc, err)
 			if failures.worth(err) {
-				slog.Warn("natsx: cannot connect, trying on", "url", redacted(strings.Join(nc.Opts.Servers, ",")), "error", err, "connection", nc.Opts.Name)
+				slog.Warn("natsx: cannot connect, trying again", "url", redacted(strings.Join(nc.Opts.Servers, ",")), "error", err, "connection", nc.Opts.Name)
 			}
 		}),
 	}
@@ -77,8 +77,8 @@ func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 // connectLogEvery is how often the same failure to connect is logged.
 const connectLogEvery = time.Minute
 
-// connectLog decides which failures to connect are logged: those with another cause
-// than the one before, and one a minute.
+// connectLog decides which failures to connect are logged: each one that differs from the
+// previous one, and the same one once per connectLogEvery.
 type connectLog struct {
 	mu   sync.Mutex
 	last string
@@ -101,7 +101,7 @@ func (l *connectLog) end() {
 	l.last = ""
 }
 
-// checkURLs judges what nats.go would take and then try for ever.
+// checkURLs reports invalid URLs that nats.go would accept and retry for ever.
 func checkURLs(urls string) error {
 	var faults []error
 	for one := range strings.SplitSeq(cmp.Or(urls, nats.DefaultURL), ",") {
@@ -116,7 +116,7 @@ func checkURLs(urls string) error {
 		u, err := url.Parse(full)
 		if err != nil {
 			var parse *url.Error
-			reason := "cannot be read"
+			reason := "cannot be parsed"
 			if errors.As(err, &parse) && !strings.Contains(parse.Err.Error(), one) {
 				reason = parse.Err.Error()
 			}
@@ -130,7 +130,7 @@ func checkURLs(urls string) error {
 			continue
 		}
 		if u.Hostname() == "" {
-			bad("names no host")
+			bad("has no host")
 		}
 		if port := u.Port(); port != "" {
 			if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
@@ -141,7 +141,7 @@ func checkURLs(urls string) error {
 	return errors.Join(faults...)
 }
 
-// redacted is a list of URLs without passwords and tokens.
+// redacted returns a list of URLs without passwords and tokens.
 func redacted(urls string) string {
 	var list []string
 	for one := range strings.SplitSeq(urls, ",") {

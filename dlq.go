@@ -357,9 +357,9 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 		HeaderDLQHost:      {hostname},
 	}
 	maps.Copy(core, b.passer.redriveHeaders(w.raw))
-	why := nats.Header{HeaderDLQError: {headerText(l.text, MaxLetterError)}}
+	why := nats.Header{HeaderDLQError: {headerText(l.text, maxLetterError)}}
 	if panicked, ok := errors.AsType[*PanicError](w.err); ok && len(panicked.Stack) > 0 {
-		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), MaxLetterStack))
+		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), maxLetterStack))
 	}
 	brief := nats.Header{HeaderDLQError: {headerText(l.text, 128)}}
 	pointer := nats.Header{HeaderDLQPointer: {"true"}}
@@ -387,7 +387,7 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 			}
 		}
 		// The expected stream is added when it is published.
-		size := messageSize(letter) + len(nats.ExpectedStreamHdr) + MaxNameLength + 4
+		size := messageSize(letter) + len(nats.ExpectedStreamHdr) + maxNameLength + 4
 		if l.form == letterForms-1 || size <= int(limit) && size-len(letter.Data) <= maxHeader {
 			return letter
 		}

@@ -241,9 +241,9 @@ func TestEnsureKeepsOldMessages(t *testing.T) {
 	publish(t, nc, nats.NewMsg("s"))
 	eventually(t, "the message is older than the shortest age", func() bool {
 		info, err := stream.Info(testContext(t))
-		return err == nil && info.TimeStamp.Sub(info.State.FirstTime) > MinStreamDuration
+		return err == nil && info.TimeStamp.Sub(info.State.FirstTime) > minStreamDuration
 	})
-	err := Stream("S").MaxAge(MinStreamDuration).Ensure(testContext(t), nc)
+	err := Stream("S").MaxAge(minStreamDuration).Ensure(testContext(t), nc)
 	var conflict *StreamConflictError
 	if !errors.As(err, &conflict) || len(conflict.Diffs) != 1 || conflict.Diffs[0].Field != "maxAge" ||
 		!strings.Contains(conflict.Diffs[0].Reason, "would delete messages: the oldest is ") {

@@ -11,8 +11,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// MinTTL is the shortest time to live that a stream takes.
-const MinTTL = time.Second
+// minTTL is the shortest time to live that a stream takes.
+const minTTL = time.Second
 
 // envelopeOption is one bit for each setter; see [option].
 type envelopeOption uint16
@@ -119,7 +119,7 @@ func (e Envelope) MsgID(id string) Envelope {
 }
 
 // TTL has the stream delete the message after d, in whole seconds rounded up, with
-// the header Nats-TTL (ADR-43). It is at least [MinTTL], 1 s, else [ErrOutOfRange];
+// the header Nats-TTL (ADR-43). It is at least 1 s, else it is [ErrOutOfRange];
 // default is none, and the stream's MaxAge holds. The stream must have AllowMsgTTL
 // (nats-server 2.11), else it is [ErrTTLNotAllowed], and nothing is stored: since a server
 // may ignore a TTL, the stream is looked up, not more than once in ten seconds, and the
@@ -253,8 +253,8 @@ func (e *Envelope) check() error {
 			add("msgID", strconv.Quote(e.msgID), "would be changed: it has a line end, or white space around it", ErrOutOfRange)
 		}
 	}
-	if has(envTTL) && e.ttl < MinTTL {
-		add("ttl", e.ttl.String(), "must be at least "+MinTTL.String(), ErrOutOfRange)
+	if has(envTTL) && e.ttl < minTTL {
+		add("ttl", e.ttl.String(), "must be at least "+minTTL.String(), ErrOutOfRange)
 	}
 	if has(envAt) && e.at.IsZero() {
 		add("at", "", "must not be the zero time", ErrOutOfRange)

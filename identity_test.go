@@ -424,7 +424,7 @@ func TestHandlerIDsFit(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
 	s := createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}})
-	long := strings.Repeat("n", MaxNameLength)
+	long := strings.Repeat("n", maxNameLength)
 	ctx := handling(testContext(t), nil)
 	deliveryFrom(ctx).msg.from = &origin{stream: long, durable: long, ctx: testContext(t)}
 	if _, err := NewPublisher(nc).Publish(ctx, To("s.x")); err != nil {
@@ -434,7 +434,7 @@ func TestHandlerIDsFit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if id := m.Header.Get("Nats-Msg-Id"); len(id) > 2*MaxNameLength+80 {
+	if id := m.Header.Get("Nats-Msg-Id"); len(id) > 2*maxNameLength+80 {
 		t.Errorf("the id has %d bytes", len(id))
 	}
 }

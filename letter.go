@@ -50,8 +50,8 @@ const (
 	HeaderDLQDurable   = "Natsx-Dlq-Durable"   // the durable that failed
 	HeaderDLQAttempts  = "Natsx-Dlq-Attempts"  // how often it was tried
 	HeaderDLQReason    = "Natsx-Dlq-Reason"    // a Reason
-	HeaderDLQError     = "Natsx-Dlq-Error"     // the last error's text, at most MaxLetterError bytes
-	HeaderDLQStack     = "Natsx-Dlq-Stack"     // of a panic, at most MaxLetterStack bytes, line feeds as \n
+	HeaderDLQError     = "Natsx-Dlq-Error"     // the last error's text, at most 4,096 bytes
+	HeaderDLQStack     = "Natsx-Dlq-Stack"     // of a panic, at most 8,192 bytes, line feeds as \n
 	HeaderDLQTime      = "Natsx-Dlq-Time"      // of death, RFC 3339 with nanoseconds
 	HeaderDLQPublished = "Natsx-Dlq-Published" // when the original was stored, in the same form
 	HeaderDLQHost      = "Natsx-Dlq-Host"      // where it died
@@ -65,8 +65,8 @@ const (
 
 // Bounds of what of an error a dead letter carries, in bytes.
 const (
-	MaxLetterError = 4096
-	MaxLetterStack = 8192
+	maxLetterError = 4096
+	maxLetterStack = 8192
 )
 
 // smallestLetter is room for the headers of a letter without its original's

@@ -7,51 +7,50 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Handler handles one message. What it returns decides what becomes of a
-// JetStream message; see the package documentation. A handler is called by many
-// goroutines at once, up to the route's concurrency.
+// Handler handles one message. Its result decides how a JetStream message is settled; see
+// the package documentation. Up to the route's concurrency, a handler is called by
+// several goroutines at once.
 //
-// The context carries the message ([MsgFrom]) and the values of the context that
-// [Broker.Run] or [Broker.Replay] was given. It does not end with that one: it ends
-// at the route's Timeout, if there is one, and when a shutdown passes its drain
-// timeout, then with [ErrDrainTimeout] as its cause. AckWait does not end it.
+// The context carries the message ([MsgFrom]) and the values of the context passed to
+// [Broker.Run] or [Broker.Replay]. It does not end with that context, but at the route's
+// Timeout, if there is one, and when a shutdown exceeds the drain timeout, then with
+// [ErrDrainTimeout] as its cause. AckWait does not end it.
 type Handler func(ctx context.Context, m *Msg) error
 
-// BatchHandler handles several messages at once. Its result counts for each. This
-// version refuses a route with one; see [RouteBuilder.Batch].
+// BatchHandler handles several messages at once. Its result applies to each. This version
+// refuses a route with one; see [RouteBuilder.Batch].
 type BatchHandler func(ctx context.Context, ms []*Msg) error
 
-// Responder answers one request. The bytes are the reply's payload, and
-// [Msg.ReplyHeader] its headers. An error is answered too: see [Fail]. The context is
-// that of a [Handler], and ends with the requester's deadline as well, where the
-// request tells it: see [RouteBuilder.Reply].
+// Responder answers one request. The bytes are the reply's payload, and [Msg.ReplyHeader]
+// its headers. An error is answered too: see [Fail]. The context is that of a [Handler],
+// and also ends at the requester's deadline, if the request carries one; see
+// [RouteBuilder.Reply].
 type Responder func(ctx context.Context, m *Msg) ([]byte, error)
 
-// Middleware wraps every handler of a broker; see [WithMiddleware]. It is called once
-// for each route and replay; what it returns is called by many goroutines at once.
+// Middleware wraps every handler of a broker; see [WithMiddleware]. It is called once for
+// each route and replay; the handler that it returns must be safe for concurrent use.
 type Middleware func(Handler) Handler
 
-// Msg is a received message. It belongs to its handler, which may keep it and set
-// its fields; it is not safe for concurrent use while it is changed. The bytes of
-// Data and the values in Header stay as they are: a dead letter is made of them.
+// Msg is a received message. It belongs to its handler, which may keep it and set its
+// fields; it is not safe for concurrent use while it is changed. The bytes of Data and the
+// values in Header must not be changed, since a dead letter may be made of them.
 type Msg struct {
 	Subject string
 	Data    []byte
-	Header  nats.Header // nil when the message has none; the case of names counts (ADR-4)
+	Header  nats.Header // nil if the message has none; names are case-sensitive (ADR-4)
 
-	from    *origin   // nil for one that no route received
-	reply   *nats.Msg // whose Reply is that of the message; nil for none
+	from    *origin   // nil if no route has received it
+	reply   *nats.Msg // has the message's Reply; nil for none
 	seq     uint64
 	time    int64 // Unix nanoseconds, 0 for a core message
 	attempt uint32
 	answer  nats.Header
 }
 
-// Attempt counts the runs of the handler for this message, as far as they are known: 1
-// on the first. It is 1 for every message that is not from a durable, and never more
-// than the attempts that the route's Retry allows. What the server delivered and this
-// process did not start, or gave back at a shutdown, is no attempt; of other processes
-// only the deliveries are known.
+// Attempt is the number of this run of the handler for the message, 1 for the first, as
+// far as is known. It is always 1 for messages that are not from a durable, and never
+// above the attempts that Retry allows. A delivery that this process did not start or
+// gave back at a shutdown is no attempt. Deliveries to other processes count as attempts.
 func (m *Msg) Attempt() int { return max(int(m.attempt), 1) }
 
 // Stream is the name of the stream the message is from, empty for core NATS.
@@ -71,12 +70,12 @@ func (m *Msg) Time() time.Time {
 	return time.Unix(0, m.time)
 }
 
-// Token returns the i-th token of the subject, counted from 0, and the empty
-// string when there is no such token.
+// Token returns the i-th token of the subject, counted from 0, or the empty string if
+// there is no such token.
 func (m *Msg) Token(i int) string { return subjectToken(m.Subject, i) }
 
-// ReplyHeader is what a [Responder] may fill to send headers with its answer.
-// It is never nil; for a message that is not a request it is not sent.
+// ReplyHeader returns the headers of the answer, which a [Responder] may set. It is never
+// nil; for a message that is not a request it is not sent.
 func (m *Msg) ReplyHeader() nats.Header {
 	if m.answer == nil {
 		m.answer = nats.Header{}
@@ -92,7 +91,7 @@ func (m *Msg) replyTo() string {
 	return m.reply.Reply
 }
 
-// origin is what the messages of one route or replay have in common.
+// origin is the common part of the messages of one route or replay.
 type origin struct {
 	stream  string          // empty for core NATS
 	durable string          // empty for core NATS and a replay

@@ -5,34 +5,34 @@ import (
 	"time"
 )
 
-// Outcome is what became of one attempt.
+// Outcome is the outcome of one attempt.
 type Outcome string
 
 // The outcomes of an attempt.
 const (
 	OutcomeSucceeded Outcome = "succeeded" // acknowledged, or answered
-	OutcomeRetried   Outcome = "retried"   // to be delivered again
+	OutcomeRetried   Outcome = "retried"   // will be redelivered
 	OutcomeDead      Outcome = "dead"      // moved to the DLQ, or without one terminated or left unsettled
-	OutcomeDiscarded Outcome = "discarded" // terminated on the handler's word
+	OutcomeDiscarded Outcome = "discarded" // terminated by Discard
 	OutcomeReturned  Outcome = "returned"  // given back at the drain timeout or for an open breaker, which is no attempt
-	OutcomeLapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
-	OutcomeFailed    Outcome = "failed"    // of a core message that is gone, or an error answered to a request
+	OutcomeLapsed    Outcome = "lapsed"    // the ack wait ended before the message was settled: it may be redelivered
+	OutcomeFailed    Outcome = "failed"    // failure of a core message, which is lost, or an error answered to a request
 )
 
 // Event is one finished attempt, as an [Observer] sees it.
 type Event struct {
-	Route    string        // the filter of the route or replay
-	Durable  string        // empty for a core route and a replay
-	Msg      *Msg          // owned by the handler: not to be kept or changed
-	Outcome  Outcome       // what became of it
-	Err      error         // what the handler returned, nil for Succeeded
-	Duration time.Duration // how long the handler ran, 0 when it did not
+	Route    string // the filter of the route or replay
+	Durable  string // empty for a core route and a replay
+	Msg      *Msg   // owned by the handler: must not be kept or changed
+	Outcome  Outcome
+	Err      error         // the handler's error, nil for OutcomeSucceeded
+	Duration time.Duration // how long the handler ran, 0 if it did not
 }
 
-// Observer is told of every finished attempt once it is settled, and of every message
-// that a replay handled. It mostly runs on the worker, so it must be fast, and is called
-// by many at once. A panic of it is logged and changes nothing. The context is the
-// handler's.
+// Observer is called for every finished attempt once it is settled, and for every message
+// that a replay has handled. It usually runs on the worker, so it must be fast, and it
+// must be safe for concurrent use. A panic is logged and has no other effect. The context
+// is the handler's.
 type Observer interface {
 	Observe(ctx context.Context, e Event)
 }
@@ -48,16 +48,16 @@ const (
 	BreakerHalfOpen BreakerState = "half-open" // one message is tried
 )
 
-// BreakerEvent is a breaker that has opened, or closed again.
+// BreakerEvent is a change of a breaker: it has opened or closed.
 type BreakerEvent struct {
 	Route   string // the filter of the route
 	Durable string
 	State   BreakerState // BreakerOpen or BreakerClosed
-	Err     error        // the failure that opened it, nil when it has closed
+	Err     error        // the failure that opened it, nil if it has closed
 }
 
-// BreakerObserver is an [Observer] that is also told of the breakers of the routes, when
-// one opens and when it closes again. What holds for Observe holds for it.
+// BreakerObserver is an [Observer] that is also called when a route's breaker opens or
+// closes. The rules for Observe apply.
 type BreakerObserver interface {
 	Observer
 	ObserveBreaker(e BreakerEvent)
@@ -80,9 +80,9 @@ type RouteStats struct {
 	Dead      uint64 // moved to the DLQ, or without one terminated or left unsettled
 	Discarded uint64 // terminated by Discard
 	Returned  uint64 // given back at the drain timeout or for an open breaker, which is no attempt
-	Lapsed    uint64 // leases lost before the message was settled: it is delivered again
+	Lapsed    uint64 // ack wait ended before the message was settled: it may be redelivered
 	Failed    uint64 // failed messages of a core route, errors answered to requests
-	Dropped   uint64 // dropped by the client as a slow consumer of a core route
+	Dropped   uint64 // dropped by the client because a core route is a slow consumer
 
 	Running int // handlers running now
 	Waiting int // messages pulled and waiting for a worker now
@@ -90,5 +90,5 @@ type RouteStats struct {
 
 	Breaker BreakerState // of a route with one
 
-	HandlerTime time.Duration // time spent in handlers, all together
+	HandlerTime time.Duration // total time spent in handlers
 }

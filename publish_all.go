@@ -12,8 +12,8 @@ import (
 
 // Bounds of one [Publisher.PublishAll]: what is sent and not acknowledged yet.
 const (
-	MaxPublishesInFlight = 4096
-	MaxBytesInFlight     = 16 << 20 // of payload; one message may be larger
+	maxPublishesInFlight = 4096
+	maxBytesInFlight     = 16 << 20 // of payload; one message may be larger
 )
 
 // PublishError reports which envelopes of a [Publisher.PublishAll] have no ack.
@@ -152,10 +152,10 @@ func (c *call) newBulk(es []Envelope) *bulk {
 		es:   es,
 		acks: make([]Ack, len(es)),
 		slot: make([]int32, len(es)),
-		out:  make([]sent, min(len(es), MaxPublishesInFlight)),
+		out:  make([]sent, min(len(es), maxPublishesInFlight)),
 		// More than messages: one that is tried again may have two acks, and one of
 		// a fast batch news of that before.
-		replies: make(chan *nats.Msg, 4*min(len(es), MaxPublishesInFlight)),
+		replies: make(chan *nats.Msg, 4*min(len(es), maxPublishesInFlight)),
 		fast:    c.p.fast,
 		inbox:   c.p.nc.NewInbox() + ".",
 		header:  make(nats.Header),
@@ -213,7 +213,7 @@ func (b *bulk) run(ctx context.Context, limit time.Duration) {
 
 func (b *bulk) room() bool {
 	return len(b.free) == len(b.out) ||
-		len(b.free) > 0 && b.bytes+len(b.es[b.next].data) <= MaxBytesInFlight
+		len(b.free) > 0 && b.bytes+len(b.es[b.next].data) <= maxBytesInFlight
 }
 
 // start sends the next envelope for the first time.

@@ -35,8 +35,8 @@ func WithFastIngest() PublisherOption {
 }
 
 const (
-	maxBatchMessages = MaxPublishesInFlight / 4
-	maxBatchBytes    = MaxBytesInFlight / 4
+	maxBatchMessages = maxPublishesInFlight / 4
+	maxBatchBytes    = maxBytesInFlight / 4
 
 	// The end of a reply subject <inbox>.<batch>.<flow>.<gap>.<number>.<op>.$FI:
 	// a sign of life every 256 messages, and with a message that is refused or

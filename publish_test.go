@@ -553,7 +553,7 @@ func FuzzEscapeToken(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		token := EscapeToken(s)
-		if strings.Contains(token, ".") || len(token) <= MaxSubjectLength && publishFault(token) != "" {
+		if strings.Contains(token, ".") || len(token) <= maxSubjectLength && publishFault(token) != "" {
 			t.Fatalf("EscapeToken(%q) = %q is no token", s, token)
 		}
 		// What can be turned back is different for different texts.
@@ -604,7 +604,7 @@ func TestPublishAllKeepsOrderAndResults(t *testing.T) {
 		t.Errorf("nothing: got %v, %v", acks, err)
 	}
 	// More than may be in flight, with faults of all kinds among them.
-	const n = 3 * MaxPublishesInFlight / 2
+	const n = 3 * maxPublishesInFlight / 2
 	es := make([]Envelope, n)
 	wantErr := map[int]error{}
 	for i := range es {
@@ -714,7 +714,7 @@ func TestPublishAllEndsWithItsContext(t *testing.T) {
 		t.Fatal(err)
 	}
 	pub := NewPublisher(nc)
-	es := make([]Envelope, MaxPublishesInFlight+10)
+	es := make([]Envelope, maxPublishesInFlight+10)
 	for i := range es {
 		es[i] = To("hole")
 	}

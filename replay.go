@@ -11,8 +11,8 @@ const (
 	// MaxReplayFailures is how many failures a [ReplayReport] holds; it counts
 	// them all.
 	MaxReplayFailures = 1000
-	// MaxReplaySpeed is the highest factor of [ReplayBuilder.Speed].
-	MaxReplaySpeed = 1e9
+	// maxReplaySpeed is the highest factor of [ReplayBuilder.Speed].
+	maxReplaySpeed = 1e9
 	// progressEvery is the shortest time between two calls of a progress function.
 	progressEvery = 100 * time.Millisecond
 )
@@ -110,7 +110,7 @@ func (r ReplayBuilder) Limit(n int) ReplayBuilder {
 
 // Speed keeps the time that passed between the messages when they were stored,
 // divided by x: 1 is as it happened, 10 ten times as fast, 0, the default, as fast
-// as possible. It is at most [MaxReplaySpeed] and not negative, else [ErrOutOfRange].
+// as possible. It is at most 1e9 and not negative, else [ErrOutOfRange].
 //
 // A message is due at its place on the replay's own clock, which starts with the
 // first message, so that delays do not add up: after a handler that took too long
@@ -291,8 +291,8 @@ func (s ReplaySpec) Validate() error {
 	if has(replayLimit) && r.limit < 1 {
 		add("limit", strconv.Itoa(r.limit), "must be at least 1", ErrOutOfRange)
 	}
-	if has(replaySpeed) && !(r.speed >= 0 && r.speed <= MaxReplaySpeed) {
-		add("speed", strconv.FormatFloat(r.speed, 'g', -1, 64), fmt.Sprintf("must be between 0 and %g", float64(MaxReplaySpeed)), ErrOutOfRange)
+	if has(replaySpeed) && !(r.speed >= 0 && r.speed <= maxReplaySpeed) {
+		add("speed", strconv.FormatFloat(r.speed, 'g', -1, 64), fmt.Sprintf("must be between 0 and %g", float64(maxReplaySpeed)), ErrOutOfRange)
 	}
 	if has(replayConcurrency) && r.workers < 1 {
 		add("concurrency", strconv.Itoa(r.workers), "must be at least 1", ErrOutOfRange)

@@ -8,9 +8,9 @@ import (
 )
 
 const (
-	// ReplayInactive is how long the server keeps the consumer of a replay whose
+	// replayInactive is how long the server keeps the consumer of a replay whose
 	// process is gone.
-	ReplayInactive = time.Minute
+	replayInactive = time.Minute
 	// replayWindow is how many messages may be here or on their way.
 	replayWindow = 2048
 	// replayBytes is how much of a replay may be here before it asks for more.

@@ -49,7 +49,7 @@ func (r *replay) openSource() error {
 	r.from = &origin{stream: c.Name, ctx: r.serving}
 	p.mu.Unlock()
 	r.reader, err = openReader(r.env.api, r.env.link, r.env.log, info, readerOptions{
-		filter: r.want.replay.filter, consumers: replayConsumer, inactive: ReplayInactive,
+		filter: r.want.replay.filter, consumers: replayConsumer, inactive: replayInactive,
 		window: replayWindow, want: r.demand, wake: r.more,
 	})
 	if err != nil {

@@ -556,7 +556,7 @@ func TestReplayKeepsOneConsumer(t *testing.T) {
 		case 3*replayWindow - replayWindow/2:
 			began := time.Now()
 			eventually(t, "one consumer is left", func() bool { return consumers(t, admin, "HISTORY") == 1 })
-			if took := time.Since(began); took > ReplayInactive/2 {
+			if took := time.Since(began); took > replayInactive/2 {
 				t.Errorf("the others were left for %s", took)
 			}
 		}

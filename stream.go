@@ -14,12 +14,12 @@ import (
 
 // Bounds of what a stream accepts, those of the server.
 const (
-	// MaxReplicas is the most copies a stream can have.
-	MaxReplicas = 5
-	// MaxDescriptionLength is the longest description in bytes.
-	MaxDescriptionLength = 4096
-	// MinStreamDuration is the shortest MaxAge and DedupWindow.
-	MinStreamDuration = 100 * time.Millisecond
+	// maxReplicas is the most copies a stream can have.
+	maxReplicas = 5
+	// maxDescriptionLength is the longest description in bytes.
+	maxDescriptionLength = 4096
+	// minStreamDuration is the shortest MaxAge and DedupWindow.
+	minStreamDuration = 100 * time.Millisecond
 )
 
 // subjectSeparator joins subjects in a scalar. Being a control character, it is
@@ -105,7 +105,7 @@ func (s StreamSpec) Subjects(subjects ...string) StreamSpec {
 	return s
 }
 
-// Description is a text for people, at most [MaxDescriptionLength] bytes; the
+// Description is a text for people, at most 4,096 bytes; the
 // empty one removes it.
 func (s StreamSpec) Description(text string) StreamSpec {
 	s.set |= optDescription
@@ -147,7 +147,7 @@ func (s StreamSpec) Compression(c jetstream.StoreCompression) StreamSpec {
 	return s
 }
 
-// MaxAge deletes messages older than d, at least [MinStreamDuration]; 0 keeps
+// MaxAge deletes messages older than d, at least 100 ms; 0 keeps
 // them for ever, which is the default. It lowers a longer dedup window with it
 // unless DedupWindow is set too. An existing stream that holds older messages is
 // not changed.
@@ -192,7 +192,7 @@ func (s StreamSpec) MaxMsgSize(n int32) StreamSpec {
 	return s
 }
 
-// Replicas is the number of servers that keep a copy, 1 to [MaxReplicas].
+// Replicas is the number of servers that keep a copy, 1 to 5.
 // Default is 1, which loses what the one server loses: 3 in production.
 func (s StreamSpec) Replicas(n int) StreamSpec {
 	s.set |= optReplicas
@@ -201,7 +201,7 @@ func (s StreamSpec) Replicas(n int) StreamSpec {
 }
 
 // DedupWindow is how long the stream remembers message ids, at least
-// [MinStreamDuration] and at most MaxAge. Default is 2 minutes, or MaxAge when
+// 100 ms and at most MaxAge. Default is 2 minutes, or MaxAge when
 // that is shorter.
 func (s StreamSpec) DedupWindow(d time.Duration) StreamSpec {
 	s.set |= optDedupWindow
@@ -286,8 +286,8 @@ func (s StreamSpec) Validate() error {
 	}
 	if has(optDescription) {
 		switch {
-		case len(s.description) > MaxDescriptionLength:
-			add("description", fmt.Sprintf("of %d bytes", len(s.description)), fmt.Sprintf("is longer than %d bytes", MaxDescriptionLength), ErrOutOfRange)
+		case len(s.description) > maxDescriptionLength:
+			add("description", fmt.Sprintf("of %d bytes", len(s.description)), fmt.Sprintf("is longer than %d bytes", maxDescriptionLength), ErrOutOfRange)
 		case !utf8.ValidString(s.description):
 			add("description", strconv.Quote(s.description), "is not valid UTF-8", ErrOutOfRange)
 		}
@@ -304,8 +304,8 @@ func (s StreamSpec) Validate() error {
 	if c := s.compression; has(optCompression) && c != jetstream.NoCompression && c != jetstream.S2Compression {
 		add("compression", strconv.Itoa(int(c)), "is not a compression", ErrOutOfRange)
 	}
-	if has(optMaxAge) && s.maxAge != 0 && s.maxAge < MinStreamDuration {
-		add("maxAge", s.maxAge.String(), "must be at least "+MinStreamDuration.String()+", or 0 for no limit", ErrOutOfRange)
+	if has(optMaxAge) && s.maxAge != 0 && s.maxAge < minStreamDuration {
+		add("maxAge", s.maxAge.String(), "must be at least "+minStreamDuration.String()+", or 0 for no limit", ErrOutOfRange)
 	}
 	for _, limit := range []struct {
 		opt   streamOption
@@ -321,13 +321,13 @@ func (s StreamSpec) Validate() error {
 			add(limit.field, strconv.FormatInt(limit.n, 10), "must be at least 1, or -1 for no limit", ErrOutOfRange)
 		}
 	}
-	if has(optReplicas) && (s.replicas < 1 || s.replicas > MaxReplicas) {
-		add("replicas", strconv.Itoa(s.replicas), fmt.Sprintf("must be 1 to %d", MaxReplicas), ErrOutOfRange)
+	if has(optReplicas) && (s.replicas < 1 || s.replicas > maxReplicas) {
+		add("replicas", strconv.Itoa(s.replicas), fmt.Sprintf("must be 1 to %d", maxReplicas), ErrOutOfRange)
 	}
 	if has(optDedupWindow) {
 		switch {
-		case s.dedupWindow < MinStreamDuration:
-			add("dedupWindow", s.dedupWindow.String(), "must be at least "+MinStreamDuration.String(), ErrOutOfRange)
+		case s.dedupWindow < minStreamDuration:
+			add("dedupWindow", s.dedupWindow.String(), "must be at least "+minStreamDuration.String(), ErrOutOfRange)
 		case s.maxAge > 0 && s.dedupWindow > s.maxAge:
 			add("dedupWindow", s.dedupWindow.String(), "is longer than the maxAge of "+s.maxAge.String(), ErrOptionConflict)
 		}

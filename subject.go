@@ -50,8 +50,8 @@ func subjectFault(subject string) string {
 	switch {
 	case subject == "":
 		return "must not be empty"
-	case len(subject) > MaxSubjectLength:
-		return fmt.Sprintf("is longer than %d bytes", MaxSubjectLength)
+	case len(subject) > maxSubjectLength:
+		return fmt.Sprintf("is longer than %d bytes", maxSubjectLength)
 	case !utf8.ValidString(subject):
 		return "is not valid UTF-8"
 	case strings.ContainsFunc(subject, unicode.IsSpace):
@@ -69,8 +69,8 @@ func nameFault(name string) string {
 	switch {
 	case name == "":
 		return "must not be empty"
-	case len(name) > MaxNameLength:
-		return fmt.Sprintf("is longer than %d bytes", MaxNameLength)
+	case len(name) > maxNameLength:
+		return fmt.Sprintf("is longer than %d bytes", maxNameLength)
 	case !utf8.ValidString(name):
 		return "is not valid UTF-8"
 	case strings.ContainsAny(name, ".*>/\\"):
@@ -88,8 +88,8 @@ func groupFault(name string) string {
 	switch {
 	case name == "":
 		return "must not be empty"
-	case len(name) > MaxNameLength:
-		return fmt.Sprintf("is longer than %d bytes", MaxNameLength)
+	case len(name) > maxNameLength:
+		return fmt.Sprintf("is longer than %d bytes", maxNameLength)
 	}
 	return subjectFault(name)
 }
@@ -224,13 +224,13 @@ func captures(info *jetstream.StreamInfo, subject string) bool {
 
 // Bounds of what a route accepts.
 const (
-	// MaxSubjectLength is the longest subject in bytes that natsx accepts. A server closes
+	// maxSubjectLength is the longest subject in bytes that natsx accepts. A server closes
 	// the connection on a protocol line above 4,096 bytes, which includes the subject, the
 	// reply subject and the sizes.
-	MaxSubjectLength = 1024
-	// MaxNameLength is the longest name of a stream or durable in bytes, the
+	maxSubjectLength = 1024
+	// maxNameLength is the longest name of a stream or durable in bytes, the
 	// server's JSMaxNameLen.
-	MaxNameLength = 255
-	// MinAckWait is the shortest ack wait that can be extended in time.
-	MinAckWait = 100 * time.Millisecond
+	maxNameLength = 255
+	// minAckWait is the shortest ack wait that can be extended in time.
+	minAckWait = 100 * time.Millisecond
 )
