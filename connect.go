@@ -19,21 +19,19 @@ import (
 // flusherTimeout is how long nats.go may hold the connection's lock for a write.
 const flusherTimeout = 5 * time.Second
 
-// Connect is [nats.Connect] with defaults for production ahead of opts: the
+// Connect is [nats.Connect] with defaults for production before opts: the
 // executable's name as connection name, reconnecting for ever with a wait of
 // 500 ms and a jitter of up to 500 ms (TLS: 2 s), a retry when the first connect
 // fails, a drain timeout of 30 s, a write timeout of 5 s, and asynchronous errors,
 // disconnects, reconnects and failures to connect logged to [slog.Default]. Every
-// default can be overridden by opts. The url may be several with commas between
-// them, which are tried in random order; an empty one is [nats.DefaultURL],
-// nats://127.0.0.1:4222.
+// default can be overridden by opts. url may be several URLs separated by commas, which
+// are tried in random order; an empty one is [nats.DefaultURL], nats://127.0.0.1:4222.
 //
-// Since a failed first connect is retried in the background, Connect returns
-// before the connection is up when no server answers; [Broker.Run] waits for it.
-// Credentials that are wrong or expired are tried again as well, since they may be
-// mended: the log, [Broker.Health] and Run name the cause. What is wrong with url
-// (then an [ErrInvalidURL] without its password) or opts is an error at once. The
-// caller closes the connection.
+// A failed first connect is retried in the background, so Connect may return before the
+// connection is up; [Broker.Run] waits for it. Wrong or expired credentials are retried
+// too, since they may be corrected: the log, [Broker.Health] and Run report the cause. An
+// invalid url is [ErrInvalidURL], with a text without the password. The caller closes the
+// connection.
 func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 	if err := checkURLs(url); err != nil {
 		return nil, err

@@ -72,7 +72,7 @@ func TestDigest(t *testing.T) {
 func TestNumbers(t *testing.T) {
 	t.Parallel()
 	a, b := digestOf(To("a")), digestOf(To("b"))
-	m := &made{taken: make(map[digest]uint32)}
+	m := &numbering{taken: make(map[digest]uint32)}
 	for i, step := range []struct {
 		of   digest
 		back uint32 // given back, or else one is taken
@@ -98,8 +98,8 @@ func TestNumbers(t *testing.T) {
 func TestNumbersAreBounded(t *testing.T) {
 	t.Parallel()
 	of := func(i int) digest { return digestOf(To(fmt.Sprint("s.", i))) }
-	run := func(n int) (*made, []uint32) {
-		m := &made{taken: make(map[digest]uint32)}
+	run := func(n int) (*numbering, []uint32) {
+		m := &numbering{taken: make(map[digest]uint32)}
 		numbers := make([]uint32, n)
 		for i := range n {
 			numbers[i] = m.take(of(i)).n

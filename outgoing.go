@@ -32,7 +32,7 @@ func (p *Publisher) newCall(ctx context.Context) *call {
 
 // denied is the permission that keeps a message on subject from being stored and
 // acknowledged, if the server has refused it since the call began.
-func (c *call) denied(subject string) error { return c.p.denials.of(subject, c.mark) }
+func (c *call) denied(subject string) error { return c.p.denials.since(subject, c.mark) }
 
 // inDurable reports whether a durable's handler calls, so that message ids are made of
 // the handled message.
@@ -353,12 +353,12 @@ func (p *Publisher) publishFailure(o *outgoing, err error) error {
 }
 
 // output is the record of what d's handler has stored.
-func (d *delivery) output() *made {
-	if m := d.made.Load(); m != nil {
+func (d *delivery) output() *numbering {
+	if m := d.numbering.Load(); m != nil {
 		return m
 	}
-	d.made.CompareAndSwap(nil, &made{name: deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time}), taken: make(map[digest]uint32)})
-	return d.made.Load()
+	d.numbering.CompareAndSwap(nil, &numbering{name: deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time}), taken: make(map[digest]uint32)})
+	return d.numbering.Load()
 }
 
 func carriedFrom(d *delivery) []field {

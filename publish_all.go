@@ -63,7 +63,7 @@ func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, erro
 	return p.publishAll(ctx, DefaultPublishTimeout, es)
 }
 
-// publishAll gives up after patience without progress if ctx has no deadline.
+// publishAll gives up after limit without progress if ctx has no deadline.
 func (p *Publisher) publishAll(ctx context.Context, limit time.Duration, es []Envelope) ([]Ack, error) {
 	if len(es) == 0 {
 		return nil, nil

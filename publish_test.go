@@ -41,7 +41,7 @@ func TestEnvelopeFaults(t *testing.T) {
 		{"json", To("a").JSON(math.NaN()), errors.ErrUnsupported, `natsx: publish to "a": encode: json: unsupported value: NaN`},
 		{"no codec", To("a").Encode(nil, 1), errors.ErrUnsupported, "no codec"},
 		{"header name", To("a").Header("a b", "x"), ErrInvalidName, `natsx: publish to "a": header "a b": the name must be`},
-		{"message id header", To("a").Header("nats-msg-id", "x"), ErrOptionConflict, `header "nats-msg-id": is made by MsgID`},
+		{"message id header", To("a").Header("nats-msg-id", "x"), ErrOptionConflict, `header "nats-msg-id": is set by MsgID`},
 		{"schedule header", To("a").Header("Nats-Schedule-Target", "x"), ErrOptionConflict, "At and After"},
 		{"batch header", To("a").Header("Nats-Batch-Id", "x"), ErrOptionConflict, "PublishAtomic"},
 		{"timeout header", To("a").Header("Natsx-Timeout", "1s"), ErrOptionConflict, "Request"},

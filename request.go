@@ -187,7 +187,7 @@ func received(r *nats.Msg) (*Msg, error) {
 }
 
 func (p *Publisher) requestFailure(m *nats.Msg, mark uint64, err error) error {
-	if denied := p.denials.of(m.Subject, mark); denied != nil {
+	if denied := p.denials.since(m.Subject, mark); denied != nil {
 		return denied
 	}
 	p.denials.renew()
