@@ -21,6 +21,9 @@ const (
 	DefaultMaxAckPending = 65536
 )
 
+// MaxBatch is the most messages in a batch.
+const MaxBatch = 10_000
+
 // option is one bit for each setter, to distinguish an option set to its zero value from
 // one that was not set.
 type option uint32
@@ -42,6 +45,7 @@ const (
 	optMaxAckPending
 	optConfirmAcks
 	optDLQ
+	optPinnedBy
 )
 
 // RouteBuilder describes where messages come from and how they are handled. It is a small
@@ -76,6 +80,7 @@ type RouteBuilder struct {
 	breakerAfter  int
 	breakerRest   time.Duration
 	maxAckPending int
+	group         string // of PinnedBy
 }
 
 // instant is a time.Time without a pointer.
@@ -230,8 +235,13 @@ func (r RouteBuilder) OrderedBy(key OrderKey) RouteBuilder {
 	return r
 }
 
-// Batch passes up to n messages, or those that arrived within wait, to a batch handler.
-// This version refuses it with [ErrNotSupported].
+// Batch passes up to n messages, or those that arrived within wait of the first one, to
+// one call of the function of [RouteBuilder.HandleBatch]. Attempts, retries and dead
+// letters are still those of each message; a retried message is in a later batch. A batch
+// occupies one worker, counts as one for Concurrency and Rate, and as one attempt for
+// Breaker. The ack wait of its messages is extended while they wait. n must be 1 to
+// [MaxBatch] and wait above zero, else it is [ErrOutOfRange]. With OrderedBy, with Handle,
+// or with n above MaxAckPending it is [ErrOptionConflict].
 func (r RouteBuilder) Batch(n int, wait time.Duration) RouteBuilder {
 	r.set |= optBatch
 	r.batch, r.batchWait = n, wait
@@ -281,6 +291,28 @@ func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 	return r
 }
 
+// PinnedBy delivers the messages of the durable to one process at a time: the client that
+// the server has pinned in this priority group (ADR-42). All processes with the durable
+// must name the same group; the others stand by. One of them takes over
+//
+//   - at once when the pinned one ends its Run;
+//   - one and a half AckWaits after the pinned one was killed, lost its connection or
+//     paused its route with nothing in hand. The messages that it had in hand are
+//     delivered first then;
+//   - at once when another server becomes the leader of the durable, or its leader
+//     restarts. Messages in hand still run in the previous process, at the same time as
+//     those that the next one receives.
+//
+// The name may have letters, digits and any of / _ = -, and has 1 to 16 bytes, else it is
+// [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
+// [ErrServerTooOld]. To release its pin at the end of Run the user needs the permission
+// for CONSUMER.UNPIN; without it the pin expires like that of a killed process.
+func (r RouteBuilder) PinnedBy(group string) RouteBuilder {
+	r.set |= optPinnedBy
+	r.group = group
+	return r
+}
+
 // ConfirmAcks makes each worker wait until the server has confirmed its acknowledgement,
 // so that a handled message is not redelivered after a leader election. It costs a round
 // trip per message. A message whose acknowledgement is not confirmed within AckWait has
@@ -311,7 +343,10 @@ func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 // [ErrNoHandler].
 func (r RouteBuilder) Handle(fn Handler) Spec { return Spec{route: r, handler: fn} }
 
-// HandleBatch ends a chain with Batch. This version refuses it with [ErrNotSupported].
+// HandleBatch ends a chain with Batch; without Batch it is [ErrOptionConflict]. A message
+// that must run in isolation, such as one that may have crashed its process, is passed to
+// fn alone. The middleware of [WithMiddleware] is not called, since it is for handlers of
+// one message. A nil fn is [ErrNoHandler].
 func (r RouteBuilder) HandleBatch(fn BatchHandler) Spec {
 	return Spec{route: r, kind: kindBatch, batch: fn}
 }
@@ -486,6 +521,11 @@ func (s Spec) faults() []error {
 				fmt.Sprintf("is below the concurrency of %d, which it would limit", r.concurrency), ErrOptionConflict)
 		}
 	}
+	if has(optPinnedBy) {
+		if reason := priorityGroupFault(r.group); reason != "" {
+			add("pinnedBy", strconv.Quote(r.group), reason, ErrInvalidName)
+		}
+	}
 	s.futureFaults(has, add)
 	if has(optDLQ) {
 		if reason := publishFault(r.dlq); reason != "" {
@@ -514,14 +554,16 @@ func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason 
 		switch {
 		case r.batch < 1:
 			add("batch", value, "needs at least 1 message", ErrOutOfRange)
+		case r.batch > MaxBatch:
+			add("batch", value, fmt.Sprintf("takes at most %d messages", MaxBatch), ErrOutOfRange)
 		case r.batchWait <= 0:
 			add("batch", value, "the wait must be above zero", ErrOutOfRange)
 		case s.kind != kindBatch:
 			add("batch", value, "needs HandleBatch", ErrOptionConflict)
 		case has(optOrderedBy):
 			add("batch", value, "does not fit with an order key", ErrOptionConflict)
-		default:
-			add("batch", value, later, ErrNotSupported)
+		case has(optMaxAckPending) && r.maxAckPending >= 1 && r.batch > r.maxAckPending:
+			add("batch", value, fmt.Sprintf("is above MaxAckPending, %d: it could never be full", r.maxAckPending), ErrOptionConflict)
 		}
 	} else if s.kind == kindBatch {
 		add("handleBatch", "", "needs Batch", ErrOptionConflict)
@@ -558,6 +600,7 @@ var durableOptions = []struct {
 	{optBatch, "batch", func(r RouteBuilder) string { return strconv.Itoa(r.batch) }},
 	{optBreaker, "breaker", func(r RouteBuilder) string { return strconv.Itoa(r.breakerAfter) }},
 	{optMaxAckPending, "maxAckPending", func(r RouteBuilder) string { return strconv.Itoa(r.maxAckPending) }},
+	{optPinnedBy, "pinnedBy", func(r RouteBuilder) string { return strconv.Quote(r.group) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
 }

@@ -3,6 +3,7 @@ package natsx
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"strconv"
@@ -60,6 +61,7 @@ type durableRoute struct {
 	letters letterBox      // owned by dlq.go
 	passer  passer
 	breaker *breaker // nil for none
+	batch   *batcher // nil for a route that handles one message at a time
 
 	free []*work // for reuse
 }
@@ -71,6 +73,9 @@ func newDurableRoute(e *env, spec Spec) *durableRoute {
 	r.puller.budget = &e.link.budget
 	r.passer.route = &r.route
 	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	if spec.kind == kindBatch {
+		r.batch = &batcher{owner: r, route: &r.route, most: spec.route.batch, wait: spec.route.batchWait}
+	}
 	if spec.route.set&optBreaker != 0 {
 		r.breaker = newBreaker(spec.route.breakerAfter, spec.route.breakerRest)
 	}
@@ -163,6 +168,9 @@ func (r *durableRoute) stop(ctx context.Context) {
 	p.mu.Unlock()
 	r.pause(ctx)
 	p.mu.Lock()
+	if r.batch != nil && r.batch.gathered.len() > 0 {
+		r.queueBatch(processTime())
+	}
 	p.leave(&r.lane)
 	p.mu.Unlock()
 	// Run what takes only a moment; give the rest back for other processes.
@@ -206,6 +214,10 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.env.log.Warn("natsx: message on the route's inbox is not from its consumer", r.names("reply", m.Reply)...)
 		return
 	}
+	pin := ""
+	if r.spec.route.set&optPinnedBy != 0 {
+		pin = takePin(m)
+	}
 	d := &delivery{msg: Msg{
 		Subject: m.Subject, Data: m.Data, Header: m.Header,
 		from: r.from, reply: m, seq: info.sequence, time: info.time, attempt: 1,
@@ -213,6 +225,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	size := m.Size()
 	p := r.env.pool
 	p.mu.Lock()
+	pinned := r.puller.pinned(pin)
 	r.stats.Received++
 	// The server's ack wait began between the pull and the arrival. When that is a
 	// long time, assume the earlier one.
@@ -236,7 +249,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		}
 	}
 	var next pullRequest
-	if r.unplanned++; r.unplanned >= planEvery || r.lane.inHand() <= 1 || r.puller.outstanding <= planEvery {
+	if r.unplanned++; r.unplanned >= planEvery || r.inHand() <= 1 || r.puller.outstanding <= planEvery {
 		next = r.plan(now)
 	}
 	well := r.pullsFail
@@ -248,6 +261,9 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	}
 	if well {
 		r.clear("pull")
+	}
+	if pinned {
+		r.env.log.Info("natsx: route gets the messages of its durable", r.names("group", r.spec.route.group)...)
 	}
 }
 
@@ -317,42 +333,62 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
 	w.key, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, "", ""
-	w.began, w.ended, w.err, w.due, w.answer, w.letter = 0, 0, nil, 0, nil, nil
+	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared = 0, 0, nil, 0, nil, nil, false
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
 	}
 }
 
-// run handles one message on a worker.
+// run handles one message, or a batch, on a worker.
 func (r *durableRoute) run(w *work) {
-	if w.began >= w.ends.Load() {
-		r.lapse(w)
+	if w.members != nil {
+		r.batch.run(w)
 		return
 	}
-	if len(w.msg.Header) > 0 {
-		if act, delay := r.passer.judge(r.env.closing, w, r.target.config.Load()); act != actHandle {
-			r.passOver(w, act, delay)
-			return
-		}
-		if w.began = processTime(); w.began >= w.ends.Load() { // judge may have taken a while
-			w.ended = w.began
-			r.lapse(w)
-			return
-		}
-		if r.spec.route.dlq != "" {
-			w.msg.Header = maps.Clone(w.msg.Header)
-		}
-	}
-	if w.alone && !r.mayRunAlone(w) {
+	if !r.mayRun(w) || w.alone && !r.mayRunAlone(w) {
 		return
 	}
-	if r.breaker != nil && !r.breaker.mayStart(w.began) {
-		w.outcome = OutcomeReturned
-		r.giveBack(w, r.breaker.redeliverAfter())
-		r.unmark(w)
+	if !r.mayStart(w.began) {
+		r.turnAway(w)
 		return
 	}
 	attempt(r.owner, r.handler, w, r.spec.route.timeout)
+	r.unmark(w)
+}
+
+// mayRun reports whether a message is to be handled, and settles it otherwise.
+func (r *durableRoute) mayRun(w *work) bool {
+	if w.began >= w.ends.Load() {
+		r.lapse(w)
+		return false
+	}
+	if len(w.msg.Header) == 0 {
+		return true
+	}
+	if act, delay := r.passer.judge(r.env.closing, w, r.target.config.Load()); act != actHandle {
+		r.passOver(w, act, delay)
+		return false
+	}
+	if w.began = processTime(); w.began >= w.ends.Load() { // judge may have taken a while
+		w.ended = w.began
+		r.lapse(w)
+		return false
+	}
+	if r.spec.route.dlq != "" {
+		w.msg.Header = maps.Clone(w.msg.Header)
+	}
+	return true
+}
+
+// mayStart reports whether the breaker lets a handler start.
+func (r *durableRoute) mayStart(now int64) bool {
+	return r.breaker == nil || r.breaker.mayStart(now)
+}
+
+// turnAway gives back a message that an open breaker does not let run.
+func (r *durableRoute) turnAway(w *work) {
+	w.outcome = OutcomeReturned
+	r.giveBack(w, r.breaker.redeliverAfter())
 	r.unmark(w)
 }
 
@@ -424,11 +460,14 @@ func (r *durableRoute) lapse(w *work) {
 // conclude settles an attempt by the handler's result.
 func (r *durableRoute) conclude(w *work, err error) {
 	j, err := judge(err)
+	cut := r.env.handlers.Err() != nil
+	r.settleAttempt(w, j, err, cut, r.brake(w.ended, j, err, cut))
+}
+
+// settleAttempt settles w by the result of its handler, which a shutdown may have cut off,
+// or an open breaker have made no attempt: then the message rests.
+func (r *durableRoute) settleAttempt(w *work, j judgement, err error, cut bool, rest time.Duration) {
 	w.err = err
-	c := circumstances{attempt: w.msg.Attempt(), cut: r.env.handlers.Err() != nil, spread: rand.Float64()}
-	if r.breaker != nil {
-		c.void = r.brake(w.ended, j, err, c.cut)
-	}
 	if w.ended >= w.ends.Load() {
 		r.lapse(w)
 		if j.verdict == verdictSuccess {
@@ -442,8 +481,8 @@ func (r *durableRoute) conclude(w *work, err error) {
 		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
 		return
 	}
-	c.life = r.remainingLife(w)
-	if c.cut && errors.Is(err, context.Canceled) {
+	c := circumstances{attempt: w.msg.Attempt(), cut: cut, void: rest, life: r.remainingLife(w), spread: rand.Float64()}
+	if cut && errors.Is(err, context.Canceled) {
 		j.verdict = verdictRetry // whatever else it wraps
 	}
 	r.carryOut(w, decide(r.spec.route, j, c))
@@ -463,13 +502,17 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 	case actAck:
 		r.ack(w)
 	case actNak:
-		r.env.log.Warn("natsx: attempt failed", r.about(w, "error", err, "retry_in", s.delay)...)
+		level := slog.LevelWarn
+		if w.shared {
+			level = slog.LevelDebug // the batch was logged
+		}
+		r.env.log.Log(context.Background(), level, "natsx: attempt failed", r.about(w, "error", err, "retry_in", s.delay)...)
 		r.giveBack(w, s.delay)
 		r.checkAfterFailure()
 	case actReturn:
 		why := "natsx: handler was cancelled by the shutdown, message given back"
 		if s.delay > 0 {
-			why = "natsx: the breaker is not closed, so the failure is no attempt, message given back"
+			why = "natsx: attempt failed while the breaker is not closed and does not count, message given back"
 		}
 		r.env.log.Info(why, r.about(w, "error", err)...)
 		r.giveBack(w, s.delay)
@@ -579,6 +622,10 @@ func (r *durableRoute) bookAll(done []*work) pullRequest {
 	now, ran := int64(0), 0
 	for _, w := range done {
 		now = max(now, w.ended)
+		if w.members != nil {
+			ran += r.finishBatch(w)
+			continue
+		}
 		if w.ended != w.began { // otherwise it was not run
 			r.learn(w.took())
 			ran++
@@ -595,6 +642,24 @@ func (r *durableRoute) bookAll(done []*work) pullRequest {
 	r.window.add(now, ran)
 	r.release(now)
 	return r.plan(now)
+}
+
+// finishBatch books the messages of a batch. The pool is locked.
+func (r *durableRoute) finishBatch(batch *work) (ran int) {
+	for _, w := range batch.members {
+		if w.ended != w.began {
+			ran++
+		}
+		if w.letter == nil || !w.letter.held {
+			r.book(w)
+		}
+	}
+	if ran > 0 {
+		r.stats.HandlerTime += batch.took()
+		r.learn(batch.took() / time.Duration(ran))
+	}
+	batch.members = nil
+	return ran
 }
 
 // book records the outcome of w and releases it. The pool is locked.
@@ -630,6 +695,9 @@ func (r *durableRoute) report() RouteStats {
 	defer p.mu.Unlock()
 	now := processTime()
 	st.Delayed = r.delayed.after(now)
+	if r.batch != nil {
+		st.Waiting += r.batch.waiting() - r.lane.waiting()
+	}
 	if r.breaker != nil {
 		st.Breaker, _ = r.breaker.now(now)
 	}

@@ -23,7 +23,15 @@ const (
 	// consumerMisses is how many times in a row a consumer must be unknown to the server
 	// before it counts as deleted: a server that has just started may not know it yet.
 	consumerMisses = 2
+	// pinRenewals is how often a pin is renewed while it lasts.
+	pinRenewals = 4
+	// unpinPatience bounds what a drain waits for its pin to be released.
+	unpinPatience = 2 * time.Second
 )
+
+// pinFor is how long the server keeps a pin that is not renewed. The leases of what its
+// client had in hand end before, so that the next one gets that first.
+func pinFor(ackWait time.Duration) time.Duration { return ackWait * 3 / 2 }
 
 // errAckPendingFull is the trouble of a route whose waiting retries keep the server from
 // delivering new messages.
@@ -214,6 +222,14 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 	if old := r.env.api.nc.ConnectedServerVersion(); olderThan(old, 2, 10) {
 		return r.refuseOldServer(ctx, cfg, old)
 	}
+	tooOld := func() error {
+		version := r.env.api.nc.ConnectedServerVersion()
+		return r.spec.fault("pinnedBy", strconv.Quote(r.spec.route.group), "needs nats-server 2.11, this is "+version, ErrServerTooOld)
+	}
+	pinned := r.spec.route.set&optPinnedBy != 0
+	if pinned && olderThan(r.env.api.nc.ConnectedServerVersion(), 2, 11) {
+		return tooOld()
+	}
 	create := func() (info *jetstream.ConsumerInfo, err error) {
 		err = r.tryOn(ctx, func(ctx context.Context) (err error) {
 			info, err = r.env.api.createConsumer(ctx, t.stream, cfg)
@@ -248,11 +264,14 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 		return fail(err)
 	}
 	c := info.Config
+	if pinned && c.PriorityPolicy != jetstream.PriorityPolicyPinned {
+		return tooOld() // the one that has the stream, in place of the one connected to
+	}
 	t.identity = identityOf(info, r.env.api.nc)
 	t.nextSubject = r.env.api.prefix + "CONSUMER.MSG.NEXT." + t.stream + "." + t.consumer
-	// With DeliverLastPerSubject the server forgets a message that it could not deliver
+	// The server could pin an idle pull, which gets no message. With DeliverLastPerSubject the server forgets a message that it could not deliver
 	// to an idle pull. A rate limit or the original replay pace would delay the wake-up.
-	t.canIdle = c.DeliverPolicy != jetstream.DeliverLastPerSubjectPolicy && c.ReplayPolicy == jetstream.ReplayInstantPolicy && c.RateLimit == 0
+	t.canIdle = !pinned && c.DeliverPolicy != jetstream.DeliverLastPerSubjectPolicy && c.ReplayPolicy == jetstream.ReplayInstantPolicy && c.RateLimit == 0
 	if c.InactiveThreshold > 0 {
 		r.env.log.Warn("natsx: the server deletes the durable when nobody pulls for its inactive threshold",
 			r.names("stream", t.stream, "inactive_threshold", c.InactiveThreshold)...)
@@ -294,6 +313,9 @@ func (r *durableRoute) consumerConfig() jetstream.ConsumerConfig {
 		DeliverPolicy: spec.deliver,
 		Metadata:      map[string]string{metadataID: rand.Text()},
 	}
+	if spec.set&optPinnedBy != 0 {
+		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{spec.group}, pinFor(cfg.AckWait)
+	}
 	switch spec.deliver {
 	case jetstream.DeliverByStartSequencePolicy:
 		cfg.OptStartSeq = spec.startSeq
@@ -325,11 +347,21 @@ func differences(have, want jetstream.ConsumerConfig, bindOnly bool) (diffs []st
 	differs(have.AckPolicy != jetstream.AckExplicitPolicy, "its ack policy is %s, not explicit", have.AckPolicy)
 	differs(len(have.BackOff) > 0, "it has a BackOff, which the server combines with the delays of natsx")
 	differs(have.HeadersOnly, "it delivers headers only")
-	differs(have.PriorityPolicy != jetstream.PriorityPolicyNone, "it has a priority policy")
+	differs(have.PriorityPolicy != want.PriorityPolicy || !slices.Equal(have.PriorityGroups, want.PriorityGroups),
+		"its %s, not %s", priorityText(have), priorityText(want))
 	differs(!(len(filters) == 1 && filters[0] == want.FilterSubject) && !(len(filters) == 0 && want.FilterSubject == ">"),
 		"its filter is %q", filters)
 	differs(bindOnly && have.MaxDeliver > 0, "its MaxDeliver is %d, not unlimited", have.MaxDeliver)
 	return diffs
+}
+
+func priorityText(c jetstream.ConsumerConfig) string {
+	policy := "priority policy is none"
+	if c.PriorityPolicy != jetstream.PriorityPolicyNone {
+		text, _ := c.PriorityPolicy.MarshalJSON()
+		policy = fmt.Sprintf("priority policy is %s by %q", text, c.PriorityGroups)
+	}
+	return policy
 }
 
 // adopt uses an existing consumer. It refuses settings that would change the meaning of
@@ -350,6 +382,9 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 	}
 	next := have
 	next.Name = r.target.consumer
+	if next.PriorityPolicy == jetstream.PriorityPolicyPinned {
+		next.PinnedTTL = pinFor(want.AckWait)
+	}
 	next.AckWait, next.MaxDeliver, next.MaxAckPending = want.AckWait, want.MaxDeliver, want.MaxAckPending
 	if !known {
 		next.Metadata = withMetadata(have.Metadata, metadataID, want.Metadata[metadataID])
@@ -364,6 +399,31 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 // cannotAdopt is the fault of an existing durable that the route cannot use.
 func (r *durableRoute) cannotAdopt(reasons ...string) error {
 	return r.spec.fault("durable", strconv.Quote(r.target.consumer), "exists and cannot be adopted: "+strings.Join(reasons, "; "), ErrConsumerConflict)
+}
+
+// unpin has the server pin another client at once, when this one has nothing in hand any
+// more.
+func (r *durableRoute) unpin(ctx context.Context) {
+	r.env.pool.mu.Lock()
+	pin := r.puller.pin
+	r.env.pool.mu.Unlock()
+	if pin == "" || !r.env.link.up() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, unpinPatience)
+	defer cancel()
+	info, err := r.env.api.consumerInfo(ctx, r.target.stream, r.target.consumer)
+	if err == nil && (len(info.PriorityGroups) == 0 || info.PriorityGroups[0].PinnedClientID != pin) {
+		return // another one is pinned already
+	}
+	if err == nil {
+		err = r.env.api.ask(ctx, "CONSUMER.UNPIN."+r.target.stream+"."+r.target.consumer, struct {
+			Group string `json:"group"`
+		}{r.spec.route.group}, &struct{}{})
+	}
+	if err != nil {
+		r.env.log.Info("natsx: pin not released, it will expire", r.names("error", err)...)
+	}
 }
 
 // requestCheck checks the consumer in the background, now or, soon after the last check,
@@ -596,7 +656,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 		}
 	}
 	r.ackWait = c.AckWait
-	r.puller.limits = pullLimitsOf(c)
+	r.puller.limits, r.puller.group, r.puller.pinKeep = pullLimitsOf(c), r.spec.route.group, int64(c.PinnedTTL/pinRenewals)
 	r.inactive = c.InactiveThreshold
 	checks := &r.checks
 	checks.maxAckPending = c.MaxAckPending
@@ -604,7 +664,8 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 		checks.maxAckPending = math.MaxInt
 	}
 	checks.othersPull = info.NumWaiting > len(r.puller.pulls)
-	checks.ackPendingFull = info.NumPending > 0 && info.NumAckPending >= checks.maxAckPending &&
+	standsBy := r.puller.group != "" && r.puller.pin == ""
+	checks.ackPendingFull = info.NumPending > 0 && info.NumAckPending >= checks.maxAckPending && !standsBy &&
 		r.lane.inHand() < min(r.limit, checks.maxAckPending)
 	// What this process gave back may have been deleted, or handled elsewhere.
 	for r.delayed.after(processTime()) > info.NumAckPending {

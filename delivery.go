@@ -126,10 +126,12 @@ type work struct {
 
 	// The attempt, written by the worker that runs it.
 	outcome  Outcome
-	reason   Reason // of a dead message
-	began    int64  // when it was started or given up
-	ended    int64  // when the handler returned
-	swift    bool   // ended is still the current time: nothing slow was done since
+	reason   Reason  // of a dead message
+	members  []*work // of a batch, which has no delivery of its own
+	shared   bool    // it is one of a batch, whose time is counted once
+	began    int64   // when it was started or given up
+	ended    int64   // when the handler returned
+	swift    bool    // ended is still the current time: nothing slow was done since
 	err      error
 	due      int64       // when its retry or replay is due, or its requester gives up
 	answer   []byte      // of a responder

@@ -329,6 +329,10 @@ func (e *engine) drain() error {
 		<-e.pool.gone
 		e.acks.stop()
 		err := e.flush(ctx)
+		for _, d := range e.durables {
+			stopping.Go(func() { d.unpin(ctx) })
+		}
+		stopping.Wait()
 		e.endServing(0)
 		return err
 	case <-ctx.Done():

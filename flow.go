@@ -57,7 +57,7 @@ func (r *durableRoute) demand(now int64) demand {
 			return d
 		}
 	}
-	waiting := r.lane.waiting()
+	waiting := r.waitingMessages()
 	room := min(r.limit-r.running, p.roomToPull(&r.lane))
 	if !r.pending {
 		room = min(room, max(p.size/max(p.lanes, 1), r.trickle()))
@@ -66,13 +66,18 @@ func (r *durableRoute) demand(now int64) demand {
 		p.waitForWorker(&r.lane)
 	}
 	room = max(room, 0)
+	each := 1 // messages of a start
+	if r.batch != nil {
+		each = r.batch.most
+		room = min(room*each, max(deepest, each))
+	}
 	ahead := min(r.window.recent(now), deepest)
 	if r.ackWait < time.Second {
 		ahead = int(int64(ahead) * int64(r.ackWait) / int64(time.Second))
 	}
 	d.messages = room + ahead - waiting
 	d.refill = max(ahead/2, min(r.puller.outstanding, room-1))
-	idle := r.lane.inHand() == 0 && !r.pending
+	idle := r.inHand() == 0 && !r.pending
 	switch {
 	case idle && r.target.canIdle && (room == 0 || now-r.arrived > int64(idleAfter)):
 		return demand{idle: true, stay: idleStay, heartbeat: idleHeartbeat}
@@ -80,15 +85,15 @@ func (r *durableRoute) demand(now int64) demand {
 		d.messages = 1 // without a pull the route would not learn of a message
 	}
 	if r.rate != nil {
-		most := r.rate.soon(now) - waiting
+		most := r.rate.soon(now)*each - waiting
 		d.refill = min(d.refill, int(r.rate.most)/4)
 		if d.messages > most && most-r.puller.outstanding < max(d.refill, 1) {
-			d.again = r.rate.reach(now, waiting+r.puller.outstanding+max(d.refill, 1))
+			d.again = r.rate.reach(now, (waiting+r.puller.outstanding+max(d.refill, 1)-1)/each+1)
 		}
 		d.messages = min(d.messages, most)
 	}
 	if mayHold > 0 {
-		d.messages = min(d.messages, mayHold-r.lane.inHand())
+		d.messages, d.refill = min(d.messages, mayHold-r.inHand()), 0
 	}
 	return d
 }
@@ -107,11 +112,18 @@ func (r *durableRoute) trickle() int {
 func (r *durableRoute) plan(now int64) pullRequest {
 	r.unplanned = 0
 	d := r.demand(now)
-	next, _ := r.puller.next(now, d)
+	next, ok := r.puller.next(now, d)
 	r.more = d.again
+	if !ok && r.keepsPin() {
+		next, _ = r.puller.keepPin(now)
+	}
 	r.setAlarm(now)
 	return next
 }
+
+// keepsPin reports whether another client must not be pinned in place of this one: it
+// wants messages, or has some in hand. The pool is locked.
+func (r *durableRoute) keepsPin() bool { return r.open || r.leases.head != nil }
 
 // setAlarm schedules tick for when the next time limit ends. The pool is locked.
 func (r *durableRoute) setAlarm(now int64) {
@@ -123,8 +135,14 @@ func (r *durableRoute) setAlarm(now int64) {
 	}
 	soonest(r.puller.wake(now))
 	soonest(r.leases.wake())
+	if r.keepsPin() {
+		soonest(r.puller.pinDue())
+	}
 	if r.puller.starved {
 		soonest(now + starvedPause)
+	}
+	if r.batch != nil {
+		soonest(r.batch.wake())
 	}
 	if r.lane.waiting() > 0 {
 		soonest(max(r.started, r.heldAt) + int64(heldFor))
@@ -160,6 +178,9 @@ func (r *durableRoute) tick(now int64) {
 	r.alarmAt = 0
 	silent := r.puller.expire(now) && r.open
 	due := r.leases.due(now, r.ackWait, nil)
+	if r.batch != nil && r.batch.wake() != 0 && r.batch.wake() <= now {
+		r.queueBatch(now)
+	}
 	back := r.unserved(now)
 	if !r.stopped && r.checks.due(now, r.arrived) {
 		r.requestCheck(now, false)
@@ -194,7 +215,7 @@ func (r *durableRoute) unserved(now int64) []*work {
 		return nil
 	}
 	r.heldAt = now
-	if r.puller.outstanding > 0 {
+	if r.puller.outstanding > 0 || r.puller.pin != "" {
 		return nil // the server would deliver it here again
 	}
 	if now-r.started < max(int64(r.ackWait), int64(time.Second)) && !r.checks.othersPull {
@@ -211,11 +232,25 @@ func (r *durableRoute) takeWaiting() []*work {
 	p := r.env.pool
 	all := func(*work) bool { return true }
 	back := append(p.drop(&r.lane, &r.lane.first, all), p.drop(&r.lane, &r.lane.queue, all)...)
+	if r.batch != nil {
+		back = r.unbatch(back)
+	}
 	for _, w := range back {
 		r.removeUnrun(w)
 	}
 	return back
 }
+
+// waitingMessages is how many messages no worker has taken, and inHand how many there
+// are in all. The pool is locked.
+func (r *durableRoute) waitingMessages() int {
+	if r.batch != nil {
+		return r.batch.waiting() + r.lane.first.len()
+	}
+	return r.lane.waiting()
+}
+
+func (r *durableRoute) inHand() int { return r.waitingMessages() + r.lane.taken }
 
 // removeUnrun ends the lease of a message, as a delivery that ran nothing. The pool is
 // locked.
@@ -311,6 +346,9 @@ func (r *durableRoute) learn(took time.Duration) {
 	default:
 		r.mean += (ns - r.mean) / 32
 	}
+	if r.batch != nil {
+		return // a batch is enough for a worker
+	}
 	r.burst = int(min(float64(burstTurn)/2/max(r.mean, 1), maxBurst))
 }
 
@@ -339,6 +377,8 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 		r.troubleIf(bad, "pull", &pullError{s.code, s.text})
 	}
 	switch event {
+	case pullUnpinned:
+		r.env.log.Info("natsx: another process may get the messages of the durable", r.names("group", r.spec.route.group)...)
 	case pullRefused:
 		r.verify(false, nil)
 	case pullMoved:
@@ -352,10 +392,112 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	}
 }
 
+// keepAlive sends an idle pull, so that the server does not remove the consumer of a
+// paused route after its inactive threshold.
+func (r *durableRoute) keepAlive() {
+	if r.env.link.up() {
+		idle := pullRequest{batch: 1, maxBytes: 1, expires: time.Second, group: r.spec.route.group}
+		if idle.group != "" {
+			idle.pin = "natsx" // else the server might pin this client
+		}
+		r.env.api.nc.PublishRequest(r.target.nextSubject, r.env.api.nc.NewInbox(), idle.body())
+	}
+}
+
+// awaitPulls waits until the real pulls are served or have ended: the server would count
+// a delivery after the route has unsubscribed. They stay for mostStay at most.
+func (r *durableRoute) awaitPulls(ctx context.Context) {
+	p := r.env.pool
+	for r.env.link.state() == nats.CONNECTED {
+		p.mu.Lock()
+		now := processTime()
+		until := r.puller.waitsUntil()
+		done := r.puller.outstanding == 0 || now > until+int64(mostStay)
+		p.mu.Unlock()
+		if done || !wait(ctx, 2*time.Millisecond) {
+			return
+		}
+	}
+}
+
+// enqueue hands w to the pool. The pool is locked.
+func (r *durableRoute) enqueue(w *work, q *fifo[*work], now int64) {
+	if r.batch != nil && !w.alone {
+		r.gather(w, now)
+		return
+	}
+	r.queueWork(w, q, now)
+}
+
+func (r *durableRoute) queueWork(w *work, q *fifo[*work], now int64) {
+	if r.lane.inHand() == 0 {
+		r.started = now
+	}
+	r.env.pool.queue(&r.lane, q, w)
+}
+
+// release queues the next suspect if nothing else of the route is in hand. The pool is
+// locked.
+func (r *durableRoute) release(now int64) {
+	if r.isolated == nil && r.suspects.len() > 0 && r.inHand() == 0 && r.puller.outstanding == 0 {
+		r.isolated = r.suspects.pop()
+		r.env.pool.held--
+		r.enqueue(r.isolated, &r.lane.first, now)
+	}
+}
+
+// gather adds a message. The pool is locked.
+func (r *durableRoute) gather(w *work, now int64) {
+	b := r.batch
+	if b.gathered.len() == 0 {
+		b.since = now
+	}
+	b.gathered.push(w)
+	r.env.pool.held++
+	full := b.gathered.len() >= b.most
+	if r.breaker != nil && !full {
+		_, mayHold := r.breaker.now(now)
+		full = mayHold > 0 // it is what the breaker probes with
+	}
+	if full || r.stopped {
+		r.queueBatch(now)
+	}
+}
+
+// queueBatch passes what was gathered to the pool. The pool is locked.
+func (r *durableRoute) queueBatch(now int64) {
+	b := r.batch
+	batch := &work{members: b.take(r.env.pool, nil)}
+	b.queued += len(batch.members)
+	r.queueWork(batch, &r.lane.queue, now)
+}
+
+// unbatch replaces the batches among works by their messages, and adds what was gathered.
+// The pool is locked.
+func (r *durableRoute) unbatch(works []*work) (all []*work) {
+	b := r.batch
+	for _, w := range works {
+		if w.members == nil {
+			all = append(all, w)
+			continue
+		}
+		all = append(all, w.members...)
+		b.queued -= len(w.members)
+	}
+	for b.gathered.len() > 0 {
+		all = append(all, b.gathered.pop())
+		r.env.pool.held--
+	}
+	return all
+}
+
 // brake accounts for a result and acts on a change of the breaker. It returns the delay of
 // the message's redelivery if the result was no attempt, else 0.
-func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (void time.Duration) {
+func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest time.Duration) {
 	b := r.breaker
+	if b == nil {
+		return 0
+	}
 	no, turned := b.judge(now, j.verdict, cut)
 	switch turned {
 	case BreakerOpen:
@@ -380,46 +522,4 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (void 
 		return b.redeliverAfter()
 	}
 	return 0
-}
-
-// keepAlive sends an idle pull, so that the server does not remove the consumer of a
-// paused route after its inactive threshold.
-func (r *durableRoute) keepAlive() {
-	if r.env.link.up() {
-		r.env.api.nc.PublishRequest(r.target.nextSubject, r.env.api.nc.NewInbox(), pullRequest{batch: 1, maxBytes: 1, expires: time.Second}.body())
-	}
-}
-
-// awaitPulls waits until the real pulls are served or have ended: the server would count
-// a delivery after the route has unsubscribed. They stay for mostStay at most.
-func (r *durableRoute) awaitPulls(ctx context.Context) {
-	p := r.env.pool
-	for r.env.link.state() == nats.CONNECTED {
-		p.mu.Lock()
-		now := processTime()
-		until := r.puller.waitsUntil()
-		done := r.puller.outstanding == 0 || now > until+int64(mostStay)
-		p.mu.Unlock()
-		if done || !wait(ctx, 2*time.Millisecond) {
-			return
-		}
-	}
-}
-
-// enqueue hands w to the pool. The pool is locked.
-func (r *durableRoute) enqueue(w *work, q *fifo[*work], now int64) {
-	if r.lane.inHand() == 0 {
-		r.started = now
-	}
-	r.env.pool.queue(&r.lane, q, w)
-}
-
-// release queues the next suspect if nothing else of the route is in hand. The pool is
-// locked.
-func (r *durableRoute) release(now int64) {
-	if r.isolated == nil && r.suspects.len() > 0 && r.lane.inHand() == 0 && r.puller.outstanding == 0 {
-		r.isolated = r.suspects.pop()
-		r.env.pool.held--
-		r.enqueue(r.isolated, &r.lane.first, now)
-	}
 }

@@ -35,7 +35,7 @@ var layers = []struct {
 	{"publishing",
 		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go"},
 	{"running", // what a route does
-		"route.go breaker.go settle.go consume.go flow.go consumer.go alone.go passover.go dlq.go core.go reply.go"},
+		"route.go settle.go breaker.go batch.go consume.go flow.go consumer.go alone.go passover.go dlq.go core.go reply.go"},
 	{"tools", // the day after
 		"deadletters.go redrive.go replay.go replay_run.go replay_source.go"},
 	{"face", // options and Run: start, run, drain

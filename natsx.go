@@ -2,6 +2,9 @@ package natsx
 
 import (
 	"context"
+	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -17,9 +20,46 @@ import (
 // [ErrDrainTimeout] as its cause. AckWait does not end it.
 type Handler func(ctx context.Context, m *Msg) error
 
-// BatchHandler handles several messages at once. Its result applies to each. This version
-// refuses a route with one; see [RouteBuilder.Batch].
+// BatchHandler handles several messages at once; see [RouteBuilder.Batch]. Its result
+// applies to each message like that of a [Handler], unless it is or wraps a [BatchError].
+// The context carries no message: [MsgFrom] returns nil, and a [Publisher] adds random
+// message ids, so that a redelivery may publish again.
 type BatchHandler func(ctx context.Context, ms []*Msg) error
+
+// BatchError holds the results of single messages of a batch: the key is the index of a
+// message, from 0, and the value is the result that a [Handler] would return for it. Other
+// messages have succeeded. With an index outside the batch it is a failure of all
+// messages.
+type BatchError map[int]error
+
+// Error returns the number of failures and the first one.
+func (e BatchError) Error() string {
+	failed := 0
+	first := -1
+	for i, err := range e {
+		if err == nil {
+			continue
+		}
+		failed++
+		if first < 0 || i < first {
+			first = i
+		}
+	}
+	if failed == 0 {
+		return "natsx: no message of the batch failed"
+	}
+	return fmt.Sprintf("natsx: %d of the batch failed, the first at index %d: %s", failed, first, cause(e[first]))
+}
+
+// Unwrap returns the failures in the order of their messages.
+func (e BatchError) Unwrap() (errs []error) {
+	for _, i := range slices.Sorted(maps.Keys(e)) {
+		if e[i] != nil {
+			errs = append(errs, e[i])
+		}
+	}
+	return errs
+}
 
 // Responder answers one request. The bytes are the reply's payload, and [Msg.ReplyHeader]
 // its headers. An error is answered too: see [Fail]. The context is that of a [Handler],

@@ -15,6 +15,8 @@ const (
 	movedPause = 10 * time.Millisecond
 	// starvedPause is the pause after a pull that the byte budget did not allow.
 	starvedPause = int64(2 * time.Millisecond)
+	// pinStay is how long a request waits at the server that keeps a pin.
+	pinStay = time.Second
 )
 
 // puller is the client's side of the pull protocol for one consumer (ADR-13): which
@@ -44,6 +46,14 @@ type puller struct {
 	unserved    int   // requests in a row that no server served
 	single      bool  // the next real request is for one message of any size
 	starved     bool  // the budget did not allow the last request
+
+	// Of a consumer with a pinned client (ADR-42), which alone gets messages. Who is not
+	// pinned waits with a request without a pin, and finds its pin in what that brings. The
+	// pin is lost a while after the last request with it, whatever waits at the server.
+	group   string
+	pin     string // empty for none
+	pinKeep int64  // how long after a request with the pin the next one is due
+	pinSent int64  // when the last request with it was sent, 0 for none
 }
 
 // pull is a request at the server.
@@ -51,6 +61,7 @@ type pull struct {
 	token     uint64
 	batch     int
 	idle      bool
+	pin       string
 	sent      int64
 	expires   int64
 	heartbeat int64 // 0 for none
@@ -74,6 +85,7 @@ const (
 	pullWoken                       // an idle pull ended: there are messages
 	pullRefused                     // the server refuses such requests; the puller pauses
 	pullMoved                       // no server serves the consumer at the moment
+	pullUnpinned                    // the pin was lost: another client may get messages
 	pullGone                        // the consumer was deleted
 	pullStreamGone                  // its stream was deleted
 )
@@ -123,6 +135,13 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 		if p.limits.learn(s.text) {
 			return pullGoesOn
 		}
+	case statusUnpinned:
+		p.unserved = 0
+		if i < 0 || ended.pin == "" || ended.pin != p.pin {
+			return pullGoesOn // it was sent before another pin came
+		}
+		p.pin = ""
+		return pullUnpinned
 	case statusDeleted:
 		return pullGone
 	case statusStreamDeleted:
@@ -141,6 +160,35 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	}
 	p.notBefore = now + int64(refusalPause)
 	return pullRefused
+}
+
+// pinned takes the pin of a message into account.
+func (p *puller) pinned(pin string) (gained bool) {
+	if pin == "" || pin == p.pin {
+		return false
+	}
+	p.pin, p.pinSent = pin, 0
+	return true
+}
+
+// keepPin is the request that keeps the pin when no other did, when it is due. It
+// takes no message, as an idle pull.
+func (p *puller) keepPin(now int64) (r pullRequest, ok bool) {
+	if at := p.pinDue(); at == 0 || now < at {
+		return r, false
+	}
+	return p.book(now, pullRequest{batch: 1, maxBytes: 1, expires: min(time.Duration(p.pinKeep), pinStay)}, true), true
+}
+
+// pinDue is when the next request with the pin is due, 0 without one.
+func (p *puller) pinDue() int64 {
+	switch {
+	case p.pin == "":
+		return 0
+	case p.pinSent == 0:
+		return 1
+	}
+	return p.pinSent + p.pinKeep
 }
 
 // end removes a pull that delivers left messages fewer than it asked for.
@@ -179,6 +227,7 @@ func (p *puller) clear() {
 func (p *puller) forget() (lost int) {
 	lost = p.outstanding
 	p.pulls, p.outstanding, p.unheard = p.pulls[:0], 0, 0
+	p.pinSent = 0
 	p.release(p.asked)
 	return lost
 }
@@ -268,17 +317,25 @@ func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 		p.outstanding += n
 		p.asked += int64(n) * per
 	}
+	return p.book(now, r, !real), true
+}
+
+// book makes r one that the consumer takes, and remembers it.
+func (p *puller) book(now int64, r pullRequest, idle bool) pullRequest {
 	if r.heartbeat > 0 && r.expires <= r.heartbeat {
 		r.heartbeat = 0 // its end is announced before a heartbeat would be due
 	}
 	r = p.limits.apply(r)
 	p.tokens++
-	r.token = p.tokens
+	r.token, r.group, r.pin = p.tokens, p.group, p.pin
+	if r.pin != "" {
+		p.pinSent = now
+	}
 	p.pulls = append(p.pulls, pull{
-		token: r.token, batch: r.batch, idle: !real,
+		token: r.token, batch: r.batch, idle: idle, pin: r.pin,
 		sent: now, expires: now + int64(r.expires), heartbeat: int64(r.heartbeat),
 	})
-	return r, true
+	return r
 }
 
 // waitsUntil is when the last real pull ends at the server, 0 for none.

@@ -41,6 +41,16 @@ func (s *pullScript) want(d demand, want string) *pullScript {
 	return s
 }
 
+// keepPin compares the request that keeps the pin, "" for none.
+func (s *pullScript) keepPin(want string) *pullScript {
+	s.t.Helper()
+	r, ok := s.p.keepPin(s.now)
+	if got := string(r.body()); ok != (want != "") || ok && got != want {
+		s.t.Errorf("at %d ms: the pin is kept by %s (%v), want %s", s.now/int64(time.Millisecond), got, ok, want)
+	}
+	return s
+}
+
 func (s *pullScript) messages(n, size int) *pullScript {
 	for range n {
 		s.p.message(s.now, size)
@@ -200,6 +210,44 @@ func TestPuller(t *testing.T) {
 			s.want(idle, `{"batch":1,"expires":500000000,"max_bytes":1,"idle_heartbeat":250000000}`)
 			s.status("409", "Exceeded MaxRequestMaxBytes of nothing", -1, pullRefused)
 		}},
+		{"waits to be pinned, and pulls with its pin", func(s *pullScript) {
+			s.p.group, s.p.pinKeep = "g", int64(2*time.Second)
+			s.at(0).want(ten, `{"batch":10,"expires":1000000000,"group":"g"}`).keepPin("")
+			if !s.p.pinned("P") || s.p.pinned("P") {
+				s.t.Error("a pin is not gained once")
+			}
+			s.messages(4, 100).want(ten, `{"batch":4,"expires":1000000000,"group":"g","id":"P"}`).keepPin("")
+			if got, want := s.p.pinDue(), s.now+int64(2*time.Second); got != want {
+				s.t.Errorf("the next is due at %d, want %d", got, want)
+			}
+		}},
+		{"keeps its pin while it wants nothing", func(s *pullScript) {
+			const keep = `{"batch":1,"expires":1000000000,"max_bytes":1,"group":"g","id":"P"}`
+			s.p.group, s.p.pinKeep = "g", int64(2*time.Second)
+			s.at(0).p.pinned("P")
+			s.keepPin(keep).keepPin("").at(1999).keepPin("").at(2000).keepPin(keep).outstanding(0)
+			s.at(2001).status("409", "Message Size Exceeds MaxBytes", 1, pullWoken)
+			s.p.forget()
+			s.keepPin(keep) // what was sent before may be lost
+			s.p.open = false
+			s.at(4001).want(ten, "").keepPin(keep)
+		}},
+		{"loses its pin", func(s *pullScript) {
+			s.p.group, s.p.pinKeep = "g", int64(2*time.Second)
+			s.at(0).p.pinned("P")
+			s.want(ten, `{"batch":10,"expires":1000000000,"group":"g","id":"P"}`)
+			s.status("423", "Nats-Wrong-Pin-Id", 10, pullUnpinned).outstanding(0).keepPin("")
+			s.want(ten, `{"batch":10,"expires":1000000000,"group":"g"}`)
+		}},
+		{"refusals without a count, and of an earlier pin", func(s *pullScript) {
+			s.p.group, s.p.pinKeep = "g", int64(2*time.Second)
+			s.at(0).p.pinned("P")
+			s.want(ten, `{"batch":10,"expires":1000000000,"group":"g","id":"P"}`)
+			s.p.pinned("Q")
+			s.status("423", "Nats-Pin-Id mismatch", -1, pullGoesOn).outstanding(0)
+			s.want(ten, `{"batch":10,"expires":1000000000,"group":"g","id":"Q"}`)
+			s.status("423", "Nats-Pin-Id mismatch", -1, pullUnpinned).want(ten, `{"batch":10,"expires":1000000000,"group":"g"}`)
+		}},
 		{"batch limit is raised by the consumer", func(s *pullScript) {
 			s.p.limits.batch = 2
 			s.at(0).want(ten, pull(2)).messages(2, 100)
@@ -292,6 +340,25 @@ func TestPullerWithinABudget(t *testing.T) {
 		s.p.forget()
 		s.at(61_000).want(many, `{"batch":128,"expires":1000000000,"max_bytes":524288}`)
 	})
+}
+
+func TestTakePin(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		header, left nats.Header
+		pin          string
+	}{
+		{nil, nil, ""},
+		{nats.Header{"A": {"1"}}, nats.Header{"A": {"1"}}, ""},
+		{nats.Header{"Nats-Pin-Id": {"P"}}, nil, "P"},
+		{nats.Header{"A": {"1"}, "Nats-Pin-Id": {"P"}}, nats.Header{"A": {"1"}}, "P"},
+		{nats.Header{"Nats-Pin-Id": {"of a publisher", "P"}}, nats.Header{"Nats-Pin-Id": {"of a publisher"}}, "P"},
+	} {
+		m := &nats.Msg{Header: c.header}
+		if pin := takePin(m); pin != c.pin || !cmp.Equal(m.Header, c.left) {
+			t.Errorf("got pin %q and %v, want %q and %v", pin, m.Header, c.pin, c.left)
+		}
+	}
 }
 
 func TestWindow(t *testing.T) {

@@ -60,6 +60,16 @@ func (r *route) init(e *env, spec Spec, owner job) {
 // wrap puts middleware around the function of a route.
 func wrap(spec Spec, middleware []Middleware) Handler {
 	h := spec.handler
+	if spec.kind == kindBatch {
+		// A message that must run by itself; middleware is for handlers of one message.
+		return func(ctx context.Context, m *Msg) error {
+			results, _ := batchResults(spec.batch(ctx, []*Msg{m}), 1)
+			if results == nil {
+				return nil
+			}
+			return results[0]
+		}
+	}
 	if spec.kind == kindReply {
 		h = func(ctx context.Context, m *Msg) error {
 			data, err := spec.responder(ctx, m)
@@ -144,7 +154,9 @@ func (r *route) health() []error {
 
 // count adds a finished work to the counters. The pool is locked.
 func (r *route) count(w *work) {
-	r.stats.HandlerTime += w.took()
+	if !w.shared {
+		r.stats.HandlerTime += w.took()
+	}
 	switch w.outcome {
 	case OutcomeSucceeded:
 		r.stats.Succeeded++

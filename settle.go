@@ -105,7 +105,7 @@ type settlement struct {
 type circumstances struct {
 	attempt int           // 1 for the first
 	cut     bool          // a shutdown cancelled the handler's context
-	void    time.Duration // a failure is no attempt, since the breaker is open: delay of the redelivery
+	void    time.Duration // the failure is no attempt, and this is the delay of the redelivery; 0 for an attempt
 	life    time.Duration // until the stream deletes the message, 0 for never
 	spread  float64       // a random number in [0, 1) for the jitter
 }
@@ -198,7 +198,12 @@ func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
 	ctx := withDeadline(d, time.Now().Add(timeout))
 	defer ctx.end()
-	err := invoke(h, ctx, &d.msg)
+	return lateness(ctx, timeout, invoke(h, ctx, &d.msg))
+}
+
+// lateness is the result of a handler that has returned err under a context with a
+// timeout.
+func lateness(ctx context.Context, timeout time.Duration, err error) error {
 	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return err
 	}
