@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"reflect"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -138,6 +139,35 @@ func apiPrefix(js jetstream.JetStream) string {
 		return "$JS." + opts.Domain + ".API."
 	}
 	return "$JS.API."
+}
+
+// apiChoice is the JetStream that a stream or query names with Domain or APIPrefix. Its zero
+// value is that of the connection's account.
+type apiChoice struct {
+	domain, prefix       string
+	hasDomain, hasPrefix bool
+}
+
+func (c apiChoice) faults(add func(field, value, reason string, err error)) {
+	if reason := groupFault(c.domain); c.hasDomain && reason != "" {
+		add("domain", strconv.Quote(c.domain), reason, ErrInvalidName)
+	}
+	if reason := subjectFault(strings.TrimSuffix(c.prefix, ".")); c.hasPrefix && reason != "" {
+		add("apiPrefix", strconv.Quote(c.prefix), reason, ErrInvalidName)
+	}
+	if c.hasDomain && c.hasPrefix {
+		add("apiPrefix", strconv.Quote(c.prefix), "does not fit with a domain", ErrOptionConflict)
+	}
+}
+
+func (c apiChoice) jetStream(nc *nats.Conn) (jetstream.JetStream, error) {
+	switch {
+	case c.hasDomain:
+		return jetstream.NewWithDomain(nc, c.domain)
+	case c.hasPrefix:
+		return jetstream.NewWithAPIPrefix(nc, strings.TrimSuffix(c.prefix, "."))
+	}
+	return jetstream.New(nc)
 }
 
 // transient reports whether err is expected to go away without intervention.

@@ -252,8 +252,8 @@ func (b *Broker) forDurable(name string, fn func(*durableRoute) error) error {
 // [StreamSpec.Ensure] does. A stream that captures a route's DLQ subject is created with
 // DiscardNew, unless Discard or AllowMsgSchedules is set: a full DLQ then refuses letters,
 // and their originals stay. Several calls add up; the same name twice is
-// [ErrOptionConflict]. The streams are made in the JetStream of [WithJetStream]. The
-// default is none.
+// [ErrOptionConflict]. The streams are made in the JetStream of [WithJetStream], unless
+// [StreamSpec.Domain] or [StreamSpec.APIPrefix] names another one. The default is none.
 func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
 }

@@ -9,7 +9,6 @@ import (
 	"math"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -51,8 +50,6 @@ const (
 	optLetterLimit
 	optLetterRate
 	optLetterMaxRedrives
-	optLetterDomain
-	optLetterAPIPrefix
 )
 
 // DeadLetterQuery selects dead letters of one DLQ: all of them, and every filter
@@ -87,8 +84,7 @@ type DeadLetterQuery struct {
 	dryRun      bool
 	maxRedrives int
 
-	domain string
-	prefix string
+	js apiChoice
 }
 
 // DeadLetters starts a query for the letters on a DLQ subject, which may hold
@@ -166,19 +162,17 @@ func (q DeadLetterQuery) MaxRedrives(n int) DeadLetterQuery {
 	return q
 }
 
-// Domain asks the JetStream of another domain. It excludes APIPrefix; default is the
-// one that the connection's account has.
+// Domain queries the JetStream of this domain. It excludes APIPrefix. The default is the
+// JetStream of the connection's account.
 func (q DeadLetterQuery) Domain(name string) DeadLetterQuery {
-	q.set |= optLetterDomain
-	q.domain = name
+	q.js.hasDomain, q.js.domain = true, name
 	return q
 }
 
-// APIPrefix asks a JetStream whose API another account exports under a prefix,
-// such as "JS.ops.API". It excludes Domain.
+// APIPrefix queries a JetStream whose API another account exports with a prefix, such as
+// "JS.ops.API". It excludes Domain.
 func (q DeadLetterQuery) APIPrefix(prefix string) DeadLetterQuery {
-	q.set |= optLetterAPIPrefix
-	q.prefix = prefix
+	q.js.hasPrefix, q.js.prefix = true, prefix
 	return q
 }
 
@@ -217,15 +211,7 @@ func (q DeadLetterQuery) validate() error {
 	if has(optLetterMaxRedrives) && q.maxRedrives < 1 {
 		add("maxRedrives", strconv.Itoa(q.maxRedrives), "must be at least 1", ErrOutOfRange)
 	}
-	if reason := groupFault(q.domain); has(optLetterDomain) && reason != "" {
-		add("domain", strconv.Quote(q.domain), reason, ErrInvalidName)
-	}
-	if reason := subjectFault(strings.TrimSuffix(q.prefix, ".")); has(optLetterAPIPrefix) && reason != "" {
-		add("apiPrefix", strconv.Quote(q.prefix), reason, ErrInvalidName)
-	}
-	if has(optLetterDomain) && has(optLetterAPIPrefix) {
-		add("apiPrefix", strconv.Quote(q.prefix), "does not fit with a domain", ErrOptionConflict)
-	}
+	q.js.faults(add)
 	return errors.Join(faults...)
 }
 
@@ -257,16 +243,7 @@ func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters,
 	if err := q.validate(); err != nil {
 		return nil, err
 	}
-	var js jetstream.JetStream
-	var err error
-	switch {
-	case q.set&optLetterDomain != 0:
-		js, err = jetstream.NewWithDomain(nc, q.domain)
-	case q.set&optLetterAPIPrefix != 0:
-		js, err = jetstream.NewWithAPIPrefix(nc, strings.TrimSuffix(q.prefix, "."))
-	default:
-		js, err = jetstream.New(nc)
-	}
+	js, err := q.js.jetStream(nc)
 	fail := func(what string, causes ...error) (*deadLetters, error) {
 		return nil, failure(fmt.Sprintf("dead letters of %q: %s", q.subject, what), causes...)
 	}

@@ -99,6 +99,14 @@
 // ([*ReplyError]), no responders ([ErrNoResponders]) and no answer in time
 // ([ErrTimeout]). [WithService] lists a broker's reply routes as a NATS micro service.
 //
+// # JetStream domains
+//
+// By default natsx uses the JetStream of the connection's account. A long-lived client
+// gets another one as an option: [WithJetStream] for a Broker with its durables, dead
+// letters, replays and streams, [WithPublisherJetStream] for a Publisher. What is run on a
+// connection by itself names another one with Domain or APIPrefix: a [StreamSpec] and a
+// [DeadLetterQuery].
+//
 // # Shutdown
 //
 // When the context of [Broker.Run] ends, the routes stop receiving, while running handlers
