@@ -225,14 +225,14 @@ func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.Strea
 				return fixed
 			}
 			if next.Retention == jetstream.InterestPolicy && state.Msgs > 0 {
-				return fmt.Sprintf("would delete those of %d messages that no consumer waits for", state.Msgs)
+				return fmt.Sprintf("would delete those of %d messages without interest", state.Msgs)
 			}
 		case "maxMsgs":
 			return overMsgs
 		case "maxBytes":
 			return overBytes
 		case "discard":
-			// A stream that refused new messages may be over a limit that was lowered.
+			// With DiscardNew the stream may be above a limit that was lowered.
 			return cmp.Or(overMsgs, overBytes)
 		case "maxMsgsPerSubject":
 			if next.MaxMsgsPerSubject <= 0 {
@@ -251,7 +251,7 @@ func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.Strea
 			}
 		case "allowRollup", "allowMsgSchedules":
 			if have.DenyPurge {
-				return "the stream denies purges, which cannot be taken back"
+				return "the stream has DenyPurge, which cannot be disabled"
 			}
 		}
 		return ""
@@ -275,14 +275,14 @@ func (s StreamSpec) apply(cfg *jetstream.StreamConfig) {
 			f.write(s, cfg)
 		}
 	}
-	// The server shortens its default window to a new stream's MaxAge itself,
-	// and refuses an update that leaves it longer.
+	// The server shortens the default duplicate window to the MaxAge of a new stream, but
+	// refuses an update that leaves it longer.
 	if s.set&optMaxAge != 0 && s.set&optDedupWindow == 0 && s.maxAge > 0 {
 		cfg.Duplicates = min(cfg.Duplicates, s.maxAge)
 	}
 }
 
-// differences lists the options that were set and are not the same in both.
+// differences lists the options that are set and differ.
 func (s StreamSpec) differences(have, want jetstream.StreamConfig) []StreamDiff {
 	var diffs []StreamDiff
 	for _, f := range streamFields {
@@ -296,8 +296,8 @@ func (s StreamSpec) differences(have, want jetstream.StreamConfig) []StreamDiff 
 	return diffs
 }
 
-// streamField tells how an option is written into a configuration and how its
-// value reads there. Values that mean the same read the same.
+// streamField sets an option in a configuration, and formats its value. Equivalent values
+// have the same format.
 type streamField struct {
 	opt   streamOption
 	name  string
@@ -350,7 +350,7 @@ var streamFields = []streamField{
 	streamFlag(optDenyPurge, "denyPurge", func(c *jetstream.StreamConfig) *bool { return &c.DenyPurge }),
 }
 
-// streamFlag is an option that can only be switched on.
+// streamFlag is an option that can only be enabled.
 func streamFlag(opt streamOption, name string, at func(*jetstream.StreamConfig) *bool) streamField {
 	return streamField{opt, name, func(_ StreamSpec, c *jetstream.StreamConfig) { *at(c) = true },
 		func(c jetstream.StreamConfig) string { return strconv.FormatBool(*at(&c)) }}

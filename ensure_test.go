@@ -174,7 +174,7 @@ func TestEnsureLimits(t *testing.T) {
 		{"age above", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.MaxAge(hour) }, nil},
 		{"message size below", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.MaxMsgSize(1) }, nil},
 		{"interest", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.Retention(jetstream.InterestPolicy) },
-			[]StreamDiff{{"retention", "Limits", "Interest", "would delete those of 10 messages that no consumer waits for"}}},
+			[]StreamDiff{{"retention", "Limits", "Interest", "would delete those of 10 messages without interest"}}},
 		{"other subjects", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.Subjects("moved." + s.name) }, nil},
 		{"storage, retention and a limit", jetstream.StreamConfig{},
 			func(s StreamSpec) StreamSpec {
@@ -188,8 +188,8 @@ func TestEnsureLimits(t *testing.T) {
 		{"rollup of what may not be purged", jetstream.StreamConfig{DenyPurge: true},
 			func(s StreamSpec) StreamSpec { return s.AllowRollup().AllowMsgSchedules() },
 			[]StreamDiff{
-				{"allowMsgSchedules", "false", "true", "the stream denies purges, which cannot be taken back"},
-				{"allowRollup", "false", "true", "the stream denies purges, which cannot be taken back"},
+				{"allowMsgSchedules", "false", "true", "the stream has DenyPurge, which cannot be disabled"},
+				{"allowRollup", "false", "true", "the stream has DenyPurge, which cannot be disabled"},
 			}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
