@@ -153,13 +153,13 @@ func (b *Broker) jetStream() (jetstream.JetStream, error) {
 func (b *Broker) validate() error {
 	var faults []error
 	add := func(format string, args ...any) {
-		faults = append(faults, fmt.Errorf("natsx: "+format+": %w", append(args, ErrOutOfRange)...))
+		faults = append(faults, failure(fmt.Sprintf(format, args...), ErrOutOfRange))
 	}
 	if b.nc == nil {
 		add("broker has no connection")
 	}
 	if b.js != nil && b.nc != nil && b.js.Conn() != b.nc {
-		faults = append(faults, fmt.Errorf("natsx: JetStream context of another connection: %w", ErrOptionConflict))
+		faults = append(faults, failure("JetStream context of another connection", ErrOptionConflict))
 	}
 	if b.workers < 1 {
 		add("workers %d: must be at least 1", b.workers)

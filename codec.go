@@ -177,7 +177,7 @@ func batchResults(err error, n int) (each []error, whole error) {
 	one, ok := errors.AsType[BatchError](err)
 	for i := range one {
 		if i < 0 || i >= n {
-			err = fmt.Errorf("natsx: BatchError has an index %d in a batch of %d: %w", i, n, err)
+			err = failure(fmt.Sprintf("BatchError has an index %d in a batch of %d: %s", i, n, cause(err)), err)
 			ok = false
 			break
 		}

@@ -294,7 +294,7 @@ func (r *durableRoute) refuseOldServer(ctx context.Context, cfg jetstream.Consum
 	if info, failed := r.consumerInfo(ctx); failed == nil {
 		if differs := differences(info.Config, cfg, false); len(differs) > 0 {
 			reason += "; it exists: " + strings.Join(differs, "; ")
-			err = fmt.Errorf("%w: %w", ErrServerTooOld, ErrConsumerConflict)
+			err = failure(cause(ErrServerTooOld)+": "+cause(ErrConsumerConflict), ErrServerTooOld, ErrConsumerConflict)
 		}
 	}
 	return r.spec.fault("durable", strconv.Quote(r.target.consumer), reason, err)

@@ -218,7 +218,7 @@ func (r *coreRoute) respond(w *work, err error) error {
 		return err
 	}
 	if err != nil && r.env.handlers.Err() != nil && errors.Is(err, context.Canceled) {
-		err = fmt.Errorf("%w: %w", errShuttingDown, err)
+		err = failure(cause(errShuttingDown)+": "+cause(err), errShuttingDown, err)
 	}
 	if err != nil {
 		if _, internal := replyFor(err); internal {

@@ -385,7 +385,7 @@ func (q DeadLetterQuery) Purge(ctx context.Context, nc *nats.Conn) (int, error) 
 		}
 		if !d.dryRun {
 			if err := pace.wait(ctx); err != nil {
-				return purged, failure(fmt.Sprintf("dead letters of %q: purge: %v", q.subject, err), err)
+				return purged, failure(fmt.Sprintf("dead letters of %q: purge: %s", q.subject, cause(err)), err)
 			}
 			if err := discardLetter(ctx, d.api, &l); err != nil {
 				return purged, &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: err}

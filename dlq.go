@@ -88,7 +88,7 @@ func (b *letterBox) check(ctx context.Context) error {
 	case err != nil:
 		return r.spec.fault("dlq", strconv.Quote(subject), "could not be looked up: "+cause(err), err)
 	case len(names) == 0:
-		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it", fmt.Errorf("%w: %w", ErrBadDLQ, ErrNoStream))
+		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it", failure("dead letters would not be kept: no stream", ErrBadDLQ, ErrNoStream))
 	case len(names) > 1:
 		return bad("several streams capture it: %q", names)
 	}

@@ -126,7 +126,8 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 		if err == nil {
 			return nil
 		}
-		return fmt.Errorf("natsx: %s stream %q: %w", verb, s.name, closedCause(err))
+		err = closedCause(err)
+		return failure(fmt.Sprintf("%s stream %q: %s", verb, s.name, cause(err)), err)
 	}
 
 	err := request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {

@@ -142,7 +142,7 @@ type PanicError struct {
 }
 
 // Error returns the panic's value without the stack.
-func (e *PanicError) Error() string { return fmt.Sprintf("natsx: handler panicked: %v", e.Value) }
+func (e *PanicError) Error() string { return "natsx: handler panicked: " + cause(e.Value) }
 
 // Unwrap returns the panic's value if that is an error, else nil.
 func (e *PanicError) Unwrap() error {
@@ -160,7 +160,7 @@ type DecodeError struct {
 
 // Error names the subject and the codec.
 func (e *DecodeError) Error() string {
-	return fmt.Sprintf("natsx: decode %s from %q: %v", e.ContentType, e.Subject, e.Err)
+	return fmt.Sprintf("natsx: decode %s from %q: %s", e.ContentType, e.Subject, cause(e.Err))
 }
 
 // Unwrap returns the codec's error.
@@ -419,9 +419,9 @@ func is[E error](err error) bool {
 	return ok
 }
 
-// cause is the text of err as a part of another error's text, which has the prefix
-// "natsx: " already.
-func cause(err error) string { return strings.TrimPrefix(err.Error(), "natsx: ") }
+// cause is the text of an error, or of a panic's value, as a part of another error's text,
+// which has the prefix "natsx: " already.
+func cause(v any) string { return strings.TrimPrefix(fmt.Sprint(v), "natsx: ") }
 
 // joined is errors.Join, except that it returns a single error unchanged.
 func joined(errs []error) error {

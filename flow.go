@@ -507,7 +507,7 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 		r.setAlarm(now)
 		p.mu.Unlock()
 		r.giveBackAll(back)
-		r.trouble("breaker", fmt.Errorf("natsx: breaker is open: %d failures in a row, the last: %w", b.most, err))
+		r.trouble("breaker", failure(fmt.Sprintf("breaker is open: %d failures in a row, the last: %s", b.most, cause(err)), err))
 	case BreakerClosed:
 		r.clear("breaker")
 		err = nil

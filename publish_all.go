@@ -36,7 +36,7 @@ func (e *PublishError) Error() string {
 	if first < 0 {
 		return "natsx: no envelope failed"
 	}
-	return fmt.Sprintf("natsx: %d of %d envelopes failed, the first is number %d: %v", failed, len(e.Errors), first, e.Errors[first])
+	return fmt.Sprintf("natsx: %d of %d envelopes failed, the first is number %d: %s", failed, len(e.Errors), first, cause(e.Errors[first]))
 }
 
 // Unwrap returns the errors that are not nil.

@@ -283,7 +283,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 			lost = true
 		}
 		if time.Since(begun) > redrivePatience {
-			return "", fmt.Errorf("natsx: copy not stored in stream %q: %w", l.Stream, err)
+			return "", failure(fmt.Sprintf("copy not stored in stream %q: %s", l.Stream, cause(err)), err)
 		}
 		pause.wait(ctx)
 	}
@@ -308,7 +308,7 @@ func (r *redrive) removeLetter(ctx context.Context, l *DeadLetter) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redrivePatience)
 	defer cancel()
 	if err := discardLetter(ctx, r.api, l); err != nil {
-		return fmt.Errorf("natsx: copy of letter %d is stored, but the letter was not removed: %w", l.DLQSequence, err)
+		return failure(fmt.Sprintf("copy of letter %d is stored, but the letter was not removed: %s", l.DLQSequence, cause(err)), err)
 	}
 	return nil
 }

@@ -230,7 +230,7 @@ type ReplayFailure struct {
 
 // Error returns the position and the handler's error.
 func (f *ReplayFailure) Error() string {
-	return fmt.Sprintf("natsx: replay %q: message %d of stream %q on %q: %v", f.Replay, f.Sequence, f.Stream, f.Subject, f.Err)
+	return fmt.Sprintf("natsx: replay %q: message %d of stream %q on %q: %s", f.Replay, f.Sequence, f.Stream, f.Subject, cause(f.Err))
 }
 
 // Unwrap returns the handler's error.

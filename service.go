@@ -41,10 +41,10 @@ var (
 func (s *service) faults() []error {
 	var faults []error
 	if !serviceName.MatchString(s.name) {
-		faults = append(faults, fmt.Errorf("natsx: service name %q: must be letters, digits, dashes and underscores: %w", s.name, ErrInvalidName))
+		faults = append(faults, failure(fmt.Sprintf("service name %q: must be letters, digits, dashes and underscores", s.name), ErrInvalidName))
 	}
 	if !semanticVersion.MatchString(s.version) {
-		faults = append(faults, fmt.Errorf("natsx: service %q: version %q: must be a semantic version such as 1.0.0: %w", s.name, s.version, ErrInvalidName))
+		faults = append(faults, failure(fmt.Sprintf("service %q: version %q: must be a semantic version such as 1.0.0", s.name, s.version), ErrInvalidName))
 	}
 	return faults
 }

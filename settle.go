@@ -214,7 +214,8 @@ func lateness(ctx context.Context, timeout time.Duration, err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return fmt.Errorf("natsx: handler did not return within %s: %w: %w", timeout, context.DeadlineExceeded, err)
+	return failure(fmt.Sprintf("handler did not return within %s: %v: %s", timeout, context.DeadlineExceeded, cause(err)),
+		context.DeadlineExceeded, err)
 }
 
 // sound makes an error of users' code safe for the engine. If reading its chain panics, it
