@@ -23,14 +23,14 @@ const (
 	// consumerMisses is how many times in a row a consumer must be unknown to the server
 	// before it counts as deleted: a server that has just started may not know it yet.
 	consumerMisses = 2
-	// pinRenewals is how often a pin is renewed while it lasts.
+	// pinRenewals is how many times a pin is renewed within its length.
 	pinRenewals = 4
-	// unpinPatience bounds what a drain waits for its pin to be released.
+	// unpinPatience is how long a drain waits for the release of its pin.
 	unpinPatience = 2 * time.Second
 )
 
-// pinFor is how long the server keeps a pin that is not renewed. The leases of what its
-// client had in hand end before, so that the next one gets that first.
+// pinFor is how long the server keeps a pin that is not renewed. The leases of its client
+// end before that, so that the next client gets their messages first.
 func pinFor(ackWait time.Duration) time.Duration { return ackWait * 3 / 2 }
 
 // errAckPendingFull is the trouble of a route whose waiting retries keep the server from
@@ -401,8 +401,8 @@ func (r *durableRoute) cannotAdopt(reasons ...string) error {
 	return r.spec.fault("durable", strconv.Quote(r.target.consumer), "exists and cannot be adopted: "+strings.Join(reasons, "; "), ErrConsumerConflict)
 }
 
-// unpin has the server pin another client at once, when this one has nothing in hand any
-// more.
+// unpin releases the pin, so that the server pins another client at once. Nothing is in
+// hand any more.
 func (r *durableRoute) unpin(ctx context.Context) {
 	r.env.pool.mu.Lock()
 	pin := r.puller.pin

@@ -121,8 +121,8 @@ func (r *durableRoute) plan(now int64) pullRequest {
 	return next
 }
 
-// keepsPin reports whether another client must not be pinned in place of this one: it
-// wants messages, or has some in hand. The pool is locked.
+// keepsPin reports whether the route still needs its pin: it is open or has messages in
+// hand. The pool is locked.
 func (r *durableRoute) keepsPin() bool { return r.open || r.leases.head != nil }
 
 // setAlarm schedules tick for when the next time limit ends. The pool is locked.
@@ -446,7 +446,7 @@ func (r *durableRoute) release(now int64) {
 	}
 }
 
-// gather adds a message. The pool is locked.
+// gather adds a message to the next batch. The pool is locked.
 func (r *durableRoute) gather(w *work, now int64) {
 	b := r.batch
 	if b.gathered.len() == 0 {
@@ -457,14 +457,14 @@ func (r *durableRoute) gather(w *work, now int64) {
 	full := b.gathered.len() >= b.most
 	if r.breaker != nil && !full {
 		_, mayHold := r.breaker.now(now)
-		full = mayHold > 0 // it is what the breaker probes with
+		full = mayHold > 0 // the one message that a half-open breaker tries
 	}
 	if full || r.stopped {
 		r.queueBatch(now)
 	}
 }
 
-// queueBatch passes what was gathered to the pool. The pool is locked.
+// queueBatch queues the gathered messages as a batch. The pool is locked.
 func (r *durableRoute) queueBatch(now int64) {
 	b := r.batch
 	batch := &work{members: b.take(r.env.pool, nil)}
@@ -472,7 +472,7 @@ func (r *durableRoute) queueBatch(now int64) {
 	r.queueWork(batch, &r.lane.queue, now)
 }
 
-// unbatch replaces the batches among works by their messages, and adds what was gathered.
+// unbatch replaces the batches among works by their messages, and adds the gathered ones.
 // The pool is locked.
 func (r *durableRoute) unbatch(works []*work) (all []*work) {
 	b := r.batch

@@ -138,7 +138,7 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	case statusUnpinned:
 		p.unserved = 0
 		if i < 0 || ended.pin == "" || ended.pin != p.pin {
-			return pullGoesOn // it was sent before another pin came
+			return pullGoesOn // the pull was sent before the current pin arrived
 		}
 		p.pin = ""
 		return pullUnpinned
@@ -162,7 +162,7 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	return pullRefused
 }
 
-// pinned takes the pin of a message into account.
+// pinned handles the pin in a message.
 func (p *puller) pinned(pin string) (gained bool) {
 	if pin == "" || pin == p.pin {
 		return false
@@ -171,8 +171,8 @@ func (p *puller) pinned(pin string) (gained bool) {
 	return true
 }
 
-// keepPin is the request that keeps the pin when no other did, when it is due. It
-// takes no message, as an idle pull.
+// keepPin returns the request that renews the pin, if one is due. Like an idle pull it
+// takes no message.
 func (p *puller) keepPin(now int64) (r pullRequest, ok bool) {
 	if at := p.pinDue(); at == 0 || now < at {
 		return r, false
@@ -320,7 +320,7 @@ func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 	return p.book(now, r, !real), true
 }
 
-// book makes r one that the consumer takes, and remembers it.
+// book applies the consumer's limits to r, and records the pull.
 func (p *puller) book(now int64, r pullRequest, idle bool) pullRequest {
 	if r.heartbeat > 0 && r.expires <= r.heartbeat {
 		r.heartbeat = 0 // its end is announced before a heartbeat would be due
