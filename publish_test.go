@@ -630,7 +630,7 @@ func TestPublishAllKeepsOrderAndResults(t *testing.T) {
 	if !errors.As(err, &failed) || len(failed.Errors) != n || len(failed.Unwrap()) != len(wantErr) || !errors.Is(err, ErrNoStream) {
 		t.Fatalf("got %v, want a PublishError of %d failures", err, len(wantErr))
 	}
-	if want := fmt.Sprintf("natsx: 7 of %d envelopes failed, the first is number 0: natsx: publish to \"nowhere\"", n); !strings.HasPrefix(err.Error(), want) {
+	if want := fmt.Sprintf("natsx: 7 of %d envelopes failed, the first is number 0: publish to \"nowhere\"", n); !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("got %q, want it to start with %q", err, want)
 	}
 	seq := uint64(0)

@@ -218,8 +218,8 @@ func TestReplayStopsAtAnError(t *testing.T) {
 		want string
 	}{
 		"an error":     {func() error { return boom }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": boom`},
-		"a panic":      {func() error { panic(boom) }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": natsx: handler panicked: boom`},
-		"an early end": {func() error { runtime.Goexit(); return nil }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": natsx: handler panicked: runtime.Goexit`},
+		"a panic":      {func() error { panic(boom) }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": handler panicked: boom`},
+		"an early end": {func() error { runtime.Goexit(); return nil }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": handler panicked: runtime.Goexit`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
