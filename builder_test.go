@@ -29,7 +29,7 @@ func TestValidate(t *testing.T) {
 		inCore    = `natsx: route "orders.*": `
 		inBilling = `natsx: route "orders.*" durable "billing": `
 	)
-	long := strings.Repeat("x", MaxNameLength+1)
+	long := strings.Repeat("x", maxNameLength+1)
 	type fault struct {
 		line string
 		is   error
@@ -44,8 +44,8 @@ func TestValidate(t *testing.T) {
 		{"reply", core.Queue("g").Reply(noReply), nil},
 		{"durable", billing.Handle(nop), nil},
 		{"durable with all that fits", billing.Stream("ORDERS").DeliverFromSequence(1).Retry(0).Backoff(time.Second, time.Second).
-			Timeout(time.Minute).AckWait(MinAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").PinnedBy("a/B_=-9").
-			Also("returns.*").Also("stock.>").InactiveThreshold(MinInactiveThreshold).AdoptChanges().Handle(nop), nil},
+			Timeout(time.Minute).AckWait(minAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").PinnedBy("a/B_=-9").
+			Also("returns.*").Also("stock.>").InactiveThreshold(minInactiveThreshold).AdoptChanges().Handle(nop), nil},
 		{"deliver new", billing.DeliverNew().Handle(nop), nil},
 		{"deliver last", billing.DeliverLast().Handle(nop), nil},
 		{"deliver last per subject", billing.DeliverLastPerSubject().Handle(nop), nil},
@@ -77,8 +77,8 @@ func TestValidate(t *testing.T) {
 		{"queue with a durable", billing.Queue("g").Handle(nop), []fault{{inBilling + `queue "g": does not fit with a durable, whose processes share messages anyway`, ErrOptionConflict}}},
 
 		{"empty durable", core.Durable("").Handle(nop), []fault{{inCore + `durable "": must not be empty`, ErrInvalidName}}},
-		{"durable with a dot", core.Durable("a.b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a.b": durable "a.b": must not hold any of . * > / \`, ErrInvalidName}}},
-		{"durable that does not print", core.Durable("a\u200b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a\u200b": durable "a\u200b": has a character that does not print`, ErrInvalidName}}},
+		{"durable with a dot", core.Durable("a.b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a.b": durable "a.b": must not contain any of . * > / \`, ErrInvalidName}}},
+		{"durable that does not print", core.Durable("a\u200b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a\u200b": durable "a\u200b": has a character that is not printable`, ErrInvalidName}}},
 		{"reply with a durable", billing.Reply(noReply), []fault{{inBilling + `reply: does not fit with a durable: a requester waits on core NATS`, ErrOptionConflict}}},
 
 		{"empty stream", billing.Stream("").Handle(nop), []fault{{inBilling + `stream "": must not be empty`, ErrInvalidName}}},
@@ -94,7 +94,7 @@ func TestValidate(t *testing.T) {
 		{"no concurrency", core.Concurrency(0).Handle(nop), []fault{{inCore + `concurrency 0: must be at least 1`, ErrOutOfRange}}},
 		{"nothing pending", billing.MaxAckPending(0).Handle(nop), []fault{{inBilling + `maxAckPending 0: must be at least 1`, ErrOutOfRange}}},
 		{"pending below the concurrency", billing.Concurrency(8).MaxAckPending(7).Handle(nop), []fault{
-			{inBilling + `maxAckPending 7: is below the concurrency of 8, which it would cap`, ErrOptionConflict},
+			{inBilling + `maxAckPending 7: is below the concurrency of 8, which it would limit`, ErrOptionConflict},
 		}},
 
 		{"empty further filter", billing.Also("").Handle(nop), []fault{{inBilling + `also "": must not be empty`, ErrInvalidSubject}}},
@@ -116,7 +116,7 @@ func TestValidate(t *testing.T) {
 		}},
 		{"empty group", billing.PinnedBy("").Handle(nop), []fault{{inBilling + `pinnedBy "": must not be empty`, ErrInvalidName}}},
 		{"long group", billing.PinnedBy("12345678901234567").Handle(nop), []fault{{inBilling + `pinnedBy "12345678901234567": is longer than 16 bytes`, ErrInvalidName}}},
-		{"group with a dot", billing.PinnedBy("a.b").Handle(nop), []fault{{inBilling + `pinnedBy "a.b": must hold letters, digits and / _ = - only`, ErrInvalidName}}},
+		{"group with a dot", billing.PinnedBy("a.b").Handle(nop), []fault{{inBilling + `pinnedBy "a.b": must have only letters, digits and / _ = -`, ErrInvalidName}}},
 		{"group of a core route", core.PinnedBy("g").Handle(nop), []fault{{inCore + `pinnedBy "g": needs a durable`, ErrOptionConflict}}},
 
 		{"empty DLQ", billing.DLQ("").Handle(nop), []fault{{inBilling + `dlq "": must not be empty`, ErrInvalidSubject}}},
@@ -140,7 +140,7 @@ func TestValidate(t *testing.T) {
 		{"no order key", billing.OrderedBy(OrderKey{}).Handle(nop), []fault{{inBilling + `orderedBy OrderKey{}: needs SubjectKey, SubjectToken or HeaderKey`, ErrOutOfRange}}},
 		{"order by a negative token", billing.OrderedBy(SubjectToken(-1)).Handle(nop), []fault{{inBilling + `orderedBy SubjectToken(-1): tokens are counted from 0`, ErrOutOfRange}}},
 		{"order by no header", billing.OrderedBy(HeaderKey("")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey(""): must not be empty`, ErrInvalidName}}},
-		{"order by a header with a colon", billing.OrderedBy(HeaderKey("a:b")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey("a:b"): must be an HTTP token: letters, digits, dashes and the like`, ErrInvalidName}}},
+		{"order by a header with a colon", billing.OrderedBy(HeaderKey("a:b")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey("a:b"): must be an HTTP token of letters, digits and characters such as -`, ErrInvalidName}}},
 		{"empty batch", billing.Batch(0, time.Second).HandleBatch(nopBatch), []fault{{inBilling + `batch 0 within 1s: needs at least 1 message`, ErrOutOfRange}}},
 		{"batch that does not wait", billing.Batch(1, 0).HandleBatch(nopBatch), []fault{{inBilling + `batch 1 within 0s: the wait must be above zero`, ErrOutOfRange}}},
 		{"batch for a single handler", billing.Batch(1, time.Second).Handle(nop), []fault{{inBilling + `batch 1 within 1s: needs HandleBatch`, ErrOptionConflict}}},
@@ -411,7 +411,7 @@ func TestNamesAreTaken(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	js := jetStream(t, nc)
 	for i, name := range []string{
-		"a", "A-b_c", "ünïcode", "日本", "$x", `quo"te's`, "{}", "#1", "a:b", "%2e", strings.Repeat("x", MaxNameLength),
+		"a", "A-b_c", "ünïcode", "日本", "$x", `quo"te's`, "{}", "#1", "a:b", "%2e", strings.Repeat("x", maxNameLength),
 	} {
 		if reason := nameFault(name); reason != "" {
 			t.Errorf("nameFault(%q) = %s, want none", name, reason)

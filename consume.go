@@ -46,7 +46,7 @@ type durableRoute struct {
 	pending   bool     // the server has messages
 	pullsFail bool     // Health reports that pulls are refused or not served
 	seen      uint64   // highest consumer sequence received
-	more      int64    // when more is wanted without an event, 0 for never
+	more      int64    // when the demand grows even if nothing happens, 0 for never
 	unplanned int      // messages received since the last plan
 	mean      float64  // handler time in ns, weighted towards slow runs
 	started   int64    // when a message was last finished, or the first began to wait
@@ -398,7 +398,7 @@ func (r *durableRoute) mayStart(now int64) bool {
 // turnAway gives back a message that an open breaker does not let run.
 func (r *durableRoute) turnAway(w *work) {
 	w.outcome = OutcomeReturned
-	r.giveBack(w, r.breaker.comesBack())
+	r.giveBack(w, r.breaker.redeliverAfter())
 	r.unmark(w)
 }
 

@@ -24,7 +24,7 @@ const (
 	// consumerMisses is how many times in a row a consumer must be unknown to the server
 	// before it counts as deleted: a server that has just started may not know it yet.
 	consumerMisses = 2
-	// pinRenewals is how often a pin is renewed while it lasts.
+	// pinRenewals is how many times a pin is renewed within its length.
 	pinRenewals = 4
 	// unpinPatience bounds how long a drain waits for the release of its pin.
 	unpinPatience = 2 * time.Second
@@ -385,7 +385,7 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 	if adopts {
 		next = changed(set, have, want)
 	}
-	next.Name, next.MaxDeliver, next.AckWait = r.target.consumer, want.MaxDeliver, max(next.AckWait, MinAckWait)
+	next.Name, next.MaxDeliver, next.AckWait = r.target.consumer, want.MaxDeliver, max(next.AckWait, minAckWait)
 	if next.AckWait < have.AckWait && (info.NumWaiting > 0 || info.NumAckPending > 0) {
 		r.env.log.Warn("natsx: the durable keeps its longer ack wait, since other processes may rely on it",
 			r.names("stream", r.target.stream, "ack_wait", have.AckWait, "wanted", want.AckWait)...)

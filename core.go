@@ -16,11 +16,11 @@ const (
 	// coreQueue is how many messages of a core route may wait for a worker. The rest
 	// waits in the subscription, up to its pending limits.
 	coreQueue = 1024
-	// WaitingRequestsPerHandler is how many requests may wait for each handler
-	// that a reply route runs at once; MinWaitingRequests may in any case. One
-	// more is answered with code 503 at once.
-	WaitingRequestsPerHandler = 16
-	MinWaitingRequests        = 128
+	// waitingRequestsPerHandler is how many requests may wait for each handler that a
+	// reply route may run at once, and minWaitingRequests how many may wait in any case.
+	// Further ones are answered with code 503 at once. RouteBuilder.Reply documents both.
+	waitingRequestsPerHandler = 16
+	minWaitingRequests        = 128
 )
 
 var (
@@ -109,7 +109,7 @@ func (r *coreRoute) admit(w *work) {
 	switch {
 	case p.closed:
 		refusal = errShuttingDown
-	case r.lane.waiting() >= max(MinWaitingRequests, WaitingRequestsPerHandler*r.limit):
+	case r.lane.waiting() >= max(minWaitingRequests, waitingRequestsPerHandler*r.limit):
 		refusal = errBusy
 	default:
 		r.open.append(w)
@@ -236,7 +236,7 @@ func (r *coreRoute) respond(w *work, err error) error {
 		return err
 	}
 	if err != nil && r.env.handlers.Err() != nil && errors.Is(err, context.Canceled) {
-		err = fmt.Errorf("%w: %w", errShuttingDown, err)
+		err = failure(cause(errShuttingDown)+": "+cause(err), errShuttingDown, err)
 	}
 	if err != nil {
 		if _, internal := replyFor(err); internal {

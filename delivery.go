@@ -83,9 +83,9 @@ func (c *deadlineContext) Value(key any) any {
 // allocation per message. The handler may keep it; the engine does not use it after the
 // handler has returned, except through its work.
 type delivery struct {
-	msg  Msg                  // owned by the handler, which may change it
-	work *work                // of the engine; only while the handler runs
-	made atomic.Pointer[made] // owned by publishing: what was published with this context
+	msg       Msg                       // owned by the handler, which may change it
+	work      *work                     // of the engine; only while the handler runs
+	numbering atomic.Pointer[numbering] // owned by publishing: what was published with this context
 }
 
 // Deadline, Done and Err are those of the broker's context for handlers.

@@ -129,8 +129,8 @@ func (r *durableRoute) plan(now int64) pullRequest {
 	return next
 }
 
-// keepsPin reports whether this client is to stay pinned: it wants messages, or has some
-// that are not settled. The pool is locked.
+// keepsPin reports whether the route still needs its pin: it is open or has messages in
+// hand. The pool is locked.
 func (r *durableRoute) keepsPin() bool { return r.open || r.leases.head != nil }
 
 // setAlarm schedules tick for when the next time limit ends. The pool is locked.
@@ -565,7 +565,7 @@ func (r *durableRoute) release(now int64) {
 	}
 }
 
-// gather adds a message. The pool is locked.
+// gather adds a message to the next batch. The pool is locked.
 func (r *durableRoute) gather(w *work, now int64) {
 	b := r.batch
 	if b.gathered.len() == 0 {
@@ -576,14 +576,14 @@ func (r *durableRoute) gather(w *work, now int64) {
 	full := b.gathered.len() >= b.most
 	if r.breaker != nil && !full {
 		_, mayHold := r.breaker.now(now)
-		full = mayHold > 0 // it is what the breaker probes with
+		full = mayHold > 0 // the one message that a half-open breaker tries
 	}
 	if full || r.stopped {
 		r.queueBatch(now)
 	}
 }
 
-// queueBatch passes what was gathered to the pool. The pool is locked.
+// queueBatch queues the gathered messages as a batch. The pool is locked.
 func (r *durableRoute) queueBatch(now int64) {
 	b := r.batch
 	batch := &work{members: b.take(r.env.pool, nil)}
@@ -591,7 +591,7 @@ func (r *durableRoute) queueBatch(now int64) {
 	r.queueWork(batch, &r.lane.queue, now)
 }
 
-// unbatch replaces the batches among works by their messages, and adds what was gathered.
+// unbatch replaces the batches among works by their messages, and adds the gathered ones.
 // The pool is locked.
 func (r *durableRoute) unbatch(works []*work) (all []*work) {
 	b := r.batch
@@ -610,8 +610,8 @@ func (r *durableRoute) unbatch(works []*work) (all []*work) {
 	return all
 }
 
-// brake tells the breaker of a result, and returns how long the message rests if the attempt
-// does not count, 0 if it does.
+// brake accounts for a result and acts on a change of the breaker. It returns the delay of
+// the message's redelivery if the result was no attempt, else 0.
 func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest time.Duration) {
 	b := r.breaker
 	if b == nil {
@@ -629,7 +629,7 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 		r.setAlarm(now)
 		p.mu.Unlock()
 		r.giveBackAll(back)
-		r.trouble("breaker", fmt.Errorf("natsx: breaker is open: %d failures in a row, the last: %w", b.most, err))
+		r.trouble("breaker", failure(fmt.Sprintf("breaker is open: %d failures in a row, the last: %s", b.most, cause(err)), err))
 	case BreakerClosed:
 		r.clear("breaker")
 		err = nil
@@ -643,7 +643,7 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 		}
 	}
 	if no {
-		return b.comesBack()
+		return b.redeliverAfter()
 	}
 	return 0
 }

@@ -5,18 +5,18 @@ import (
 	"time"
 )
 
-// Outcome is what became of one attempt.
+// Outcome is the outcome of one attempt.
 type Outcome string
 
 // The outcomes of an attempt.
 const (
 	OutcomeSucceeded Outcome = "succeeded" // acknowledged, or answered
-	OutcomeRetried   Outcome = "retried"   // to be delivered again
+	OutcomeRetried   Outcome = "retried"   // will be redelivered
 	OutcomeDead      Outcome = "dead"      // moved to the DLQ, or without one terminated or left unsettled
-	OutcomeDiscarded Outcome = "discarded" // terminated on the handler's word
+	OutcomeDiscarded Outcome = "discarded" // terminated by Discard
 	OutcomeReturned  Outcome = "returned"  // given back at the drain timeout or for an open breaker, which is no attempt
-	OutcomeLapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
-	OutcomeFailed    Outcome = "failed"    // of a core message that is gone, or an error answered to a request
+	OutcomeLapsed    Outcome = "lapsed"    // the ack wait ended before the message was settled: it may be redelivered
+	OutcomeFailed    Outcome = "failed"    // failure of a core message, which is lost, or an error answered to a request
 )
 
 // Event is one finished attempt, as an [Observer] sees it.
@@ -53,16 +53,16 @@ const (
 	BreakerHalfOpen BreakerState = "half-open" // one message is tried
 )
 
-// BreakerEvent is a breaker that has opened, or closed again.
+// BreakerEvent is a change of a breaker: it has opened or closed.
 type BreakerEvent struct {
 	Route   string // the filter of the route
 	Durable string
 	State   BreakerState // BreakerOpen or BreakerClosed
-	Err     error        // the failure that opened it, nil when it has closed
+	Err     error        // the failure that opened it, nil if it has closed
 }
 
-// BreakerObserver is an [Observer] that is also told of the breakers of the routes, when
-// one opens and when it closes again. What holds for Observe holds for it.
+// BreakerObserver is an [Observer] that is also called when a route's breaker opens or
+// closes. The rules for Observe apply.
 type BreakerObserver interface {
 	Observer
 	ObserveBreaker(e BreakerEvent)
@@ -85,9 +85,9 @@ type RouteStats struct {
 	Dead      uint64 // moved to the DLQ, or without one terminated or left unsettled
 	Discarded uint64 // terminated by Discard
 	Returned  uint64 // given back at the drain timeout or for an open breaker, which is no attempt
-	Lapsed    uint64 // leases lost before the message was settled: it is delivered again
+	Lapsed    uint64 // ack wait ended before the message was settled: it may be redelivered
 	Failed    uint64 // failed messages of a core route, errors answered to requests
-	Dropped   uint64 // dropped by the client as a slow consumer of a core route
+	Dropped   uint64 // dropped by the client because a core route is a slow consumer
 
 	Running int // handlers running now
 	Waiting int // messages pulled and waiting for a worker now

@@ -65,7 +65,7 @@ type lane struct {
 	requests bool           // it is a lane of requests
 	burst    int            // works that a worker takes at once, 0 for 1
 	rate     *bucket        // of its starts, nil for no limit
-	later    func(at int64) // has resume called at this time
+	later    func(at int64) // schedules resume
 	name     string         // of the handler, to report one that does not return
 	timeout  time.Duration  // of a work, 0 for none
 
@@ -305,7 +305,7 @@ func (p *pool) enlist(l *lane) {
 	p.ready.push(l)
 }
 
-// resume lets a lane go on that has waited for its rate. The pool is not locked.
+// resume continues a lane that has waited for its rate. The pool is not locked.
 func (p *pool) resume(l *lane) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -74,7 +74,7 @@ type demand struct {
 	idle      bool          // when messages is 0: an idle pull is to wait at the server
 	stay      time.Duration // how long a request may wait at the server
 	heartbeat time.Duration // of a request that waits longer than this, 0 for none
-	again     int64         // when more is wanted without an event, 0 for never
+	again     int64         // when the demand grows even if nothing happens, 0 for never
 }
 
 // pullEvent is what a status means for the owner of the puller.
@@ -138,7 +138,7 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	case statusUnpinned:
 		p.unserved = 0
 		if i < 0 || ended.pin == "" || ended.pin != p.pin {
-			return pullGoesOn // it was sent before another pin came
+			return pullGoesOn // the pull was sent before the current pin arrived
 		}
 		p.pin = ""
 		return pullUnpinned
@@ -171,8 +171,8 @@ func (p *puller) pinned(pin string) (gained bool) {
 	return true
 }
 
-// keepPin returns the request that renews the pin, when one is due. It receives no message,
-// as an idle pull.
+// keepPin returns the request that renews the pin, if one is due. Like an idle pull it
+// takes no message.
 func (p *puller) keepPin(now int64) (r pullRequest, ok bool) {
 	if at := p.pinDue(); at == 0 || now < at {
 		return r, false
@@ -320,7 +320,7 @@ func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 	return p.book(now, r, !real), true
 }
 
-// book makes r one that the consumer takes, and remembers it.
+// book applies the consumer's limits to r, and records the pull.
 func (p *puller) book(now int64, r pullRequest, idle bool) pullRequest {
 	if r.heartbeat > 0 && r.expires <= r.heartbeat {
 		r.heartbeat = 0 // its end is announced before a heartbeat would be due
