@@ -38,6 +38,9 @@ type engine struct {
 	noReplays bool // the drain has begun
 }
 
+// hasStopped is the state of an engine whose Run has returned.
+const hasStopped = "has stopped"
+
 // runner is a route that runs.
 type runner interface {
 	base() *route
@@ -92,7 +95,7 @@ func (e *engine) run() error {
 	e.link.unwatch(status)
 	async.stop()
 	e.close()
-	e.setState("has stopped")
+	e.setState(hasStopped)
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -221,6 +224,13 @@ func (e *engine) setState(s string) {
 	e.stateMu.Lock()
 	defer e.stateMu.Unlock()
 	e.state = s
+}
+
+// stopped reports whether Run has returned, or is about to.
+func (e *engine) stopped() bool {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	return e.state == hasStopped
 }
 
 func (e *engine) isReady() bool {

@@ -39,7 +39,7 @@ var layers = []struct {
 	{"tools", // the day after
 		"deadletters.go redrive.go replay.go replay_run.go replay_source.go"},
 	{"face", // options and Run: start, run, drain
-		"broker.go engine.go service.go doc.go"},
+		"broker.go engine.go service.go serve.go doc.go"},
 }
 
 // largestCycle is how many files may refer to each other in a circle.
