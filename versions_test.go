@@ -38,7 +38,7 @@ type feature struct {
 // refused with an error that says so.
 var features = []feature{
 	{"durable routes, retries, dead letters, redrive", ErrServerTooOld, tryRoutes},
-	{"a durable is known again after restarts and updates", ErrServerTooOld, tryIdentity},
+	{"a durable is recognised after restarts and updates", ErrServerTooOld, tryIdentity},
 	{"publishing with deduplication, replay, core routes, request-reply", nil, tryBasics},
 	{"`TTL` of a message", ErrTTLNotAllowed, tryTTL},
 	{"`At` and `After`", ErrSchedulesNotAllowed, tryDelay},

@@ -20,7 +20,7 @@ type Order struct {
 
 func charge(ctx context.Context, o Order) error {
 	if o.Cents <= 0 {
-		return natsx.Permanent(errors.New("nothing to pay")) // no retry can mend it
+		return natsx.Permanent(errors.New("nothing to pay")) // a retry would not help
 	}
 	fmt.Println("charged", o.ID)
 	return nil // acknowledged; any other error is retried
