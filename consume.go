@@ -25,6 +25,7 @@ type durableRoute struct {
 	route
 	target  consumerTarget         // stream, consumer and their identity
 	located atomic.Bool            // target is complete
+	created bool                   // the durable is new; set before located
 	inbox   atomic.Pointer[string] // pulls reply to inbox.<token>
 	gate    chan struct{}          // full while one of resume, pause and stop is at work; capacity 1
 	alarm   alarm

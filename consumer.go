@@ -132,7 +132,7 @@ func (r *durableRoute) locate(ctx context.Context) error {
 			return err
 		})
 		return names, err
-	})
+	}, func() string { return r.env.api.nearStreams(ctx, "", spec.filter) })
 	if err != nil {
 		return r.spec.fault("stream", "", reason, err)
 	}
@@ -147,10 +147,11 @@ func (r *durableRoute) locate(ctx context.Context) error {
 	case errors.Is(err, ErrPermission):
 		r.env.log.Warn("natsx: stream cannot be checked", r.names("stream", name, "error", err)...)
 	case hasCode(err, codeStreamNotFound):
-		return r.spec.fault("stream", strconv.Quote(name), "does not exist", fmt.Errorf("%w: %w", ErrNoStream, err))
+		return r.spec.fault("stream", strconv.Quote(name), "does not exist; "+r.env.api.nearStreams(ctx, name, spec.filter), fmt.Errorf("%w: %w", ErrNoStream, err))
 	case err != nil:
 		return r.spec.fault("stream", strconv.Quote(name), cause(err), err)
 	default:
+		r.env.foundStream(info)
 		r.target.config.Store(&info.Config)
 		r.passer.created = info.Created.UnixNano()
 		if n := info.State.Msgs; n > 0 {
@@ -160,6 +161,11 @@ func (r *durableRoute) locate(ctx context.Context) error {
 	c := r.target.config.Load()
 	if c != nil && !takesSubject(c, spec.filter) {
 		return r.spec.fault("stream", strconv.Quote(name), fmt.Sprintf("has none of the filter's subjects, but %q", c.Subjects), ErrNoStream)
+	}
+	if c != nil && c.Retention == jetstream.WorkQueuePolicy {
+		if err := r.env.claimFilter(name, r.spec); err != nil {
+			return err
+		}
 	}
 	if c != nil && c.Retention != jetstream.LimitsPolicy && spec.set&optRetry != 0 && spec.dlq == "" {
 		return r.spec.fault("dlq", "", fmt.Sprintf("is missing: on the %s stream %q a message whose retries are used up would be deleted",
@@ -219,6 +225,7 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 		})
 		return info, err
 	}
+	did, changed := "created", []string(nil)
 	info, err := create()
 	if hasCode(err, codeMaxAckPendingLimit) && r.spec.route.set&optMaxAckPending == 0 {
 		// The default gives way to a limit of the server or of the account.
@@ -235,16 +242,22 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 		if hasCode(err, codeConsumerNotFound) && errors.Is(denied, ErrPermission) {
 			return fail(denied)
 		}
+		did = "found"
 		switch {
 		case err == nil:
-			info, err = r.adopt(ctx, info, cfg, errors.Is(denied, ErrPermission))
+			info, changed, err = r.adopt(ctx, info, cfg, errors.Is(denied, ErrPermission))
 		case errors.Is(err, jetstream.ErrNotPullConsumer):
 			err = r.unfit("it is a push consumer")
 		}
 	}
+	if hasCode(err, codeWorkQueueOverlap) || hasCode(err, codeWorkQueueOneConsumer) {
+		return r.overlap(ctx, err)
+	}
 	if err != nil {
 		return fail(err)
 	}
+	r.created = did == "created"
+	r.tellFound(did, info, changed)
 	c := info.Config
 	t.identity = identityOf(info, r.env.api.nc)
 	t.nextSubject = r.env.api.prefix + "CONSUMER.MSG.NEXT." + t.stream + "." + t.consumer
@@ -263,6 +276,35 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 	r.env.pool.mu.Unlock()
 	tell()
 	return nil
+}
+
+// tellFound logs the durable that the route found, created or changed.
+func (r *durableRoute) tellFound(did string, info *jetstream.ConsumerInfo, changed []string) {
+	c := info.Config
+	args := r.names("stream", r.target.stream, "ack_wait", c.AckWait, "max_ack_pending", c.MaxAckPending,
+		"deliver", c.DeliverPolicy.String(), "pending", info.NumPending, "ack_pending", info.NumAckPending)
+	if len(changed) > 0 {
+		did, args = "changed", append(args, "changes", changed)
+	}
+	if spec := r.spec.route; did != "created" && spec.set&optDeliver != 0 && spec.deliver != c.DeliverPolicy {
+		args = append(args, "ignored", fmt.Sprintf("deliver %s: only a new durable starts there", spec.deliver))
+	}
+	r.env.log.Info("natsx: durable "+did, args...)
+}
+
+// overlap is the fault of a work-queue stream that has a consumer with an overlapping
+// filter already.
+func (r *durableRoute) overlap(ctx context.Context, refusal error) error {
+	reason := "is refused: " + cause(refusal)
+	list, err := r.env.api.consumerList(ctx, r.target.stream)
+	for _, c := range list {
+		for _, filter := range c.filters() {
+			if err == nil && subjectsOverlap(filter, r.spec.route.filter) {
+				reason = fmt.Sprintf("overlaps with %q of the durable %q, and the work-queue stream %q gives each message to one durable", filter, c.Name, r.target.stream)
+			}
+		}
+	}
+	return r.spec.fault("subject", strconv.Quote(r.spec.route.filter), reason, fmt.Errorf("%w: %w", ErrOptionConflict, refusal))
 }
 
 // refuseOldServer is the fault of a server that takes the creation of a consumer for an
@@ -331,12 +373,12 @@ func differences(have, want jetstream.ConsumerConfig, bindOnly bool) (diffs []st
 }
 
 // adopt takes an existing consumer: it refuses what would change the meaning of
-// the route or of the consumer, and updates what may be updated. A user who may
-// only bind takes the settings as they are.
-func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, want jetstream.ConsumerConfig, bindOnly bool) (*jetstream.ConsumerInfo, error) {
+// the route or of the consumer, and updates what may be updated; changed says what. A
+// user who may only bind takes the settings as they are.
+func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, want jetstream.ConsumerConfig, bindOnly bool) (now *jetstream.ConsumerInfo, changed []string, err error) {
 	have := info.Config
 	if diffs := differences(have, want, bindOnly); len(diffs) > 0 {
-		return nil, r.unfit(diffs...)
+		return nil, nil, r.unfit(diffs...)
 	}
 	if want.AckWait < have.AckWait && (info.NumWaiting > 0 || info.NumAckPending > 0) {
 		r.env.log.Warn("natsx: the durable keeps its longer ack wait, by which others may still renew their leases",
@@ -345,7 +387,7 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 	}
 	known := have.Metadata[metadataID] != ""
 	if bindOnly || known && have.AckWait == want.AckWait && have.MaxDeliver == want.MaxDeliver && have.MaxAckPending == want.MaxAckPending {
-		return info, nil
+		return info, nil, nil
 	}
 	next := have
 	next.Name = r.target.consumer
@@ -353,11 +395,11 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 	if !known {
 		next.Metadata = withMetadata(have.Metadata, metadataID, want.Metadata[metadataID])
 	}
-	err := r.tryOn(ctx, func(ctx context.Context) (err error) {
-		info, err = r.env.api.updateConsumer(ctx, r.target.stream, next)
+	err = r.tryOn(ctx, func(ctx context.Context) (err error) {
+		now, err = r.env.api.updateConsumer(ctx, r.target.stream, next)
 		return err
 	})
-	return info, err
+	return now, consumerDiffs(have, next), err
 }
 
 // unfit is the fault of a durable that exists and cannot be adopted.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -61,7 +62,7 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		service: b.service, streams: b.streams, specs: specs, ready: b.ready,
 		state: "is starting", claimed: map[string]Spec{}, replays: map[*replay]struct{}{},
 	}
-	e.claim = e.claimOnce
+	e.claim, e.claimFilter = e.claimOnce, e.claimFilterOnce
 	for _, spec := range specs {
 		if spec.route.durable == "" {
 			r := newCoreRoute(e.env, spec)
@@ -69,6 +70,7 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		} else {
 			r := newDurableRoute(e.env, spec)
 			e.durables, e.routes = append(e.durables, r), append(e.routes, r)
+			e.ownDurables = append(e.ownDurables, spec.route.durable)
 		}
 	}
 	e.env.routesLooking = len(e.durables)
@@ -109,6 +111,7 @@ func (e *engine) prepare() bool {
 		return false
 	}
 	for _, s := range e.streams {
+		e.markFound(s.name)
 		if err := s.forLetters(e.specs).ensure(e.intake, e.api, e.log); err != nil && e.intake.Err() == nil {
 			e.note(err)
 		}
@@ -117,7 +120,31 @@ func (e *engine) prepare() bool {
 		e.endIntake()
 		return false
 	}
-	return e.each(func(r runner) error { return r.locate(e.intake) })
+	if !e.each(func(r runner) error { return r.locate(e.intake) }) {
+		return false
+	}
+	e.spawn(e.warnOfLookAlikes)
+	return true
+}
+
+// warnOfLookAlikes warns of durables that were created beside one with nearly the same
+// name: a slip of the pen, which would have the new one handle the whole stream.
+func (e *engine) warnOfLookAlikes() {
+	names := map[string][]string{} // by stream
+	for _, d := range e.durables {
+		stream := d.target.stream
+		if !d.created || e.intake.Err() != nil {
+			continue
+		}
+		if _, asked := names[stream]; !asked {
+			names[stream], _ = e.api.consumerNames(e.intake, stream) // without the permission there is no warning
+			names[stream] = slices.DeleteFunc(names[stream], func(name string) bool { return slices.Contains(e.ownDurables, name) })
+		}
+		if other := lookAlike(d.target.consumer, names[stream]); other != "" {
+			e.log.Warn("natsx: the durable is new, and looks like one that exists: is its name spelled as intended?",
+				d.names("stream", stream, "existing", other)...)
+		}
+	}
 }
 
 // open has every route receive, and reports whether all do.
@@ -217,6 +244,19 @@ func (e *engine) claimOnce(stream string, s Spec) error {
 		return s.duplicateOf(earlier)
 	}
 	e.claimed[key] = s
+	return nil
+}
+
+// claimFilterOnce refuses a route of a work-queue stream whose filter overlaps with that
+// of another durable.
+func (e *engine) claimFilterOnce(stream string, s Spec) error {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	for key, other := range e.claimed {
+		if of, _, _ := strings.Cut(key, "\x00"); of == stream && s.overlaps(other) {
+			return s.overlapWith(other, stream)
+		}
+	}
 	return nil
 }
 

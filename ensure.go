@@ -74,7 +74,8 @@ func (e *StreamConflictError) Unwrap() []error {
 // chain, and logged once to [slog.Default]: a server without JetStream looks the
 // same, so give ctx a deadline. A closed connection is [ErrConnectionClosed], a
 // missing permission [ErrPermission], and any other refusal of the server is returned
-// at once with its [*jetstream.APIError].
+// at once with its [*jetstream.APIError]. What was found, created or changed is logged
+// at info level.
 //
 // The stream is made in the JetStream that nc's account has without a domain. For a
 // domain or an API prefix, use [WithStreams] with [WithJetStream].
@@ -92,11 +93,18 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 // ensure is Ensure for a description that was validated, with another logger.
 func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error {
 	tries := 0
+	var report streamReport
 	err := retry{told: func(err error) {
 		if tries++; tries == 3 { // not what a race of processes that start at once leaves behind
 			log.Warn("natsx: stream cannot be ensured yet, trying on", "stream", s.name, "error", err)
 		}
-	}}.do(ctx, func(ctx context.Context) error { return s.ensureOnce(ctx, a) })
+	}}.do(ctx, func(ctx context.Context) (err error) {
+		report, err = s.ensureOnce(ctx, a)
+		return err
+	})
+	if err == nil {
+		report.log(log)
+	}
 	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
 		return fmt.Errorf("%w: %w", err, ctx.Err())
 	}
@@ -105,7 +113,7 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 
 // ensureOnce is one attempt of ensure. What another process does between its
 // requests ends in an error that passes, and the next attempt sees it.
-func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
+func (s StreamSpec) ensureOnce(ctx context.Context, a *api) (report streamReport, err error) {
 	js := a.js
 	var stream jetstream.Stream
 	request := func(verb, operation string, do func(context.Context) (jetstream.Stream, error)) error {
@@ -122,7 +130,7 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 		return fmt.Errorf("natsx: %s stream %q: %w", verb, s.name, closedCause(err))
 	}
 
-	err := request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
+	err = request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
 		return js.Stream(ctx, s.name)
 	})
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
@@ -135,12 +143,12 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 			return js.CreateStream(ctx, cfg)
 		})
 		if err != nil {
-			return err
+			return report, err
 		}
-		return s.verify(stream.CachedInfo().Config)
+		return streamReport{did: "created", info: stream.CachedInfo()}, s.verify(stream.CachedInfo().Config)
 	}
 	if err != nil {
-		return err
+		return report, err
 	}
 
 	info := stream.CachedInfo()
@@ -148,7 +156,7 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 	s.apply(&next)
 	diffs := s.differences(info.Config, next)
 	if len(diffs) == 0 {
-		return nil
+		return streamReport{did: "found", info: info}, nil
 	}
 	if next.MaxMsgsPerSubject > 0 && slices.ContainsFunc(diffs, func(d StreamDiff) bool { return d.Field == "maxMsgsPerSubject" }) {
 		existing := stream
@@ -157,23 +165,38 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 			return existing, err
 		})
 		if err != nil {
-			return err
+			return report, err
 		}
 	}
 	if refused := refuse(diffs, info, next); len(refused) > 0 {
-		return &StreamConflictError{Stream: s.name, Diffs: refused}
+		return report, &StreamConflictError{Stream: s.name, Diffs: refused}
 	}
 	err = request("update", "STREAM.UPDATE", func(ctx context.Context) (jetstream.Stream, error) {
 		return js.UpdateStream(ctx, next)
 	})
 	var refusal *jetstream.APIError
 	if errors.As(err, &refusal) && !transient(err) {
-		return &StreamConflictError{Stream: s.name, Diffs: diffs, Err: refusal}
+		return report, &StreamConflictError{Stream: s.name, Diffs: diffs, Err: refusal}
 	}
 	if err != nil {
-		return err
+		return report, err
 	}
-	return s.verify(stream.CachedInfo().Config)
+	return streamReport{did: "changed", info: stream.CachedInfo(), diffs: diffs}, s.verify(stream.CachedInfo().Config)
+}
+
+// streamReport is what was done with a stream, for the log.
+type streamReport struct {
+	did   string
+	info  *jetstream.StreamInfo
+	diffs []StreamDiff // of one that was changed
+}
+
+func (r streamReport) log(log *slog.Logger) {
+	args := streamAttrs(&r.info.Config, "messages", r.info.State.Msgs)
+	if len(r.diffs) > 0 {
+		args = append(args, "changes", changes(r.diffs))
+	}
+	log.Info("natsx: stream "+r.did, args...)
 }
 
 // verify compares what the server made of the stream with the description: an

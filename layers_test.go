@@ -31,7 +31,7 @@ var layers = []struct {
 		"natsx.go builder.go delivery.go order.go letter.go codec.go stream.go envelope.go identity.go observe.go"},
 	{"mechanics", // machines, each with one owner and one lock
 		"pool.go agenda.go lease.go history.go window.go budget.go puller.go link.go acker.go env.go " +
-			"connect.go ensure.go ordered.go reader.go"},
+			"connect.go explain.go ensure.go ordered.go reader.go"},
 	{"publishing",
 		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go"},
 	{"running", // what a route does

@@ -222,7 +222,7 @@ func (r *route) unsubscribe(ctx context.Context) {
 
 // locateStream is the name of the stream of a route or replay: the given one, or the
 // only one that has the filter's subjects.
-func locateStream(given string, names func() ([]string, error)) (name string, reason string, err error) {
+func locateStream(given string, names func() ([]string, error), near func() string) (name string, reason string, err error) {
 	if given != "" {
 		return given, "", nil
 	}
@@ -231,7 +231,7 @@ func locateStream(given string, names func() ([]string, error)) (name string, re
 	case err != nil:
 		return "", "could not be looked up by the filter: " + cause(err), err
 	case len(found) == 0:
-		return "", "no stream has the filter's subjects", ErrNoStream
+		return "", "no stream has the filter's subjects; " + near(), ErrNoStream
 	case len(found) > 1:
 		return "", fmt.Sprintf("several have the filter's subjects: %q; name one with Stream", found), ErrAmbiguousStream
 	}
