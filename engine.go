@@ -29,6 +29,7 @@ type engine struct {
 	cores     []*coreRoute
 	discovery *discovery // nil until it answers, and without WithService
 	hung      hungWatch
+	outages   connectLog // of the connection
 
 	replaying sync.WaitGroup // replays that use the pool
 
@@ -303,8 +304,11 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 func (e *engine) onStatus(s nats.Status) {
 	switch s {
 	case nats.RECONNECTING, nats.DISCONNECTED:
-		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.why())
+		if why := e.link.why(); e.outages.worth(why) { // a failed try is told again as the same status
+			e.log.Warn("natsx: connection lost, routes wait for it", "error", why)
+		}
 	case nats.CONNECTED:
+		e.outages.end()
 		e.acks.connected()
 		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
 		for _, d := range e.durables {
