@@ -160,7 +160,7 @@ func TestMissingStreamWithoutPermissionToList(t *testing.T) {
 	t.Parallel()
 	_, user := startGuarded(t, &server.Permissions{Publish: &server.SubjectPermission{Deny: []string{"$JS.API.STREAM.LIST"}}})
 	err := wantRefused(t, user, []Spec{Route("orders.*").Durable("d").Handle(succeed)}, ErrNoStream)
-	if !strings.Contains(err.Error(), `has the filter's subjects; WithStreams(Stream("ORDERS").Subjects("orders.*")) makes one`) {
+	if !strings.Contains(err.Error(), `subjects that match the filter; WithStreams(Stream("ORDERS").Subjects("orders.*")) makes one`) {
 		t.Errorf("got %v", err)
 	}
 }

@@ -130,8 +130,8 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 
 	const lease = 2 * time.Second
 	var handled tally
-	run := func(retry int) (stop func()) {
-		b := NewBroker(billing, logger)
+	run := func(retry int) (b *Broker, stop func()) {
+		b = NewBroker(billing, logger)
 		ctx, cancel := context.WithCancel(f.ctx)
 		done := make(chan struct{})
 		pub := NewPublisher(billing)
@@ -158,7 +158,7 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 			}
 		}()
 		f.until("the broker is ready", func() bool { return b.isReady() })
-		return func() {
+		return b, func() {
 			cancel()
 			<-done
 		}
@@ -171,7 +171,7 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 		})
 	}
 
-	stop := run(1)
+	b, stop := run(1)
 	publish("good")
 	publish("bad")
 	if slow {
@@ -183,16 +183,18 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 		return err
 	})
 	f.until("one is handled and one is dead", func() bool { return handled.get("good") == 1 && dlq() == 1 })
+	f.do("pause", func() error { return b.Pause("billing") })
 	f.do("a redrive is killed", func() error {
 		if _, err := DeadLetters("dlq.orders").Redrive(f.ctx, killed); err == nil {
 			return errors.New("it could delete the letter")
 		}
 		return nil
 	})
+	f.do("resume", func() error { return b.Resume("billing") })
 	f.until("the route removes the letter", func() bool { return handled.get("bad") == 1 && dlq() == 0 })
 	stop()
 
-	stop = run(2) // finds its durable
+	_, stop = run(2) // finds its durable
 	publish("bad")
 	f.until("it is dead", func() bool { return dlq() == 1 })
 	letters := DeadLetters("dlq.orders")

@@ -23,6 +23,7 @@ func Drop(r natsx.RouteBuilder) {
 	r.Durable("billing")                // dropped
 	r.MaxAckPending(100)                // dropped
 	r.OrderedBy(natsx.SubjectKey())     // dropped
+	r.PinnedBy("main")                  // dropped
 	r.Queue("pricing")                  // dropped
 	r.Rate(50)                          // dropped
 	r.Retry(5)                          // dropped
