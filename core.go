@@ -17,10 +17,10 @@ const (
 	// waits in the subscription, up to its pending limits.
 	coreQueue = 1024
 	// WaitingRequestsPerHandler is how many requests may wait for each handler
-	// that a reply route runs at once; MinWaitingRequests may in any case. One
-	// more is answered with code 503 at once.
+	// that a reply route runs at once. One more is answered with code 503 at once.
 	WaitingRequestsPerHandler = 16
-	MinWaitingRequests        = 128
+	// MinWaitingRequests is how many may wait in any case.
+	MinWaitingRequests = 128
 )
 
 var (

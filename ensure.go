@@ -19,7 +19,7 @@ import (
 // described; nothing of it was changed, unless a Reason tells that the server did not
 // take an option, as one that is too old for it does. It matches [ErrStreamConflict].
 type StreamConflictError struct {
-	Stream string
+	Stream string       // its name
 	Diffs  []StreamDiff // every difference at fault, in the order of the setters' declaration
 	Err    error        // the server's refusal, nil when natsx refused before it
 }

@@ -126,12 +126,11 @@ func fileReferences(t *testing.T) map[string]map[string]string {
 	return uses
 }
 
-// exportData finds what the compiler exported of each package that this one
-// imports.
-func exportData(t *testing.T) importer.Lookup {
+// exportData finds what the compiler exported of packages and all that they import.
+func exportData(t *testing.T, packages ...string) importer.Lookup {
 	t.Helper()
 	var stderr bytes.Buffer
-	list := exec.Command("go", "list", "-export", "-deps", "-f", "{{.ImportPath}} {{.Export}}", ".")
+	list := exec.Command("go", append([]string{"list", "-export", "-deps", "-f", "{{.ImportPath}} {{.Export}}"}, packages...)...)
 	list.Stderr = &stderr
 	out, err := list.Output()
 	if err != nil {

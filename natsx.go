@@ -75,8 +75,8 @@ type Middleware func(Handler) Handler
 // its fields; it is not safe for concurrent use while it is changed. The bytes of
 // Data and the values in Header stay as they are: a dead letter is made of them.
 type Msg struct {
-	Subject string
-	Data    []byte
+	Subject string      // as it was published
+	Data    []byte      // the payload
 	Header  nats.Header // nil when the message has none; the case of names counts (ADR-4)
 
 	from    *origin   // nil for one that no route received

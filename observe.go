@@ -34,6 +34,7 @@ type Event struct {
 // by many at once. A panic of it is logged and changes nothing. The context is the
 // handler's.
 type Observer interface {
+	// Observe is called for each attempt.
 	Observe(ctx context.Context, e Event)
 }
 
@@ -50,8 +51,8 @@ const (
 
 // BreakerEvent is a breaker that has opened, or closed again.
 type BreakerEvent struct {
-	Route   string // the filter of the route
-	Durable string
+	Route   string       // the filter of the route
+	Durable string       // the name of its durable
 	State   BreakerState // BreakerOpen or BreakerClosed
 	Err     error        // the failure that opened it, nil when it has closed
 }
@@ -60,6 +61,7 @@ type BreakerEvent struct {
 // one opens and when it closes again. What holds for Observe holds for it.
 type BreakerObserver interface {
 	Observer
+	// ObserveBreaker is called for each change.
 	ObserveBreaker(e BreakerEvent)
 }
 

@@ -189,16 +189,16 @@ type ReplayProgress struct {
 	// Total is the messages of the replay as counted at its start, where what may
 	// be passed over counts too; at the end of a complete replay it is Done.
 	Total uint64
-	// Elapsed is the time since the start; Remaining is an estimate of what is
-	// left: from the rate so far, or from the messages' times with a Speed. It is 0
-	// while there is nothing to estimate from.
-	Elapsed   time.Duration
+	// Elapsed is the time since the start.
+	Elapsed time.Duration
+	// Remaining is an estimate of what is left: from the rate so far, or from the
+	// messages' times with a Speed. It is 0 while there is nothing to estimate from.
 	Remaining time.Duration
 }
 
 // ReplayReport is what a replay did. It is complete also when the replay was not.
 type ReplayReport struct {
-	Stream  string
+	Stream  string // the stream that was read
 	Handled uint64 // messages whose handler returned nil or a [Discard]
 	Failed  uint64 // messages whose handler failed
 
@@ -225,10 +225,10 @@ type ReplayReport struct {
 // ReplayFailure is a message whose handler failed.
 type ReplayFailure struct {
 	Replay   string // the filter
-	Stream   string
-	Sequence uint64
-	Subject  string
-	Err      error // what the handler returned, or a [*PanicError]
+	Stream   string // of the message
+	Sequence uint64 // in the stream
+	Subject  string // of the message
+	Err      error  // what the handler returned, or a [*PanicError]
 }
 
 // Error gives the position and the handler's error.

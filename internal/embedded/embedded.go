@@ -15,7 +15,7 @@ import (
 // files in a new temporary directory. It returns the server's URL once clients can
 // connect, and stop, which ends the server and removes its files; close the
 // connections before.
-func Run() (url string, stop func(), err error) {
+func Run(edit ...func(*server.Options)) (url string, stop func(), err error) {
 	dir, err := os.MkdirTemp("", "natsx-example-")
 	if err != nil {
 		return "", nil, fmt.Errorf("embedded nats-server: %w", err)
@@ -25,11 +25,15 @@ func Run() (url string, stop func(), err error) {
 			os.RemoveAll(dir)
 		}
 	}()
-	s, err := server.NewServer(&server.Options{
+	opts := &server.Options{
 		Host: "127.0.0.1", Port: server.RANDOM_PORT,
 		JetStream: true, StoreDir: dir,
 		NoLog: true, NoSigs: true,
-	})
+	}
+	for _, fn := range edit {
+		fn(opts)
+	}
+	s, err := server.NewServer(opts)
 	if err != nil {
 		return "", nil, fmt.Errorf("embedded nats-server: %w", err)
 	}
