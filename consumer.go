@@ -275,7 +275,7 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 		return fail(err)
 	}
 	r.created = did == "created"
-	r.tellFound(did, info, changed)
+	r.logDurable(did, info, changed)
 	c := info.Config
 	if pinned && c.PriorityPolicy != jetstream.PriorityPolicyPinned {
 		return tooOld() // the one that has the stream, in place of the one connected to
@@ -299,8 +299,8 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 	return nil
 }
 
-// tellFound logs the durable that the route found, created or changed.
-func (r *durableRoute) tellFound(did string, info *jetstream.ConsumerInfo, changed []string) {
+// logDurable logs the durable that the route found, created or changed.
+func (r *durableRoute) logDurable(did string, info *jetstream.ConsumerInfo, changed []string) {
 	c := info.Config
 	args := r.names("stream", r.target.stream, "ack_wait", c.AckWait, "max_ack_pending", c.MaxAckPending,
 		"deliver", c.DeliverPolicy.String(), "pending", info.NumPending, "ack_pending", info.NumAckPending)

@@ -1,6 +1,8 @@
 package natsx
 
 import (
+	"errors"
+	"fmt"
 	"go/ast"
 	"go/importer"
 	"go/parser"
@@ -11,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -287,5 +290,154 @@ func TestEveryCapabilityHasAnExample(t *testing.T) {
 	if len(missing) > 0 {
 		slices.Sort(missing)
 		t.Errorf("%d have no example that runs: %s", len(missing), strings.Join(missing, " "))
+	}
+}
+
+// goBlocks are the Go blocks of a document whose opening line is fence.
+func goBlocks(t *testing.T, path, fence string) []string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var blocks []string
+	for _, m := range regexp.MustCompile("(?ms)^"+fence+"\n(.*?)^```$").FindAllStringSubmatch(string(text), -1) {
+		blocks = append(blocks, m[1])
+	}
+	return blocks
+}
+
+// docsImports are what the blocks of the documents may import without saying so, and
+// docsPreamble the names that they may use.
+var docsImports = []string{
+	"context", "encoding/json", "errors", "fmt", "log", "log/slog", "net/http", "os", "testing", "time",
+	"github.com/nats-io/nats.go", "github.com/nats-io/nats.go/jetstream", "github.com/natsx/natsx",
+}
+
+const docsPreamble = `
+type Order struct { ID string; Cents int }
+var (
+	nc     *nats.Conn
+	pub    *natsx.Publisher
+	quiet  natsx.Option
+	logged natsx.Middleware
+	ctx    context.Context
+	bill   func(context.Context, []byte) error
+)
+func charge(ctx context.Context, o Order) error { return nil }
+`
+
+// The Go blocks of the documents compile. A block is a file, declarations or statements.
+func TestDocsCompile(t *testing.T) {
+	t.Parallel()
+	paths, err := filepath.Glob("docs/*.md")
+	if err != nil || len(paths) < 4 {
+		t.Fatalf("the documents are %q, %v", paths, err)
+	}
+	fset := token.NewFileSet()
+	export := importer.ForCompiler(fset, "gc", exportData(t, docsImports...))
+	imports := ""
+	for _, path := range docsImports {
+		imports += fmt.Sprintf("import %q\n", path)
+	}
+	for _, path := range paths {
+		for i, block := range goBlocks(t, path, "```go") {
+			name := fmt.Sprintf("%s, Go block %d", path, i+1)
+			source := block
+			switch {
+			case strings.HasPrefix(block, "package "):
+			case regexp.MustCompile(`(?m)\A(//.*\n)*(func|type|var|const) `).MatchString(block):
+				source = "package docs\n" + imports + docsPreamble + block
+			default:
+				source = "package docs\n" + imports + docsPreamble + "func _() {\n" + block + "}\n"
+			}
+			file, err := parser.ParseFile(fset, name, source, 0)
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			conf := types.Config{Importer: export, Error: func(err error) {
+				var fault types.Error
+				if errors.As(err, &fault) && !fault.Soft { // what is not used is soft
+					t.Errorf("%s: %v\n%s", name, err, block)
+				}
+			}}
+			conf.Check("docs", fset, []*ast.File{file}, nil)
+		}
+	}
+}
+
+// The texts by which one finds a problem are those that natsx says.
+func TestTroubleshootingQuotesWhatIsSaid(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("docs/troubleshooting.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var source strings.Builder
+	paths, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range paths {
+		if strings.HasSuffix(path, "_test.go") {
+			continue
+		}
+		part, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		source.Write(part)
+	}
+	quotes := regexp.MustCompile("(?m)^### `(.*)`$").FindAllStringSubmatch(string(text), -1)
+	if len(quotes) < 20 {
+		t.Errorf("%d quotes, want more", len(quotes))
+	}
+	for _, q := range quotes {
+		if !strings.Contains(source.String(), q[1]) {
+			t.Errorf("nothing says %q", q[1])
+		}
+	}
+}
+
+// Links between the documents lead somewhere.
+func TestDocsLinks(t *testing.T) {
+	t.Parallel()
+	paths, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	anchor := func(heading string) string {
+		heading = strings.ToLower(strings.TrimLeft(heading, "# "))
+		return strings.ReplaceAll(regexp.MustCompile(`[^a-z0-9 _-]`).ReplaceAllString(heading, ""), " ", "-")
+	}
+	for _, path := range append(paths, "README.md", "bench/README.md") {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		prose := regexp.MustCompile("(?s)```.*?```|`[^`]*`").ReplaceAllString(string(text), "")
+		for _, link := range regexp.MustCompile(`\]\(([^)]+)\)`).FindAllStringSubmatch(prose, -1) {
+			if strings.Contains(link[1], "://") {
+				continue
+			}
+			target, fragment, _ := strings.Cut(link[1], "#")
+			file := path
+			if target != "" {
+				file = filepath.Join(filepath.Dir(path), target)
+			}
+			there, err := os.ReadFile(file)
+			if info, statErr := os.Stat(file); statErr == nil && info.IsDir() {
+				continue
+			}
+			if err != nil {
+				t.Errorf("%s: link to %q: %v", path, link[1], err)
+				continue
+			}
+			headings := regexp.MustCompile(`(?m)^#+ .*$`).FindAllString(string(there), -1)
+			if fragment != "" && !slices.ContainsFunc(headings, func(h string) bool { return anchor(h) == fragment }) {
+				t.Errorf("%s: link to %q: no such heading", path, link[1])
+			}
+		}
 	}
 }

@@ -303,7 +303,7 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 func (e *engine) onStatus(s nats.Status) {
 	switch s {
 	case nats.RECONNECTING, nats.DISCONNECTED:
-		if why := e.link.lastCause(); e.outages.worth(why) { // a failed try is told again as the same status
+		if why := e.link.lastCause(); e.outages.worth(why) { // each failed attempt has the same status
 			e.log.Warn("natsx: connection lost, routes wait for it", "error", why)
 		}
 	case nats.CONNECTED:
