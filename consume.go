@@ -47,7 +47,7 @@ type durableRoute struct {
 	pending   bool     // the server has messages
 	pullsFail bool     // Health reports that pulls are refused or not served
 	seen      uint64   // highest consumer sequence received
-	more      int64    // when more is wanted without an event, 0 for never
+	more      int64    // when the demand grows even if nothing happens, 0 for never
 	unplanned int      // messages received since the last plan
 	mean      float64  // handler time in ns, weighted towards slow runs
 	started   int64    // when a message was last finished, or the first began to wait
@@ -61,8 +61,9 @@ type durableRoute struct {
 	checks  consumerChecks // owned by consumer.go
 	letters letterBox      // owned by dlq.go
 	passer  passer
-	breaker *breaker // nil for none
-	batch   *batcher // nil for a route that handles one message at a time
+	breaker *breaker   // nil for none
+	batch   *batcher   // nil for a route that handles one message at a time
+	order   *sequencer // nil for a route without an order
 
 	free []*work // for reuse
 }
@@ -74,6 +75,9 @@ func newDurableRoute(e *env, spec Spec) *durableRoute {
 	r.puller.budget = &e.link.budget
 	r.passer.route = &r.route
 	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	if spec.route.set&optOrderedBy != 0 {
+		r.order = newSequencer(spec.route.order)
+	}
 	if spec.kind == kindBatch {
 		r.batch = &batcher{owner: r, route: &r.route, most: spec.route.batch, wait: spec.route.batchWait}
 	}
@@ -88,7 +92,7 @@ func (r *durableRoute) start() error {
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Stream = r.target.stream
-	r.from = &origin{stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
+	r.from = &origin{filter: r.spec.route.filter, stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
 	p.enter(&r.lane)
 	p.mu.Unlock()
 	return r.begin(true)
@@ -216,7 +220,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		return
 	}
 	pin := ""
-	if r.spec.route.set&optPinnedBy != 0 {
+	if r.spec.route.pinGroup() != "" {
 		pin = takePin(m)
 	}
 	d := &delivery{msg: Msg{
@@ -227,6 +231,12 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	p := r.env.pool
 	p.mu.Lock()
 	pinned := r.puller.pinned(pin)
+	if r.order != nil && r.order.arrived(info.consumerSeq) {
+		r.doubtOrder(now)
+	}
+	if r.order != nil && r.order.unsure && pinned {
+		r.requestCheck(now, true)
+	}
 	r.stats.Received++
 	// The server's ack wait began between the pull and the arrival. When that is a
 	// long time, assume the earlier one.
@@ -235,8 +245,10 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		since = asked
 	}
 	r.puller.message(now, size)
+	r.checks.pending = info.pending
 	r.arrived, r.pending, r.seen = now, info.pending > 0, max(r.seen, info.consumerSeq)
 	w := r.newWork(d, m, messageID{info.sequence, info.time}, info.delivered)
+	w.arrived = now
 	w.begin(since+int64(r.ackWait)*9/10, since+int64(r.ackWait)/renewals)
 	handled := false
 	if info.delivered > 1 {
@@ -264,7 +276,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.clear("pull")
 	}
 	if pinned {
-		r.env.log.Info("natsx: route gets the messages of its durable", r.names("group", r.spec.route.group)...)
+		r.env.log.Info("natsx: route is pinned and receives the messages of its durable", r.names("group", r.spec.route.pinGroup())...)
 	}
 }
 
@@ -305,9 +317,7 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		// its process, or may have been in hand when another one did.
 		w.msg.attempt = uint32(most)
 		w.alone = true
-		r.suspects.push(w)
-		r.env.pool.held++
-		r.release(now)
+		fallthrough
 	default:
 		r.enqueue(w, &r.lane.first, now)
 	}
@@ -333,8 +343,8 @@ func (r *durableRoute) recycle(w *work) {
 	w.claim()
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
-	w.key, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, "", ""
-	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared = 0, 0, nil, 0, nil, nil, false
+	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, false, "", ""
+	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
 	}
@@ -389,7 +399,7 @@ func (r *durableRoute) mayStart(now int64) bool {
 // turnAway gives back a message that an open breaker does not let run.
 func (r *durableRoute) turnAway(w *work) {
 	w.outcome = OutcomeReturned
-	r.giveBack(w, r.breaker.comesBack())
+	r.giveBack(w, r.breaker.redeliverAfter())
 	r.unmark(w)
 }
 
@@ -478,7 +488,7 @@ func (r *durableRoute) settleAttempt(w *work, j judgement, err error, cut bool, 
 		return
 	}
 	if j.verdict == verdictSuccess {
-		w.swift = r.env.observer == nil && !w.alone && r.spec.route.set&optConfirmAcks == 0
+		w.swift = len(r.env.observers) == 0 && !w.alone && r.spec.route.set&optConfirmAcks == 0
 		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
 		return
 	}
@@ -685,7 +695,27 @@ func (r *durableRoute) book(w *work) {
 	}
 	r.leases.remove(w)
 	r.count(w)
+	if r.order != nil {
+		r.advance(w)
+	}
 	r.recycle(w)
+}
+
+// advance lets the next message of a key run behind w, unless w comes again. The pool is
+// locked.
+func (r *durableRoute) advance(w *work) {
+	now := max(w.ended, w.began)
+	if w.outcome == OutcomeLapsed {
+		r.doubtOrder(now) // it is delivered again, to whomever
+	}
+	if w.outcome == OutcomeRetried || w.outcome == OutcomeReturned {
+		r.order.retry(w, w.due)
+		return
+	}
+	if next := r.order.ended(w); next != nil {
+		r.env.pool.held--
+		r.dispatch(next, &r.lane.first, now)
+	}
 }
 
 // report returns the route's current counters.
@@ -701,6 +731,9 @@ func (r *durableRoute) report() RouteStats {
 	}
 	if r.breaker != nil {
 		st.Breaker, _ = r.breaker.now(now)
+	}
+	if !r.stopped && !r.checks.reported.IsZero() {
+		st.Consumer = &ConsumerStats{NumPending: r.checks.pending, NumAckPending: r.checks.ackPending, At: r.checks.reported}
 	}
 	return st
 }

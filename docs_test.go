@@ -267,10 +267,8 @@ func hasOutput(file *ast.File, d *ast.FuncDecl) bool {
 	})
 }
 
-// withoutExample are functions and methods that cannot be shown yet.
-var withoutExample = []string{
-	"RouteBuilder.OrderedBy", // is refused with ErrNotSupported
-}
+// withoutExample are functions and methods that need none.
+var withoutExample = []string{}
 
 // Every capability, which is a function or a method, is shown by an example that go
 // test runs.

@@ -338,13 +338,13 @@ func ExampleWithMiddleware() {
 // A JetStream of a domain, such as that of a hub behind a leaf node, is named for each
 // part that asks it.
 func ExampleWithJetStream() {
-	url, stopServer, err := embedded.Run(func(o *server.Options) { o.JetStreamDomain = "hub" })
+	s, stopServer, err := embedded.Start(func(o *server.Options) { o.JetStreamDomain = "hub" })
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
 	defer stopServer()
-	nc, err := natsx.Connect(url)
+	nc, err := natsx.Connect(s.ClientURL())
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -369,6 +369,8 @@ func ExampleWithJetStream() {
 		time.Sleep(time.Millisecond)
 	}
 	end()
+	audit := natsx.Stream("AUDIT").Subjects("audit.*")
+	fmt.Println(audit.Domain("hub").Ensure(ctx, nc), audit.APIPrefix("$JS.hub.API").Ensure(ctx, nc))
 	letters := natsx.DeadLetters("dlq.orders")
 	for _, there := range []natsx.DeadLetterQuery{letters.Domain("hub"), letters.APIPrefix("$JS.hub.API")} {
 		count, err := there.Count(ctx, nc)
@@ -379,6 +381,7 @@ func ExampleWithJetStream() {
 
 	// Output:
 	// stopped: <nil>
+	// <nil> <nil>
 	// 1 <nil>
 	// 1 <nil>
 	// true
@@ -507,11 +510,17 @@ func ExampleDecode() {
 	// <nil> o-3
 }
 
-// A responder may send headers with its answer.
+// A responder may send headers with its answer. A middleware sees requests and messages.
 func ExampleMsg_ReplyHeader() {
 	nc, stop := exampleServer()
 	defer stop()
-	end := begin(natsx.NewBroker(nc, quiet), natsx.Route("prices.get").Queue("pricing").
+	logged := natsx.WithMiddleware(func(next natsx.Handler) natsx.Handler {
+		return func(ctx context.Context, m *natsx.Msg) error {
+			fmt.Println("request:", m.IsRequest())
+			return next(ctx, m)
+		}
+	})
+	end := begin(natsx.NewBroker(nc, quiet, logged), natsx.Route("prices.get").Queue("pricing").
 		Reply(func(ctx context.Context, m *natsx.Msg) ([]byte, error) {
 			m.ReplyHeader().Set("Currency", "EUR")
 			return []byte("290"), nil
@@ -523,6 +532,7 @@ func ExampleMsg_ReplyHeader() {
 	end()
 
 	// Output:
+	// request: true
 	// 290 EUR
 	// stopped: <nil>
 }
@@ -534,13 +544,16 @@ func ExampleEnvelope_ExpectLastSequence() {
 	ctx := context.Background()
 	pub := natsx.NewPublisher(nc)
 
-	ack, err := pub.Publish(ctx, natsx.To("orders.created").Header("Region", "eu").ExpectStream("ORDERS").ExpectLastSequence(0))
+	first := natsx.To("orders.created").MsgID("o-1").Data([]byte("one coffee")).Header("Region", "eu").ExpectStream("ORDERS").ExpectLastSequence(0)
+	fmt.Println(first.ID(), first.Size(), "bytes")
+	ack, err := pub.Publish(ctx, first)
 	fmt.Println(ack.Stream, ack.Sequence, err)
 	_, err = pub.Publish(ctx, natsx.To("orders.created").ExpectLastSequence(0))
 	var late *natsx.SequenceError
 	fmt.Println(errors.As(err, &late), errors.Is(err, natsx.ErrWrongSequence))
 
 	// Output:
+	// o-1 10 bytes
 	// ORDERS 1 <nil>
 	// true true
 }

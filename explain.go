@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -65,16 +64,6 @@ func (a *api) streamConfigs(ctx context.Context) (configs []jetstream.StreamConf
 type listedConsumer struct {
 	Name   string                   `json:"name"`
 	Config jetstream.ConsumerConfig `json:"config"`
-}
-
-func (c *listedConsumer) filters() []string {
-	switch {
-	case c.Config.FilterSubject != "":
-		return []string{c.Config.FilterSubject}
-	case len(c.Config.FilterSubjects) > 0:
-		return c.Config.FilterSubjects
-	}
-	return []string{">"}
 }
 
 // consumerList lists the consumers of a stream, as far as one answer has them.
@@ -239,21 +228,4 @@ func streamAttrs(c *jetstream.StreamConfig, more ...any) []any {
 		"stream", c.Name, "subjects", fmt.Sprintf("%q", c.Subjects), "retention", c.Retention.String(),
 		"storage", c.Storage.String(), "replicas", c.Replicas,
 	}, more...)
-}
-
-// consumerDiffs are the changes of a durable's configuration that a route makes, as they
-// are logged.
-func consumerDiffs(have, next jetstream.ConsumerConfig) (diffs []string) {
-	differs := func(field string, have, next any) {
-		if have != next {
-			diffs = append(diffs, fmt.Sprintf("%s: %v -> %v", field, have, next))
-		}
-	}
-	differs("ackWait", have.AckWait, next.AckWait)
-	differs("maxDeliver", limitText(int64(have.MaxDeliver)), limitText(int64(next.MaxDeliver)))
-	differs("maxAckPending", have.MaxAckPending, next.MaxAckPending)
-	if have.Metadata[metadataID] != next.Metadata[metadataID] {
-		diffs = append(diffs, "metadata "+metadataID+": "+strconv.Quote(have.Metadata[metadataID])+" -> "+strconv.Quote(next.Metadata[metadataID]))
-	}
-	return diffs
 }
