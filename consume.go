@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -58,18 +59,33 @@ type durableRoute struct {
 	checks  consumerChecks // owned by consumer.go
 	letters letterBox      // owned by dlq.go
 	passer  passer
+	mover   *mover        // to the retry stream, nil without one
+	retries *durableRoute // delivers the retries that are due, nil without a retry stream
+	retryOf *durableRoute // whose retries this route delivers, nil for its own messages
 
 	free []*work // to be used again
 }
 
 func newDurableRoute(e *env, spec Spec) *durableRoute {
 	r := &durableRoute{gate: make(chan struct{}, 1)}
+	r.setUp(e, spec)
+	return r
+}
+
+func (r *durableRoute) setUp(e *env, spec Spec) {
 	r.init(e, spec, r)
 	r.alarm.ring = r.tick
 	r.puller.budget = &e.link.budget
 	r.passer.route = &r.route
 	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
-	return r
+}
+
+// other is the route that this one is a part of, or that is a part of it; or nil.
+func (r *durableRoute) other() *durableRoute {
+	if r.retries != nil {
+		return r.retries
+	}
+	return r.retryOf
 }
 
 // start opens the route for messages.
@@ -80,11 +96,24 @@ func (r *durableRoute) start() error {
 	r.from = &origin{stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
 	p.enter(&r.lane)
 	p.mu.Unlock()
+	if r.retries != nil {
+		r.retries.from = r.from
+		if err := r.retries.begin(true); err != nil {
+			return err
+		}
+	}
 	return r.begin(true)
 }
 
 // resume opens the route again after a pause.
-func (r *durableRoute) resume() error { return r.begin(false) }
+func (r *durableRoute) resume() error {
+	if r.retries != nil {
+		if err := r.retries.begin(false); err != nil {
+			return err
+		}
+	}
+	return r.begin(false)
+}
 
 // begin subscribes and begins to pull, after a look at the consumer unless that
 // is known; it does nothing when that was done.
@@ -131,6 +160,11 @@ func (r *durableRoute) begin(known bool) error {
 // pause ends the intake. Nothing that the server sent is lost or given back, unless
 // ctx ends first.
 func (r *durableRoute) pause(ctx context.Context) {
+	if r.retries != nil {
+		var both sync.WaitGroup
+		both.Go(func() { r.retries.pause(ctx) })
+		defer both.Wait()
+	}
 	select {
 	case r.gate <- struct{}{}:
 		defer func() { <-r.gate }()
@@ -155,6 +189,9 @@ func (r *durableRoute) stop(ctx context.Context) {
 	p := r.env.pool
 	p.mu.Lock()
 	r.stopped = true
+	if r.retries != nil {
+		r.retries.stopped = true
+	}
 	p.mu.Unlock()
 	r.pause(ctx)
 	p.mu.Lock()
@@ -166,18 +203,28 @@ func (r *durableRoute) stop(ctx context.Context) {
 			break
 		}
 	}
+	if r.retries != nil {
+		r.retries.returnWaiting()
+	}
 	r.returnWaiting()
 }
 
 func (r *durableRoute) waiting() int {
 	r.env.pool.mu.Lock()
 	defer r.env.pool.mu.Unlock()
-	return r.lane.waiting()
+	n := r.lane.waiting()
+	if r.retries != nil {
+		n += r.retries.lane.waiting()
+	}
+	return n
 }
 
 func (r *durableRoute) denied(e *PermissionError) bool {
 	if !r.located.Load() {
 		return false // whoever asks for something now hears of it
+	}
+	if r.retries != nil && (r.retries.denied(e) || r.mover.writes(e.Subject)) {
+		return true
 	}
 	if e.Operation == "subscribe" {
 		return strings.HasPrefix(e.Subject, inboxPrefix(r.env.api.nc))
@@ -201,11 +248,20 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.env.log.Warn("natsx: message on the route's inbox is not from its consumer", r.names("reply", m.Reply)...)
 		return
 	}
+	id, count, size := messageID{info.sequence, info.time}, info.delivered, m.Size()
+	c := retryCopy{id: id, attempt: 1}
+	if r.retryOf != nil {
+		original, copied, err := r.mover.openCopy(m)
+		if err != nil {
+			r.refuseCopy(m, err)
+			return
+		}
+		m, c, count = original, copied, count+copied.lost
+	}
 	d := &delivery{msg: Msg{
 		Subject: m.Subject, Data: m.Data, Header: m.Header,
-		from: r.from, reply: m, seq: info.sequence, time: info.time, attempt: 1,
+		from: r.from, reply: m, seq: c.id.seq, time: c.id.time, attempt: c.attempt,
 	}}
-	size := m.Size()
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Received++
@@ -217,16 +273,20 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	}
 	r.puller.message(now, size)
 	r.arrived, r.rang, r.seen = now, info.pending > 0, max(r.seen, info.consumerSeq)
-	w := r.newWork(d, m, messageID{info.sequence, info.time}, info.delivered)
+	w := r.newWork(d, m, id, count)
+	w.lost, w.copied = c.lost, copied{c.id, c.life, c.number, c.from}
 	w.begin(since+int64(r.ackWait)*9/10, since+int64(r.ackWait)/renewals)
 	handled := false
 	if info.delivered > 1 {
 		handled = r.redelivered(w, now)
 	} else {
 		r.leases.push(w)
-		if r.headersOnly(w) {
+		switch {
+		case r.headersOnly(w):
 			r.hold(w, now)
-		} else {
+		case w.lost > 0 && r.suspicious(w):
+			r.suspect(w, now)
+		default:
 			r.enqueue(w, &r.lane.queue, now)
 		}
 	}
@@ -272,24 +332,53 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		return true
 	}
 	attempt := r.known.attempt(w.id, w.count)
-	most := uint64(r.spec.route.attempts())
-	w.msg.attempt = uint32(min(attempt, 1<<31))
+	w.lost = attempt - 1
+	if w.again = r.mover.takes(w); !w.again {
+		w.msg.attempt = uint32(min(attempt, 1<<31))
+	}
 	r.leases.push(w)
 	switch {
 	case r.headersOnly(w):
 		r.hold(w, now)
-	case most > 0 && attempt > most:
-		// The attempts are used up without a failure that is known: it may be the
-		// message that takes processes down, or one that was beside it.
-		w.msg.attempt = uint32(most)
-		w.alone = true
-		r.suspects.push(w)
-		r.env.pool.held++
-		r.release(now)
+	case !w.again && r.suspicious(w):
+		// The attempts are used up without a failure that is known.
+		w.msg.attempt = uint32(r.spec.route.attempts())
+		r.suspect(w, now)
 	default:
 		r.enqueue(w, &r.lane.first, now)
 	}
 	return false
+}
+
+// suspicious reports whether more deliveries of a message are not accounted for than it
+// has attempts: it may be the message that takes processes down, or one that was beside
+// it. The pool is locked.
+func (r *durableRoute) suspicious(w *work) bool {
+	most := uint64(r.spec.route.attempts())
+	return most > 0 && w.lost >= most
+}
+
+// suspect has a message run by itself. The pool is locked.
+func (r *durableRoute) suspect(w *work, now int64) {
+	w.alone = true
+	r.suspects.push(w)
+	r.env.pool.held++
+	r.release(now)
+}
+
+// refuseCopy drops what is no copy of a message from the retry stream, unless that is
+// due to the consumer.
+func (r *durableRoute) refuseCopy(m *nats.Msg, err error) {
+	if m.Header[headerMsgSize] != nil {
+		now := processTime()
+		r.env.pool.mu.Lock()
+		r.look(now, true)
+		r.setAlarm(now)
+		r.env.pool.mu.Unlock()
+		return
+	}
+	r.env.log.Error("natsx: message in the retry stream dropped", r.names("subject", m.Subject, "error", err)...)
+	r.env.acks.write(m.Reply, ackTerm("not a retry"))
 }
 
 // newWork returns a work for a delivery. The pool is locked.
@@ -311,6 +400,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.claim()
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
+	w.copy, w.again = nil, false
 	w.key, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, "", ""
 	w.began, w.ended, w.err, w.due, w.answer, w.letter = 0, 0, nil, 0, nil, nil
 	if len(r.free) < deepest {
@@ -325,7 +415,11 @@ func (r *durableRoute) run(w *work) {
 		return
 	}
 	if len(w.msg.Header) > 0 {
-		if act, delay := r.passer.judge(r.env.closing, w, r.target.config.Load()); act != actHandle {
+		source := r.source()
+		if w.number > 0 {
+			source = nil // a copy of a schedule is never made
+		}
+		if act, delay := r.passer.judge(r.env.closing, w, source); act != actHandle {
 			r.passOver(w, act, delay)
 			return
 		}
@@ -334,9 +428,19 @@ func (r *durableRoute) run(w *work) {
 			r.lapse(w)
 			return
 		}
-		if r.spec.route.dlq != "" {
+		if r.spec.route.dlq != "" || r.mover != nil {
 			w.msg.Header = maps.Clone(w.msg.Header)
 		}
+	}
+	if w.again {
+		w.ended = w.began
+		r.leave(w, 0, w.msg.attempt, w.lost)
+		return
+	}
+	if w.number > 0 && !r.mover.settleBefore(r.env.closing, w) {
+		w.ended = w.began
+		r.lapse(w)
+		return
 	}
 	if w.alone && !r.mayRunAlone(w) {
 		return
@@ -366,7 +470,7 @@ func (r *durableRoute) mayRunAlone(w *work) bool {
 	if flood && beyond < aloneDeliveries {
 		return true
 	}
-	before, err := r.notes().mark(r.env.closing, w.id, 1)
+	before, err := r.notes().mark(r.env.closing, w.source, 1)
 	proven := before >= aloneProof
 	if err != nil {
 		proven = errors.Is(err, ErrPermission) && beyond >= aloneDeliveries
@@ -388,10 +492,10 @@ func (r *durableRoute) mayRunAlone(w *work) bool {
 
 // unmark takes the mark of a message back whose run has returned and which comes again.
 func (r *durableRoute) unmark(w *work) {
-	if !w.marked || w.confirmed {
+	if !w.marked || w.confirmed && w.copy == nil {
 		return
 	}
-	if _, err := r.notes().mark(r.env.closing, w.id, 0); err != nil {
+	if _, err := r.notes().mark(r.env.closing, w.source, 0); err != nil {
 		r.env.log.Warn("natsx: note of a message that ran by itself not taken back", r.about(w, "error", err)...)
 	}
 }
@@ -401,9 +505,17 @@ func (r *durableRoute) notes() aloneNotes {
 }
 
 // What the letter box asks of its route.
-func (r *durableRoute) keepsTerminated() bool           { return r.target.keepsTerminated() }
-func (r *durableRoute) source() *jetstream.StreamConfig { return r.target.config.Load() }
-func (r *durableRoute) consumerCreated() time.Time      { return r.target.identity.created }
+func (r *durableRoute) keepsTerminated() bool           { return r.own().target.keepsTerminated() }
+func (r *durableRoute) source() *jetstream.StreamConfig { return r.own().target.config.Load() }
+func (r *durableRoute) consumerCreated() time.Time      { return r.own().target.identity.created }
+
+// own is the route whose messages r delivers.
+func (r *durableRoute) own() *durableRoute {
+	if r.retryOf != nil {
+		return r.retryOf
+	}
+	return r
+}
 
 func (r *durableRoute) lapse(w *work) {
 	w.outcome = OutcomeLapsed
@@ -452,11 +564,14 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 		r.ack(w)
 	case actNak:
 		r.env.log.Warn("natsx: attempt failed", r.about(w, "error", err, "retry_in", s.delay)...)
-		r.giveBack(w, s.delay)
-		r.lookSoonAfterFailure()
+		if !r.leave(w, s.delay, w.msg.attempt+1, 0) {
+			return // whoever moves the copy concludes
+		}
 	case actReturn:
 		r.env.log.Info("natsx: handler was cut off by the shutdown, message given back", r.about(w, "error", err)...)
-		r.giveBack(w, 0)
+		if !r.leave(w, 0, w.msg.attempt, 0) {
+			return
+		}
 	case actTerm:
 		switch {
 		case s.outcome == OutcomeDiscarded:
@@ -475,24 +590,51 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 			return // whoever moves the letter concludes
 		}
 	}
+	if w.number > 0 && w.copy == nil && w.due == 0 && w.outcome != OutcomeLapsed {
+		r.mover.forget(r.env.closing, w)
+	}
 	r.observe(w)
 }
 
 // lifeOf is how long the message stays in its stream, 0 for as long as it takes.
 func (r *durableRoute) lifeOf(w *work) time.Duration {
 	most := time.Duration(0)
-	if c := r.target.config.Load(); c != nil {
-		most = c.MaxAge
+	if c := r.source(); c != nil {
+		if most = c.MaxAge; r.mover.takes(w) {
+			most = 0 // its copy is not that old
+		}
 		if ttl := w.raw.Header.Get(jetstream.MsgTTLHeader); ttl != "" && c.AllowMsgTTL {
 			if d, ok := parseTTL(ttl); ok && (most == 0 || d < most) {
 				most = d
 			}
 		}
 	}
-	if most == 0 {
-		return 0
+	kept := time.Duration(0)
+	if r.mover.takes(w) {
+		kept = r.mover.to.maxAge
 	}
-	return max(most-time.Since(time.Unix(0, w.id.time)), 1)
+	if most == 0 {
+		return kept
+	}
+	left := max(most-time.Since(time.Unix(0, w.source.time)), 1)
+	if kept > 0 {
+		return min(left, kept)
+	}
+	return left
+}
+
+// leave has w delivered again after a delay: moved to the retry stream as the given
+// attempt, or where there is none, by the server. It reports whether that is done; else
+// the mover concludes it.
+func (r *durableRoute) leave(w *work, delay time.Duration, attempt uint32, lost uint64) bool {
+	if r.mover.takes(w) {
+		return r.mover.move(w, delay, attempt, lost)
+	}
+	r.giveBack(w, delay)
+	if delay > 0 {
+		r.lookSoonAfterFailure()
+	}
+	return true
 }
 
 // giveBack has the server deliver w again after a delay.
@@ -570,8 +712,11 @@ func (r *durableRoute) finish(done []*work) pullRequest {
 		}
 		if w == r.isolated {
 			r.isolated = nil
+			if other := r.other(); other != nil {
+				other.feed() // it may pull again
+			}
 		}
-		if w.letter != nil && w.letter.held {
+		if w.letter != nil && w.letter.held || w.copy != nil && w.copy.held {
 			continue
 		}
 		r.book(w)
@@ -610,9 +755,12 @@ func (r *durableRoute) book(w *work) {
 // report is the route's counters as they are now.
 func (r *durableRoute) report() RouteStats {
 	st := r.route.report()
+	if r.retries != nil {
+		st.add(r.retries.report())
+	}
 	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st.Delayed = r.delayed.after(processTime())
+	st.Delayed += r.delayed.after(processTime())
 	return st
 }

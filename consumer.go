@@ -170,7 +170,9 @@ func (r *durableRoute) locate(ctx context.Context) error {
 			return err
 		}
 	}
-	r.warnOfMaxAge()
+	if r.mover == nil {
+		r.warnOfMaxAge()
+	}
 	if err := r.ensureConsumer(ctx); err != nil {
 		return err
 	}
@@ -607,7 +609,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (tell func()) {
 	checks.crowded = info.NumPending > 0 && info.NumAckPending >= checks.maxAckPending &&
 		r.lane.inHand() < min(r.limit, checks.maxAckPending)
 	// What this process gave back may have been deleted, or been handled by others.
-	for r.delayed.after(processTime()) > info.NumAckPending {
+	for r.mover == nil && r.delayed.after(processTime()) > info.NumAckPending {
 		r.delayed.pop()
 	}
 	crowded := checks.crowded

@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -115,9 +116,11 @@ func deliveryFrom(ctx context.Context) *delivery {
 type work struct {
 	*delivery
 	raw   *nats.Msg // as it came, for its acknowledgement and its dead letter
-	id    messageID
-	count uint64 // how often the server has delivered it
-	key   string // of its order; see keyedQueue
+	id    messageID // where it came from
+	count uint64    // how often the server has delivered it
+	lost  uint64    // of these, before this one, how many nobody knows of what they ran
+	copied
+	key string // of its order; see keyedQueue
 
 	alone     bool // it is to run with nothing else of its route in hand
 	marked    bool // and that was written down; see alone.go
@@ -137,6 +140,24 @@ type work struct {
 	answered atomic.Bool // the request was replied to
 
 	letter *heldLetter // on its way to the DLQ; owned by dlq.go
+	copy   *heldCopy   // on its way to the retry stream; owned by retrystream.go
+	again  bool        // it was delivered before, and is to be moved to the retry stream
+}
+
+// copied is which message a work is, which may have come as a copy of a retry stream.
+type copied struct {
+	source messageID // in its own stream
+	token  string    // of its life, empty for the first
+	number uint64    // of the copy, 0 for the message itself
+	from   string    // ack subject of what the copy was made of
+}
+
+// life names a message, and by how often it was redriven, its lives. It is one token.
+func (c *copied) life() string {
+	if c.token != "" {
+		return c.token
+	}
+	return fmt.Sprintf("%d@%d", c.source.seq, c.source.time)
 }
 
 // took is how long the handler ran.

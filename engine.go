@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -21,6 +22,7 @@ type engine struct {
 	*env
 	service   *service // nil without WithService
 	streams   []StreamSpec
+	retry     *retryStream // nil for none
 	specs     []Spec
 	ready     chan struct{} // the broker's
 	routes    []runner      // all, in the order given to Run
@@ -55,7 +57,7 @@ type runner interface {
 func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []Spec) *engine {
 	e := &engine{
 		env:     newEnv(ctx, &b.settings, b.nc, js, b.workers),
-		service: b.service, streams: b.streams, specs: specs, ready: b.ready,
+		service: b.service, streams: b.streams, retry: b.retry, specs: specs, ready: b.ready,
 		state: "is starting", claimed: map[string]Spec{}, replays: map[*replay]struct{}{},
 	}
 	e.claim = e.claimOnce
@@ -66,6 +68,9 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		} else {
 			r := newDurableRoute(e.env, spec)
 			e.durables, e.routes = append(e.durables, r), append(e.routes, r)
+			if e.retry != nil && retried(spec) {
+				r.moveTo(e.retry)
+			}
 		}
 	}
 	e.env.routesLooking = len(e.durables)
@@ -114,7 +119,26 @@ func (e *engine) prepare() bool {
 		e.endIntake()
 		return false
 	}
-	return e.each(func(r runner) error { return r.locate(e.intake) })
+	return e.each(func(r runner) error { return r.locate(e.intake) }) && e.locateRetries()
+}
+
+// locateRetries opens the retry stream and finds or makes its consumers.
+func (e *engine) locateRetries() bool {
+	if !slices.ContainsFunc(e.durables, func(d *durableRoute) bool { return d.retries != nil }) {
+		return true
+	}
+	if err := e.retry.open(e.intake, e.api, e.log, sources(e.durables)); err != nil {
+		if e.intake.Err() == nil {
+			e.fail(err)
+		}
+		return false
+	}
+	return e.each(func(r runner) error {
+		if d, ok := r.(*durableRoute); ok && d.retries != nil {
+			return d.retries.locateRetries(e.intake)
+		}
+		return nil
+	})
 }
 
 // open has every route receive, and reports whether all do.
@@ -259,6 +283,9 @@ func (e *engine) onStatus(s nats.Status) {
 		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
 		for _, d := range e.durables {
 			d.verify(true, nil)
+			if d.retries != nil {
+				d.retries.verify(true, nil)
+			}
 		}
 	case nats.DRAINING_SUBS:
 		e.fail(fmt.Errorf("%w: the application drains it", ErrConnectionClosed))
@@ -419,6 +446,11 @@ func (e *engine) health() error {
 	}
 	for _, r := range e.routes {
 		errs = append(errs, r.base().health()...)
+	}
+	for _, d := range e.durables {
+		if d.retries != nil {
+			errs = append(errs, d.retries.health()...)
+		}
 	}
 	return errors.Join(errs...)
 }

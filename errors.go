@@ -56,7 +56,7 @@ type RouteError struct {
 	//     option of a core route;
 	//   - of Run: "middleware", which returned no handler, and "publish" or
 	//     "subscribe", what the server does not permit;
-	//   - of Health: "start", JetStream does not let the route start yet; "consumer",
+	//   - of Health: "retryStream", it takes no retries; "start", JetStream does not let the route start yet; "consumer",
 	//     it cannot be verified; "pull", the server refuses pulls; "retries", they
 	//     fill MaxAckPending; "dlq", it takes no letter; "maxDeliver", somebody had the
 	//     server limit the attempts.
@@ -193,6 +193,9 @@ var (
 	// [ErrNoStream] too), or several, or one that cannot keep letters; see
 	// [RouteBuilder.DLQ]. Of a purge it is a DLQ that refuses deletion.
 	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
+	// ErrBadRetryStream is a stream in which the retries of [WithRetryStream] could be lost;
+	// the [*StreamError] around it names the setting.
+	ErrBadRetryStream = errors.New("natsx: retries would not be kept")
 	// ErrConsumerConflict is an existing durable that the route cannot adopt; see
 	// [RouteBuilder.Durable].
 	ErrConsumerConflict = errors.New("natsx: durable exists with other settings")
@@ -271,8 +274,9 @@ func (e *ReplayError) Error() string {
 // Unwrap returns the sentinel or cause in Err.
 func (e *ReplayError) Unwrap() error { return e.Err }
 
-// StreamError is one fault of one stream's description. [StreamSpec.Validate]
-// joins all of them with [errors.Join], each on a line of its own.
+// StreamError is one fault of one stream's description, or of the stream that
+// [WithRetryStream] names. [StreamSpec.Validate] joins all of them with [errors.Join],
+// each on a line of its own.
 type StreamError struct {
 	Stream string // the name given to [Stream]
 	Field  string // the option at fault, by its setter's name in lower camel case

@@ -47,15 +47,15 @@ const (
 func (r *durableRoute) demand(now int64) demand {
 	p := r.env.pool
 	d := demand{stay: min(max(time.Duration(now-r.openedAt)/2, leastStay), mostStay)}
-	if r.letters.down || r.suspects.len() > 0 || r.isolated != nil || r.checks.suspended {
+	if r.letters.down || r.mover.full() || r.checks.suspended || r.isolating() {
 		return d
 	}
 	waiting := r.lane.waiting()
-	room := min(r.limit-r.running, p.roomToPull(&r.lane))
+	room := min(r.lane.free(), p.roomToPull(&r.lane))
 	if !r.rang {
 		room = min(room, max(p.size/max(p.lanes, 1), r.trickle()))
 	}
-	if room <= 0 && waiting == 0 && r.rang && r.running < p.share() && r.running < r.limit {
+	if room <= 0 && waiting == 0 && r.rang && r.running < p.share() && r.lane.free() > 0 {
 		p.hunger(&r.lane)
 	}
 	room = max(room, 0)
@@ -206,6 +206,10 @@ func (r *durableRoute) returnAll(back []*work) {
 	if len(back) == 0 {
 		return
 	}
+	all := back
+	if r.mover != nil {
+		back = r.mover.giveBack(back)
+	}
 	for _, w := range back {
 		w.claim()
 		if r.env.link.up() && processTime() < w.ends.Load() {
@@ -214,7 +218,7 @@ func (r *durableRoute) returnAll(back []*work) {
 	}
 	p := r.env.pool
 	p.mu.Lock()
-	for _, w := range back {
+	for _, w := range all {
 		r.recycle(w)
 	}
 	p.mu.Unlock()
@@ -360,9 +364,23 @@ func (r *durableRoute) enqueue(w *work, q *fifo[*work], now int64) {
 // release lets the next suspect run once nothing else of the route is in hand. The pool
 // is locked.
 func (r *durableRoute) release(now int64) {
-	if r.isolated == nil && r.suspects.len() > 0 && r.lane.inHand() == 0 && r.puller.outstanding == 0 {
+	for _, r := range []*durableRoute{r, r.other()} {
+		if r == nil || r.suspects.len() == 0 || !r.empty() || !r.other().empty() {
+			continue
+		}
 		r.isolated = r.suspects.pop()
 		r.env.pool.held--
 		r.enqueue(r.isolated, &r.lane.first, now)
 	}
+}
+
+// isolating reports whether nothing may be pulled for the sake of a suspect, and empty
+// whether nothing is in hand or on its way but suspects that wait. The pool is locked.
+func (r *durableRoute) isolating() bool {
+	other := r.other()
+	return r.suspects.len() > 0 || r.isolated != nil || other != nil && (other.suspects.len() > 0 || other.isolated != nil)
+}
+
+func (r *durableRoute) empty() bool {
+	return r == nil || r.isolated == nil && r.lane.inHand() == 0 && r.puller.outstanding == 0
 }

@@ -64,3 +64,18 @@ type RouteStats struct {
 
 	HandlerTime time.Duration // time spent in handlers, all together
 }
+
+// add adds the counters of a part of the route.
+func (s *RouteStats) add(part RouteStats) {
+	s.Received += part.Received
+	s.Succeeded += part.Succeeded
+	s.Retried += part.Retried
+	s.Dead += part.Dead
+	s.Discarded += part.Discarded
+	s.Returned += part.Returned
+	s.Lapsed += part.Lapsed
+	s.Running += part.Running
+	s.Waiting += part.Waiting
+	s.Delayed += part.Delayed
+	s.HandlerTime += part.HandlerTime
+}

@@ -67,6 +67,7 @@ type lane struct {
 	burst    int           // works that a worker takes at once, 0 for 1
 	name     string        // of the code that the lane runs, for who looks after what hangs
 	timeout  time.Duration // of a work, 0 for none
+	peer     *lane         // another one of the same route, with which it shares limit and turns; or nil
 
 	open    bool
 	first   fifo[*work] // runs before queue
@@ -81,6 +82,16 @@ type lane struct {
 // waiting is how many works no worker has taken, and inHand how many there are.
 func (l *lane) waiting() int { return l.first.len() + l.queue.len() }
 func (l *lane) inHand() int  { return l.waiting() + l.taken }
+
+// holds is how many workers hold works of the lane's route, and free how many more may.
+func (l *lane) holds() int {
+	if l.peer != nil {
+		return l.running + l.peer.running
+	}
+	return l.running
+}
+
+func (l *lane) free() int { return l.limit - l.holds() }
 
 func (l *lane) pop() *work {
 	if l.first.len() > 0 {
@@ -289,7 +300,7 @@ func (p *pool) settle(l *lane) {
 
 // list makes l take turns when it has work it may run. The pool is locked.
 func (p *pool) list(l *lane) {
-	if !l.listed && l.waiting() > 0 && l.running < l.limit {
+	if !l.listed && l.waiting() > 0 && l.free() > 0 {
 		l.listed = true
 		p.ready.push(l)
 	}
@@ -363,7 +374,7 @@ func (p *pool) turn() *lane {
 		l := p.ready.pop()
 		switch {
 		case !p.mayRun(l):
-		case l.running < share:
+		case l.holds() < share:
 			if next != nil {
 				p.ready.push(next)
 			}
@@ -378,7 +389,7 @@ func (p *pool) turn() *lane {
 }
 
 // mayRun reports whether l may have one more of the free workers.
-func (p *pool) mayRun(l *lane) bool { return l.running < l.limit && p.room(l) > 0 }
+func (p *pool) mayRun(l *lane) bool { return l.free() > 0 && p.room(l) > 0 }
 
 // room is how many of the free workers l may have. The pool is locked.
 func (p *pool) room(l *lane) int {
@@ -399,7 +410,7 @@ func (p *pool) roomToPull(l *lane) int {
 	room := p.room(l)
 	for i := 0; room > 0 && i < p.ready.len(); i++ {
 		if other := p.ready.at(i); other != l {
-			room -= min(other.waiting(), other.limit-other.running, max(p.room(other), 0))
+			room -= min(other.waiting(), other.free(), max(p.room(other), 0))
 		}
 	}
 	return room
@@ -472,6 +483,9 @@ func (p *pool) finish(w *worker, done int) pullRequest {
 	}
 	p.settle(l)
 	p.list(l)
+	if l.peer != nil {
+		p.list(l.peer)
+	}
 	if p.hungry.len() > 0 && p.ready.len() == 0 {
 		p.feed()
 	}

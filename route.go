@@ -23,6 +23,7 @@ type route struct {
 	lane
 	env     *env
 	spec    Spec
+	named   Spec    // by which others know it: its own, unless it is a part of another route
 	handler Handler // with the broker's middleware; a responder's answer goes into the work
 	from    *origin // of its messages; fixed once started
 
@@ -38,8 +39,10 @@ type route struct {
 }
 
 func (r *route) init(e *env, spec Spec, owner job) {
-	r.env, r.spec, r.owner = e, spec, owner
-	r.handler = wrap(spec, e.middleware)
+	r.env, r.spec, r.named, r.owner = e, spec, spec, owner
+	if r.handler == nil {
+		r.handler = wrap(spec, e.middleware)
+	}
 	r.troubles = map[string]error{}
 	r.requests = spec.kind == kindReply
 	r.limit = e.workers
@@ -68,9 +71,9 @@ func (r *route) base() *route { return r }
 
 // names are the log attributes that name the route.
 func (r *route) names(more ...any) []any {
-	args := []any{"route", r.spec.route.filter}
-	if r.spec.route.durable != "" {
-		args = append(args, "durable", r.spec.route.durable)
+	args := []any{"route", r.named.route.filter}
+	if r.named.route.durable != "" {
+		args = append(args, "durable", r.named.route.durable)
 	}
 	return append(args, more...)
 }
@@ -79,7 +82,7 @@ func (r *route) names(more ...any) []any {
 func (r *route) about(w *work, more ...any) []any {
 	args := r.names("subject", w.raw.Subject)
 	if w.id.seq > 0 {
-		args = append(args, "stream", w.msg.origin().stream, "sequence", w.id.seq, "attempt", w.msg.Attempt())
+		args = append(args, "stream", w.msg.origin().stream, "sequence", w.source.seq, "attempt", w.msg.Attempt())
 	}
 	if panicked, ok := w.err.(*PanicError); ok && len(panicked.Stack) > 0 {
 		args = append(args, "stack", string(panicked.Stack))
@@ -132,7 +135,7 @@ func (r *route) health() []error {
 	var errs []error
 	for _, kind := range slices.Sorted(maps.Keys(r.troubles)) {
 		err := r.troubles[kind]
-		errs = append(errs, r.spec.fault(kind, "", cause(err), err))
+		errs = append(errs, r.named.fault(kind, "", cause(err), err))
 	}
 	return errs
 }
@@ -176,11 +179,11 @@ func (r *route) observe(w *work) {
 	}
 }
 
-func (r *route) observing() string { return "observer of " + r.spec.String() }
+func (r *route) observing() string { return "observer of " + r.named.String() }
 
 func (r *route) tellObserver(w *work) {
 	r.env.observer.Observe(w.delivery, Event{
-		Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &w.msg,
+		Route: r.named.route.filter, Durable: r.named.route.durable, Msg: &w.msg,
 		Outcome: w.outcome, Err: w.err, Duration: w.took(),
 	})
 }
