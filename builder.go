@@ -21,6 +21,9 @@ const (
 	DefaultMaxAckPending = 65536
 )
 
+// MaxBatch is how many messages a batch may have at most.
+const MaxBatch = 10_000
+
 // option is one bit for each setter, so that an option set to its zero value is
 // told from one that was not set.
 type option uint32
@@ -42,6 +45,7 @@ const (
 	optMaxAckPending
 	optConfirmAcks
 	optDLQ
+	optPinnedBy
 )
 
 // RouteBuilder describes where messages come from and what becomes of them. It
@@ -75,6 +79,7 @@ type RouteBuilder struct {
 	breakerAfter  int
 	breakerRest   time.Duration
 	maxAckPending int
+	group         string // of PinnedBy
 }
 
 // instant is a time.Time without its pointer.
@@ -232,24 +237,43 @@ func (r RouteBuilder) OrderedBy(key OrderKey) RouteBuilder {
 	return r
 }
 
-// Batch hands up to n messages, or what came within wait, to a batch handler. This
-// version refuses it with [ErrNotSupported].
+// Batch gathers up to n messages, or what came within wait of the first of them, for one
+// call of the function that [RouteBuilder.HandleBatch] takes. Attempts, retries and dead
+// letters stay those of each message, and a retried message comes in a later batch. A batch
+// takes one worker, and counts as one for Concurrency and Rate, and as one attempt for
+// Breaker. The messages keep their leases while they wait. n is 1 to [MaxBatch] and wait
+// above zero, else it is [ErrOutOfRange]; with OrderedBy, with Handle, or with n above
+// MaxAckPending it is [ErrOptionConflict].
 func (r RouteBuilder) Batch(n int, wait time.Duration) RouteBuilder {
 	r.set |= optBatch
 	r.batch, r.batchWait = n, wait
 	return r
 }
 
-// Rate limits the handlers started in a second. This version refuses it with
-// [ErrNotSupported].
+// Rate limits how many handlers of this route are started in a second in this process,
+// smoothly: never more at once than a tenth of a second's worth, and one where that is
+// less. A durable's messages are not even asked for before their turn is near, so that
+// other processes can take them. A core route's messages wait here, within its limits.
+// There is no limit over several processes: divide it by their number. It is above zero
+// and finite, else [ErrOutOfRange]; default is no limit.
 func (r RouteBuilder) Rate(perSecond float64) RouteBuilder {
 	r.set |= optRate
 	r.rate = perSecond
 	return r
 }
 
-// Breaker stops pulling for cooldown after so many failures in a row, then
-// tries one message. This version refuses it with [ErrNotSupported].
+// Breaker has the route stop after so many failed attempts in a row, of any messages:
+// it pulls nothing for cooldown, gives back what waits, and then tries one message. If
+// that fails too, it rests again; if it succeeds, the route goes on as before. So an
+// outage of what the handlers need neither uses up attempts nor fills the DLQ: what
+// fails while the breaker is not closed is no attempt ([OutcomeReturned]).
+//
+// An error, a panic and a timeout are failures. A message that is dead at once
+// ([Permanent]) or dropped ([Discard]) says nothing about others and does not count.
+// A message that always fails and is the only one keeps it open until another succeeds.
+// While it is open, [Broker.Health] says why and [RouteStats] shows it; a
+// [BreakerObserver] is told. failures is at least 1 and cooldown above zero, else it is
+// [ErrOutOfRange]; default is none. It needs a durable.
 func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder {
 	r.set |= optBreaker
 	r.breakerAfter, r.breakerRest = failures, cooldown
@@ -266,6 +290,26 @@ func (r RouteBuilder) Breaker(failures int, cooldown time.Duration) RouteBuilder
 func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 	r.set |= optMaxAckPending
 	r.maxAckPending = n
+	return r
+}
+
+// PinnedBy delivers the messages of the durable to one process at a time, the client that
+// the server has pinned in this priority group (ADR-42). The other processes with the
+// durable stand by, and each must name the same group. One of them takes over
+//
+//   - at once when the pinned one ends its Run;
+//   - one and a half AckWaits after it was killed, lost its connection or paused its route
+//     with nothing in hand. What it had in hand is delivered first then;
+//   - at once when another server becomes the leader of the durable, or it restarts. What
+//     the process before has in hand still runs there, beside what the next one receives.
+//
+// The name has letters, digits and any of / _ = - and at most 16 bytes, else it is
+// [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
+// [ErrServerTooOld]. To release its pin at the end of Run the user needs the permission
+// for CONSUMER.UNPIN; without it the pin expires as that of a killed process.
+func (r RouteBuilder) PinnedBy(group string) RouteBuilder {
+	r.set |= optPinnedBy
+	r.group = group
 	return r
 }
 
@@ -299,8 +343,10 @@ func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 // [ErrNoHandler].
 func (r RouteBuilder) Handle(fn Handler) Spec { return Spec{route: r, handler: fn} }
 
-// HandleBatch ends a chain that has Batch. This version refuses it with
-// [ErrNotSupported].
+// HandleBatch ends a chain that has Batch, else it is [ErrOptionConflict]. Where a message
+// must run by itself, as one that may have taken its process down, fn gets it alone. The
+// middleware of [WithMiddleware] is for handlers of one message and not called. A nil fn
+// is [ErrNoHandler].
 func (r RouteBuilder) HandleBatch(fn BatchHandler) Spec {
 	return Spec{route: r, kind: kindBatch, batch: fn}
 }
@@ -476,6 +522,11 @@ func (s Spec) faults() []error {
 				fmt.Sprintf("is below the concurrency of %d, which it would cap", r.concurrency), ErrOptionConflict)
 		}
 	}
+	if has(optPinnedBy) {
+		if reason := priorityGroupFault(r.group); reason != "" {
+			add("pinnedBy", strconv.Quote(r.group), reason, ErrInvalidName)
+		}
+	}
 	s.futureFaults(has, add)
 	if has(optDLQ) {
 		if reason := publishFault(r.dlq); reason != "" {
@@ -509,14 +560,16 @@ func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason 
 		switch {
 		case r.batch < 1:
 			add("batch", value, "needs at least 1 message", ErrOutOfRange)
+		case r.batch > MaxBatch:
+			add("batch", value, fmt.Sprintf("takes at most %d messages", MaxBatch), ErrOutOfRange)
 		case r.batchWait <= 0:
 			add("batch", value, "the wait must be above zero", ErrOutOfRange)
 		case s.kind != kindBatch:
 			add("batch", value, "needs HandleBatch", ErrOptionConflict)
 		case has(optOrderedBy):
 			add("batch", value, "does not fit with an order key", ErrOptionConflict)
-		default:
-			add("batch", value, later, ErrNotSupported)
+		case has(optMaxAckPending) && r.maxAckPending >= 1 && r.batch > r.maxAckPending:
+			add("batch", value, fmt.Sprintf("is above MaxAckPending, %d: it could never be full", r.maxAckPending), ErrOptionConflict)
 		}
 	} else if s.kind == kindBatch {
 		add("handleBatch", "", "needs Batch", ErrOptionConflict)
@@ -525,8 +578,6 @@ func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason 
 		value := strconv.FormatFloat(r.rate, 'g', -1, 64)
 		if !(r.rate > 0) || math.IsInf(r.rate, 0) {
 			add("rate", value, "must be above zero and finite", ErrOutOfRange)
-		} else {
-			add("rate", value, later, ErrNotSupported)
 		}
 	}
 	if has(optBreaker) {
@@ -536,8 +587,6 @@ func (s Spec) futureFaults(has func(option) bool, add func(field, value, reason 
 			add("breaker", value, "needs at least 1 failure", ErrOutOfRange)
 		case r.breakerRest <= 0:
 			add("breaker", value, "the cool-down must be above zero", ErrOutOfRange)
-		default:
-			add("breaker", value, later, ErrNotSupported)
 		}
 	}
 }
@@ -557,6 +606,7 @@ var durableOptions = []struct {
 	{optBatch, "batch", func(r RouteBuilder) string { return strconv.Itoa(r.batch) }},
 	{optBreaker, "breaker", func(r RouteBuilder) string { return strconv.Itoa(r.breakerAfter) }},
 	{optMaxAckPending, "maxAckPending", func(r RouteBuilder) string { return strconv.Itoa(r.maxAckPending) }},
+	{optPinnedBy, "pinnedBy", func(r RouteBuilder) string { return strconv.Quote(r.group) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
 }

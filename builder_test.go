@@ -44,7 +44,7 @@ func TestValidate(t *testing.T) {
 		{"reply", core.Queue("g").Reply(noReply), nil},
 		{"durable", billing.Handle(nop), nil},
 		{"durable with all that fits", billing.Stream("ORDERS").DeliverFromSequence(1).Retry(0).Backoff(time.Second, time.Second).
-			Timeout(time.Minute).AckWait(MinAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").Handle(nop), nil},
+			Timeout(time.Minute).AckWait(MinAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").PinnedBy("a/B_=-9").Handle(nop), nil},
 		{"deliver new", billing.DeliverNew().Handle(nop), nil},
 		{"deliver last", billing.DeliverLast().Handle(nop), nil},
 		{"deliver last per subject", billing.DeliverLastPerSubject().Handle(nop), nil},
@@ -95,6 +95,11 @@ func TestValidate(t *testing.T) {
 		{"pending below the concurrency", billing.Concurrency(8).MaxAckPending(7).Handle(nop), []fault{
 			{inBilling + `maxAckPending 7: is below the concurrency of 8, which it would cap`, ErrOptionConflict},
 		}},
+
+		{"empty group", billing.PinnedBy("").Handle(nop), []fault{{inBilling + `pinnedBy "": must not be empty`, ErrInvalidName}}},
+		{"long group", billing.PinnedBy("12345678901234567").Handle(nop), []fault{{inBilling + `pinnedBy "12345678901234567": is longer than 16 bytes`, ErrInvalidName}}},
+		{"group with a dot", billing.PinnedBy("a.b").Handle(nop), []fault{{inBilling + `pinnedBy "a.b": must hold letters, digits and / _ = - only`, ErrInvalidName}}},
+		{"group of a core route", core.PinnedBy("g").Handle(nop), []fault{{inCore + `pinnedBy "g": needs a durable`, ErrOptionConflict}}},
 
 		{"empty DLQ", billing.DLQ("").Handle(nop), []fault{{inBilling + `dlq "": must not be empty`, ErrInvalidSubject}}},
 		{"DLQ with a wildcard", billing.DLQ("dlq.>").Handle(nop), []fault{{inBilling + `dlq "dlq.>": has a wildcard`, ErrInvalidSubject}}},
@@ -161,9 +166,6 @@ func TestValidateUnsupported(t *testing.T) {
 		{"orderedBy", billing.OrderedBy(SubjectKey()).Handle(nop)},
 		{"orderedBy", billing.OrderedBy(SubjectToken(0)).Handle(nop)},
 		{"orderedBy", billing.OrderedBy(HeaderKey("Customer")).Handle(nop)},
-		{"batch", billing.Batch(1, time.Second).HandleBatch(nopBatch)},
-		{"rate", billing.Rate(0.5).Handle(nop)},
-		{"breaker", billing.Breaker(1, time.Second).Handle(nop)},
 	} {
 		var fault *RouteError
 		err := tc.spec.Validate()

@@ -3,6 +3,8 @@ package natsx
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 )
 
 // Codec turns values into payloads and back. A codec is used by many goroutines
@@ -82,6 +84,47 @@ func Decode[T any](codec Codec, fn func(context.Context, T) error) Handler {
 	}
 }
 
+// JSONBatch adapts a typed function to a [BatchHandler]. A payload that is not JSON of T
+// is a permanent failure of its message alone; the function gets the others, in their
+// order, and is not called when there are none. The indexes of its [BatchError] are those
+// of what it got. Of a nil fn it returns nil; see [DecodeBatch].
+func JSONBatch[T any](fn func(context.Context, []T) error) BatchHandler {
+	return DecodeBatch(JSONCodec{}, fn)
+}
+
+// DecodeBatch is [JSONBatch] with another codec. It returns nil, which a route's
+// validation refuses as [ErrNoHandler], when codec or fn is nil.
+func DecodeBatch[T any](codec Codec, fn func(context.Context, []T) error) BatchHandler {
+	if codec == nil || fn == nil {
+		return nil
+	}
+	return func(ctx context.Context, ms []*Msg) error {
+		results := BatchError{}
+		values := make([]T, 0, len(ms))
+		from := make([]int, 0, len(ms)) // of each value: the index of its message
+		for i, m := range ms {
+			v, err := decode[T](codec, m)
+			if err != nil {
+				results[i] = err
+				continue
+			}
+			values, from = append(values, v), append(from, i)
+		}
+		if len(values) == 0 {
+			return results
+		}
+		err := fn(ctx, values)
+		if len(results) == 0 {
+			return err
+		}
+		each, _ := batchResults(err, len(values))
+		for k, err := range each {
+			results[from[k]] = err
+		}
+		return results
+	}
+}
+
 // JSONReply adapts a typed function to a [Responder]. A request that is not JSON
 // of Req, an empty one included, is answered with code 400, and an answer that json
 // cannot encode with 500. fn's error is the responder's: see [Fail]. An answer has
@@ -122,4 +165,37 @@ func decode[T any](codec Codec, m *Msg) (T, error) {
 		return v, &DecodeError{Subject: m.Subject, ContentType: codec.ContentType(), Err: err}
 	}
 	return v, nil
+}
+
+// batchResults is the result of each of n messages of a batch whose handler returned err,
+// nil when all succeeded, and the result of the whole: nil when any succeeded.
+func batchResults(err error, n int) (each []error, whole error) {
+	if err == nil {
+		return nil, nil
+	}
+	each = make([]error, n)
+	one, ok := errors.AsType[BatchError](err)
+	for i := range one {
+		if i < 0 || i >= n {
+			err = fmt.Errorf("natsx: BatchError has an index %d in a batch of %d: %w", i, n, err)
+			ok = false
+			break
+		}
+	}
+	if !ok {
+		for i := range each {
+			each[i] = err
+		}
+		return each, err
+	}
+	failed := 0
+	for i, err := range one {
+		if each[i] = err; err != nil {
+			failed++
+		}
+	}
+	if failed < n {
+		err = nil
+	}
+	return each, err
 }

@@ -65,7 +65,7 @@ func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 			slog.Info("natsx: reconnected", "url", nc.ConnectedUrlRedacted(), "connection", nc.Opts.Name)
 		}),
 		nats.ReconnectErrHandler(func(nc *nats.Conn, err error) {
-			noteCause(nc, err)
+			setCause(nc, err)
 			if failures.worth(err) {
 				slog.Warn("natsx: cannot connect, trying on", "url", redacted(strings.Join(nc.Opts.Servers, ",")), "error", err, "connection", nc.Opts.Name)
 			}

@@ -224,12 +224,12 @@ func (b *letterBox) writeLetters() {
 			b.refreshDLQ()
 		}
 		if r.env.observer != nil {
-			r.env.visitApart(r.observing(), func() { r.tellObserver(w) })
+			r.env.callUserApart(r.observing(), func() { r.notifyObserver(w) })
 		}
 		p.mu.Lock()
 		p.held--
 		b.owner.book(w)
-		p.checkQuiet()
+		p.checkDrained()
 		p.mu.Unlock()
 	}
 }

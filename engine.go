@@ -13,11 +13,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// startAtOnce bounds how many routes start at the same time.
+// startAtOnce is how many routes start at the same time.
 const startAtOnce = 16
 
-// engine is one Run of a broker: starting, running, draining, over. It alone knows the
-// routes.
+// engine is one Run of a broker, from start to drain. It alone knows the routes.
 type engine struct {
 	*env
 	service   *service // nil without WithService
@@ -28,7 +27,7 @@ type engine struct {
 	routes    []runner      // all, in the order given to Run
 	durables  []*durableRoute
 	cores     []*coreRoute
-	discovery *discovery // nil until it answers, and without WithService
+	discovery *discovery // nil until it is started, and without WithService
 	hung      hungWatch
 
 	replaying sync.WaitGroup // replays that use the pool
@@ -73,7 +72,7 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 			}
 		}
 	}
-	e.env.routesLooking = len(e.durables)
+	e.env.durables = len(e.durables)
 	e.hung.init(e)
 	return e
 }
@@ -104,8 +103,8 @@ func (e *engine) run() error {
 	return errors.Join(append(e.failures, err)...)
 }
 
-// prepare makes the streams and finds or makes what every route needs. It reports
-// whether the routes can be opened.
+// prepare ensures the streams and locates all routes. It reports whether the routes can
+// be opened.
 func (e *engine) prepare() bool {
 	if !e.awaitConnection() {
 		return false
@@ -141,7 +140,7 @@ func (e *engine) locateRetries() bool {
 	})
 }
 
-// open has every route receive, and reports whether all do.
+// open starts every route, and reports whether all receive.
 func (e *engine) open() bool {
 	if !e.each(runner.start) {
 		return false
@@ -161,18 +160,18 @@ func (e *engine) open() bool {
 	return e.intake.Err() == nil
 }
 
-// anchor keeps a message unread until the function that it returns is called. While it
-// is, an application's [nats.Conn.Drain] leaves the connection open, so that what runs can
-// still be settled and answered.
+// anchor keeps a message unread in a subscription until release is called. Meanwhile an
+// application's [nats.Conn.Drain] does not close the connection, so that running
+// messages can still be settled and answered.
 func (e *engine) anchor() (release func()) {
 	nc := e.api.nc
 	inbox := nc.NewInbox()
 	ask := func() error { return nil }
-	if len(e.responders()) > 0 { // they may publish to inboxes
+	if len(e.responders()) > 0 { // the user may publish to inboxes
 		ask = func() error { return nc.Publish(inbox, nil) }
 	}
 	for _, d := range e.durables {
-		if d.target.bells { // which takes nothing, and has an answer in any case
+		if d.target.canIdle { // such a pull takes nothing, and is always answered
 			ask = func() error {
 				return nc.PublishRequest(d.target.nextSubject, inbox, pullRequest{batch: 1, maxBytes: 1, expires: time.Millisecond}.body())
 			}
@@ -192,8 +191,8 @@ func (e *engine) anchor() (release func()) {
 	}
 }
 
-// each calls fn for every route, several at once, and reports all failures: one
-// does not stop the others from finding theirs.
+// each calls fn for every route, several at once, and records all failures. It reports
+// whether the broker can go on.
 func (e *engine) each(fn func(runner) error) bool {
 	slots := make(chan struct{}, startAtOnce)
 	var wg sync.WaitGroup
@@ -213,14 +212,14 @@ func (e *engine) each(fn func(runner) error) bool {
 	return e.intake.Err() == nil
 }
 
-// awaitConnection waits until the connection is up, which a first connect that is
-// retried in the background may take a while for.
+// awaitConnection waits until the connection is up: the first connect may be retried in
+// the background.
 func (e *engine) awaitConnection() bool {
 	logged := false
 	for !e.link.up() || !e.api.nc.IsConnected() {
 		if !logged {
 			logged = true
-			e.log.Warn("natsx: waiting for the connection", "status", e.link.is().String(), "error", e.api.nc.LastError())
+			e.log.Warn("natsx: waiting for the connection", "status", e.link.state().String(), "error", e.api.nc.LastError())
 		}
 		if !wait(e.intake, 50*time.Millisecond) {
 			return false
@@ -229,7 +228,7 @@ func (e *engine) awaitConnection() bool {
 	return e.intake.Err() == nil
 }
 
-// claimOnce makes a durable of a stream one route's own.
+// claimOnce reserves a durable of a stream for one route, or returns a fault.
 func (e *engine) claimOnce(stream string, s Spec) error {
 	key := stream + "\x00" + s.route.durable
 	e.stateMu.Lock()
@@ -273,11 +272,11 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 	}
 }
 
-// onStatus follows the connection.
+// onStatus handles a change of the connection's status.
 func (e *engine) onStatus(s nats.Status) {
 	switch s {
 	case nats.RECONNECTING, nats.DISCONNECTED:
-		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.why())
+		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.lastCause())
 	case nats.CONNECTED:
 		e.acks.connected()
 		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
@@ -288,13 +287,13 @@ func (e *engine) onStatus(s nats.Status) {
 			}
 		}
 	case nats.DRAINING_SUBS:
-		e.fail(fmt.Errorf("%w: the application drains it", ErrConnectionClosed))
+		e.fail(fmt.Errorf("%w: the application drained it", ErrConnectionClosed))
 	case nats.CLOSED:
-		e.fail(closedBy(e.link.why()))
+		e.fail(closedBy(e.link.lastCause()))
 	}
 }
 
-// closedBy is ErrConnectionClosed with what closed the connection, when that is known.
+// closedBy is ErrConnectionClosed with the cause, if that is known.
 func closedBy(why error) error {
 	if why == nil {
 		return ErrConnectionClosed
@@ -314,7 +313,7 @@ func (e *engine) admit(r *replay) bool {
 	return true
 }
 
-// leave is an admitted replay's end.
+// leave ends an admitted replay.
 func (e *engine) leave(r *replay) {
 	e.stateMu.Lock()
 	delete(e.replays, r)
@@ -322,8 +321,8 @@ func (e *engine) leave(r *replay) {
 	e.replaying.Done()
 }
 
-// haltReplays stops the replays and admits no more. What they give the pool after
-// it has returned is only what waits behind a running message of its key.
+// haltReplays stops the replays and admits no more. After that they queue only messages
+// that wait for a running one with the same key.
 func (e *engine) haltReplays() {
 	e.stateMu.Lock()
 	e.noReplays = true
@@ -337,7 +336,7 @@ func (e *engine) haltReplays() {
 	}
 }
 
-// drain ends the intake, waits for what is in hand, and ends the workers.
+// drain ends the intake, waits for the messages in hand, and ends the workers.
 func (e *engine) drain() error {
 	e.endIntake()
 	e.haltReplays()
@@ -357,6 +356,10 @@ func (e *engine) drain() error {
 		<-e.pool.gone
 		e.acks.stop()
 		err := e.flush(ctx)
+		for _, d := range e.durables {
+			stopping.Go(func() { d.unpin(ctx) })
+		}
+		stopping.Wait()
 		e.endServing(0)
 		return err
 	case <-ctx.Done():
@@ -372,7 +375,7 @@ func (e *engine) drain() error {
 	select {
 	case <-e.pool.gone:
 	case <-grace.C:
-		e.endClosing() // for workers that only wait for the server's answer
+		e.endClosing() // for workers that only wait for an answer of the server
 		select {
 		case <-e.pool.gone:
 		case <-time.After(100 * time.Millisecond):
@@ -385,12 +388,12 @@ func (e *engine) drain() error {
 	e.acks.stop()
 	e.api.nc.FlushTimeout(time.Second)
 	e.endServing(DrainGrace)
-	cut.Stuck = append(e.pool.stuck(), e.visiting()...)
+	cut.Stuck = append(e.pool.stuck(), e.openUserCalls()...)
 	return cut
 }
 
-// endServing ends what serves the routes beside the workers, and waits for it for grace
-// and a moment: users' code may hold it up for ever.
+// endServing ends the background goroutines and replays, and waits for them for grace
+// plus a second: users' code may block them for ever.
 func (e *engine) endServing(grace time.Duration) {
 	e.endClosing()
 	done := make(chan struct{})
@@ -405,12 +408,12 @@ func (e *engine) endServing(grace time.Duration) {
 	}
 }
 
-// flush makes sure that the server has the last acknowledgements. Without a connection
-// it waits for one, unless no acknowledgement does.
+// flush flushes pending acks. Without a connection it waits for one, unless no acks are
+// pending.
 func (e *engine) flush(ctx context.Context) error {
 	for {
-		if e.link.is() == nats.CLOSED || !e.link.up() && !e.acks.unsent.Load() {
-			return nil // what a closed one means is said elsewhere
+		if e.link.state() == nats.CLOSED || !e.link.up() && !e.acks.unsent.Load() {
+			return nil // onStatus reports a closed connection
 		}
 		try, cancel := context.WithTimeout(ctx, apiTimeout)
 		err := e.api.nc.FlushWithContext(try)
@@ -435,8 +438,8 @@ func (e *engine) health() error {
 	errs = append(errs, e.failures...)
 	e.mu.Unlock()
 	if !e.link.up() {
-		err := fmt.Errorf("natsx: connection is %s", strings.ToLower(e.link.is().String()))
-		if why := e.link.why(); why != nil {
+		err := fmt.Errorf("natsx: connection is %s", strings.ToLower(e.link.state().String()))
+		if why := e.link.lastCause(); why != nil {
 			err = fmt.Errorf("%w: %w", err, why)
 		}
 		errs = append(errs, err)
@@ -463,8 +466,8 @@ func (e *engine) stats() Stats {
 	return s
 }
 
-// hungWatch looks whether all workers hang: every one at the same work since longer than
-// the Timeout of its route.
+// hungWatch detects that all workers hang: each runs the same work for longer than the
+// Timeout of its route.
 type hungWatch struct {
 	e     *engine
 	alarm alarm
@@ -479,7 +482,7 @@ type hungWork struct {
 	at   int64
 }
 
-// hungEvery is how often the workers are looked at while all are busy.
+// hungEvery is how often the workers are checked while all are busy.
 const hungEvery = time.Second
 
 func (h *hungWatch) init(e *engine) {
@@ -524,7 +527,7 @@ func (h *hungWatch) look(now int64) {
 	}
 }
 
-var errHung = errors.New("natsx: all workers are in handlers that have not returned within the Timeout of their route: nothing is handled")
+var errHung = errors.New("natsx: all workers are blocked by handlers that have not returned within the Timeout of their route")
 
 func (h *hungWatch) fault() error {
 	h.mu.Lock()

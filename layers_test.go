@@ -30,12 +30,12 @@ var layers = []struct {
 	{"vocabulary", // what users and the engine talk about: values, no goroutines
 		"natsx.go builder.go delivery.go order.go letter.go retrycopy.go codec.go stream.go envelope.go identity.go observe.go"},
 	{"mechanics", // machines, each with one owner and one lock
-		"pool.go agenda.go lease.go history.go window.go budget.go puller.go link.go acker.go env.go " +
+		"pool.go rate.go agenda.go lease.go history.go window.go budget.go puller.go link.go acker.go env.go " +
 			"connect.go ensure.go ordered.go reader.go"},
 	{"publishing",
 		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go"},
 	{"running", // what a route does
-		"route.go settle.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
+		"route.go settle.go breaker.go batch.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
 	{"tools", // the day after
 		"deadletters.go redrive.go replay.go replay_run.go replay_source.go"},
 	{"face", // options and Run: start, run, drain

@@ -2,6 +2,9 @@ package natsx
 
 import (
 	"context"
+	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -17,9 +20,46 @@ import (
 // timeout, then with [ErrDrainTimeout] as its cause. AckWait does not end it.
 type Handler func(ctx context.Context, m *Msg) error
 
-// BatchHandler handles several messages at once. Its result counts for each. This
-// version refuses a route with one; see [RouteBuilder.Batch].
+// BatchHandler handles several messages at once; see [RouteBuilder.Batch]. Its result
+// counts for each message, as that of a [Handler] does, unless it is or wraps a
+// [BatchError]. The context is not that of one message: [MsgFrom] does not find any, and
+// what is published with it has no id that a later delivery repeats.
 type BatchHandler func(ctx context.Context, ms []*Msg) error
+
+// BatchError tells the results of the single messages of a batch apart: the key is the
+// index of a message, from 0, and the value what a [Handler] would have returned for it.
+// Messages that are not named have succeeded. With an index that the batch does not have
+// it counts as a failure of all.
+type BatchError map[int]error
+
+// Error gives the number of failures and the first of them.
+func (e BatchError) Error() string {
+	failed := 0
+	first := -1
+	for i, err := range e {
+		if err == nil {
+			continue
+		}
+		failed++
+		if first < 0 || i < first {
+			first = i
+		}
+	}
+	if failed == 0 {
+		return "natsx: no message of the batch failed"
+	}
+	return fmt.Sprintf("natsx: %d of the batch failed, the first at index %d: %s", failed, first, cause(e[first]))
+}
+
+// Unwrap gives the failures in the order of their messages.
+func (e BatchError) Unwrap() (errs []error) {
+	for _, i := range slices.Sorted(maps.Keys(e)) {
+		if e[i] != nil {
+			errs = append(errs, e[i])
+		}
+	}
+	return errs
+}
 
 // Responder answers one request. The bytes are the reply's payload, and
 // [Msg.ReplyHeader] its headers. An error is answered too: see [Fail]. The context is

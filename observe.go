@@ -14,7 +14,7 @@ const (
 	OutcomeRetried   Outcome = "retried"   // to be delivered again
 	OutcomeDead      Outcome = "dead"      // moved to the DLQ, or without one terminated or left unsettled
 	OutcomeDiscarded Outcome = "discarded" // terminated on the handler's word
-	OutcomeReturned  Outcome = "returned"  // given back at the drain timeout, which is no attempt
+	OutcomeReturned  Outcome = "returned"  // given back at the drain timeout or for an open breaker, which is no attempt
 	OutcomeLapsed    Outcome = "lapsed"    // the lease was lost: nothing was settled
 	OutcomeFailed    Outcome = "failed"    // of a core message that is gone, or an error answered to a request
 )
@@ -37,6 +37,32 @@ type Observer interface {
 	Observe(ctx context.Context, e Event)
 }
 
+// BreakerState is the state of a route's [RouteBuilder.Breaker].
+type BreakerState string
+
+// The states of a breaker.
+const (
+	BreakerNone     BreakerState = ""          // the route has none
+	BreakerClosed   BreakerState = "closed"    // messages are handled
+	BreakerOpen     BreakerState = "open"      // nothing is pulled for the cool-down
+	BreakerHalfOpen BreakerState = "half-open" // one message is tried
+)
+
+// BreakerEvent is a breaker that has opened, or closed again.
+type BreakerEvent struct {
+	Route   string // the filter of the route
+	Durable string
+	State   BreakerState // BreakerOpen or BreakerClosed
+	Err     error        // the failure that opened it, nil when it has closed
+}
+
+// BreakerObserver is an [Observer] that is also told of the breakers of the routes, when
+// one opens and when it closes again. What holds for Observe holds for it.
+type BreakerObserver interface {
+	Observer
+	ObserveBreaker(e BreakerEvent)
+}
+
 // Stats are the counters of a broker since its start.
 type Stats struct {
 	Routes []RouteStats // in the order given to Run
@@ -53,7 +79,7 @@ type RouteStats struct {
 	Retried   uint64 // failed attempts that another follows
 	Dead      uint64 // moved to the DLQ, or without one terminated or left unsettled
 	Discarded uint64 // terminated by Discard
-	Returned  uint64 // cut off by the drain timeout and given back, which is no attempt
+	Returned  uint64 // given back at the drain timeout or for an open breaker, which is no attempt
 	Lapsed    uint64 // leases lost before the message was settled: it is delivered again
 	Failed    uint64 // failed messages of a core route, errors answered to requests
 	Dropped   uint64 // dropped by the client as a slow consumer of a core route
@@ -61,6 +87,8 @@ type RouteStats struct {
 	Running int // handlers running now
 	Waiting int // messages pulled and waiting for a worker now
 	Delayed int // messages that this process gave back and that wait for their retry now
+
+	Breaker BreakerState // of a route with one
 
 	HandlerTime time.Duration // time spent in handlers, all together
 }

@@ -13,24 +13,22 @@ import (
 
 const (
 	headerSchedule = "Nats-Schedule"
-	// takeTimeout bounds how long a route tries to remove the letter of a redriven
-	// message.
+	// takeTimeout is how long a route tries to remove the letter of a redriven message.
 	takeTimeout = 3 * time.Second
 )
 
-// passer decides which messages of a stream are none for a route, and removes the
-// letters of those that were redriven for it.
+// passer decides which messages of a stream are not for a route, and removes the letters
+// of those that were redriven for it.
 type passer struct {
 	route   *route
 	stream  string
 	durable string
 	created int64 // the stream's creation, Unix nanoseconds
 
-	denied atomic.Bool // the user may not remove letters
+	denied atomic.Bool // the user lacks the permission to remove letters
 }
 
-// judge is what is to be done with a message in place of handling it; actHandle is
-// nothing.
+// judge returns what to do with a message instead of handling it, or actHandle.
 func (p *passer) judge(ctx context.Context, w *work, c *jetstream.StreamConfig) (act action, delay time.Duration) {
 	if w.raw.Header[HeaderRedriveTo] != nil && p.redriven(ctx, w) {
 		return actAck, 0
@@ -41,19 +39,19 @@ func (p *passer) judge(ctx context.Context, w *work, c *jetstream.StreamConfig) 
 	if c.Retention == jetstream.LimitsPolicy {
 		return actAck, 0
 	}
-	// Acknowledged it would be deleted, and never come due.
+	// An ack would delete the schedule before it is due.
 	return actNak, untilDue(w.raw.Header.Get(headerSchedule))
 }
 
 // isSchedule reports whether m is a message that the server keeps to publish later
-// (ADR-51). Only a stream with AllowMsgSchedules has schedules, and it refuses
-// what looks like one and is none; elsewhere the header means nothing.
+// (ADR-51). Only streams with AllowMsgSchedules have schedules, and they refuse invalid
+// ones; in other streams the header means nothing.
 func isSchedule(m *nats.Msg, c *jetstream.StreamConfig) bool {
 	return c != nil && c.AllowMsgSchedules && len(m.Header[headerSchedule]) > 0
 }
 
-// untilDue is how long a schedule stays, with a moment for the server to remove
-// it. Of a repeated one it is a guess.
+// untilDue is how long a schedule stays, plus a moment for the server to remove it. For a
+// repeated one it is a guess.
 func untilDue(schedule string) time.Duration {
 	at, err := time.Parse(time.RFC3339Nano, strings.TrimPrefix(schedule, "@at "))
 	if err != nil {
@@ -62,9 +60,8 @@ func untilDue(schedule string) time.Duration {
 	return max(time.Until(at), 0) + 5*time.Second
 }
 
-// redriveHeaders is what proves the redrives of a message that its durable's route
-// gives up, as the message's letter keeps it in every form: without it the count
-// would begin anew.
+// redriveHeaders returns the redrive headers of a message that is dead again, for its
+// letter, so that its redrives are still counted.
 func (p *passer) redriveHeaders(raw *nats.Msg) nats.Header {
 	h := raw.Header
 	if h[HeaderRedriveToken] == nil {
@@ -80,8 +77,8 @@ func (p *passer) redriveHeaders(raw *nats.Msg) nats.Header {
 	return originalHeaders(kept, false)
 }
 
-// redriven reports whether a message with the header of a redrive is for another
-// durable, and proven to be. Of one that is for this one it removes the letter.
+// redriven reports whether a message is a proven redrive for another durable. For a
+// redrive for this durable it removes the letter.
 func (p *passer) redriven(ctx context.Context, w *work) bool {
 	proof, ok := proveRedrive(p.stream, p.created, w.raw.Subject, w.raw.Header, w.raw.Data)
 	if !ok {
@@ -94,14 +91,13 @@ func (p *passer) redriven(ctx context.Context, w *work) bool {
 	return false
 }
 
-// takeLetter removes the letter of a redriven message before that is handled, as
-// the redrive does once the copy is stored, unless it is killed between the two. A
-// later redrive would then store a second copy, if the first were handled and
-// gone and the stream's duplicate window over: it finds a copy that is not handled
-// yet, and no letter of one that is.
+// takeLetter removes the letter of a redriven message before the message is handled. The
+// redrive itself does that once the copy is stored, unless it is killed in between. Then
+// a later redrive could store a second copy after the first was handled and the
+// duplicate window has passed.
 //
-// It does what it may and can. A user who must not read or delete in the DLQ
-// relies on the duplicate window.
+// Without the permission to read or delete in the DLQ only the duplicate window protects
+// from that.
 func (p *passer) takeLetter(ctx context.Context, w *work, proof redriveProof) {
 	if p.denied.Load() {
 		return
@@ -130,7 +126,7 @@ func (p *passer) takeLetter(ctx context.Context, w *work, proof redriveProof) {
 	}
 }
 
-// discardLetter deletes a letter, after the original that only waits for its sake.
+// discardLetter deletes a letter, after releasing an original that was kept only for it.
 func discardLetter(ctx context.Context, a *api, l *DeadLetter) error {
 	if l.Pointer {
 		if err := releaseOriginal(ctx, a, l); err != nil {
@@ -140,10 +136,10 @@ func discardLetter(ctx context.Context, a *api, l *DeadLetter) error {
 	return a.remove(ctx, l.DLQStream, l.DLQSequence)
 }
 
-// releaseOriginal lets go of the original of a pointer, which its durable left unsettled
-// on a stream that would have deleted it. On a work queue nobody else waits for
-// it. On a stream with interest retention others may: there it is settled for its
-// durable alone, and the server deletes it when that was the last.
+// releaseOriginal releases the original of a pointer letter, which its durable left
+// unsettled so that the stream does not delete it. On a work queue it is deleted. On a
+// stream with interest retention it is acknowledged for its durable alone, since other
+// consumers may still need it.
 func releaseOriginal(ctx context.Context, a *api, l *DeadLetter) error {
 	var source jetstream.StreamInfo
 	err := a.ask(ctx, "STREAM.INFO."+l.Stream, struct{}{}, &source)
@@ -163,12 +159,12 @@ func releaseOriginal(ctx context.Context, a *api, l *DeadLetter) error {
 	var durable jetstream.ConsumerInfo
 	err = a.ask(ctx, "CONSUMER.INFO."+l.Stream+"."+l.Durable, struct{}{}, &durable)
 	if hasCode(err, codeConsumerNotFound) || err == nil && (l.Sequence > durable.Delivered.Stream || l.Sequence <= durable.AckFloor.Stream) {
-		return nil // it does not hold the original, and the server knows who else does
+		return nil // the durable does not hold the original
 	}
 	if err != nil {
 		return err
 	}
-	// The server goes by the stream's sequence alone.
+	// The server uses only the stream sequence of the ack subject.
 	subject := ackSubject(l.Stream, l.Durable, l.Sequence, m.time.UnixNano())
 	return retry{limit: readPatience}.do(ctx, func(ctx context.Context) error {
 		return requestWith(ctx, a.nc, subject, func(ctx context.Context) error {

@@ -320,12 +320,12 @@ func (r ReplayBuilder) concurrency(pool int) int {
 }
 
 // start is where the first consumer of a replay begins.
-func (r ReplayBuilder) start() startAt {
+func (r ReplayBuilder) start() startPoint {
 	switch {
 	case r.set&replayFromSequence != 0:
-		return startAt{seq: r.fromSeq}
+		return startPoint{seq: r.fromSeq}
 	case r.set&replayFromTime != 0:
-		return startAt{time: r.from.time()}
+		return startPoint{time: r.from.time()}
 	}
-	return startAt{seq: 1}
+	return startPoint{seq: 1}
 }

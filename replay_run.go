@@ -322,14 +322,14 @@ func (r *replay) conclude(w *work, err error) {
 		}
 	}
 	if o := r.env.observer; o != nil {
-		r.env.visit(r.observing, func() {
+		r.env.callUser(r.observing, func() {
 			o.Observe(w.delivery, Event{Route: r.want.replay.filter, Msg: &w.msg, Outcome: w.outcome, Err: w.err, Duration: w.took()})
 		})
 	}
 }
 
-// finish books what a worker is done with. The pool is locked.
-func (r *replay) finish(done []*work) pullRequest {
+// bookAll books what a worker is done with. The pool is locked.
+func (r *replay) bookAll(done []*work) pullRequest {
 	if r.abandoned {
 		return pullRequest{}
 	}
@@ -351,7 +351,7 @@ func (r *replay) finish(done []*work) pullRequest {
 	return pullRequest{}
 }
 
-func (r *replay) feed()            {}
+func (r *replay) workerFree()      {}
 func (r *replay) send(pullRequest) {}
 
 // book takes a handled message into account. The pool is locked.
@@ -439,7 +439,7 @@ func (r *replay) tellProgress() (end func() bool) {
 		back := make(chan struct{})
 		go func() {
 			defer close(back)
-			r.env.visit(r.telling(), func() { fn(now) })
+			r.env.callUser(r.telling(), func() { fn(now) })
 		}()
 		select {
 		case <-back:

@@ -97,7 +97,7 @@ func (r *replay) begin(info *jetstream.StreamInfo) error {
 	end, endTime := info.State.LastSeq, info.State.LastTime
 	var behind uint64
 	if until := want.until.time(); want.set&replayUntilTime != 0 && until.Before(endTime) {
-		after, err := r.glance(startAt{time: until.Add(1)})
+		after, err := r.peek(startPoint{time: until.Add(1)})
 		if err != nil {
 			return err
 		}
@@ -108,7 +108,7 @@ func (r *replay) begin(info *jetstream.StreamInfo) error {
 		end, endTime, behind = min(end, last), until, after.NumPending
 	}
 	if want.set&replayUntilSequence != 0 && want.untilSeq < end {
-		after, err := r.glance(startAt{seq: want.untilSeq + 1})
+		after, err := r.peek(startPoint{seq: want.untilSeq + 1})
 		if err != nil {
 			return err
 		}
@@ -134,10 +134,10 @@ func (r *replay) begin(info *jetstream.StreamInfo) error {
 	return nil
 }
 
-// glance makes a consumer only to see where it starts and what it has ahead.
-func (r *replay) glance(at startAt) (info *jetstream.ConsumerInfo, err error) {
+// peek makes a consumer only to see where it starts and what it has ahead.
+func (r *replay) peek(at startPoint) (info *jetstream.ConsumerInfo, err error) {
 	err = r.try(func(ctx context.Context) (err error) {
-		info, err = r.reader.glance(ctx, at)
+		info, err = r.reader.peek(ctx, at)
 		return err
 	})
 	if err != nil {
@@ -173,7 +173,7 @@ func (r *replay) lastUntil(until time.Time, at uint64, replicas int) (uint64, er
 func (r *replay) try(fn func(context.Context) error) error {
 	l := r.env.link
 	for !l.up() {
-		if l.is() == nats.CLOSED {
+		if l.state() == nats.CLOSED {
 			return ErrConnectionClosed
 		}
 		if !wait(r.intake, 50*time.Millisecond) {

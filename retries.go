@@ -7,9 +7,10 @@ import (
 )
 
 // retried reports whether the retries of a route can go through a retry stream: not those
-// of an order, which hold up what is behind them.
+// of an order, which hold up what is behind them, nor those that one process is pinned
+// for.
 func retried(spec Spec) bool {
-	return spec.route.durable != "" && spec.route.set&optOrderedBy == 0
+	return spec.route.durable != "" && spec.route.set&(optOrderedBy|optPinnedBy) == 0
 }
 
 // moveTo has the retries of the route go through a retry stream. They are delivered by a
@@ -19,7 +20,7 @@ func (r *durableRoute) moveTo(to *retryStream) {
 	part := &durableRoute{gate: make(chan struct{}, 1), retryOf: r}
 	part.handler = r.handler
 	part.setUp(r.env, r.spec)
-	r.retries = part
+	r.retries, part.breaker, part.rate = part, r.breaker, r.rate
 	r.lane.peer, part.lane.peer = &part.lane, &r.lane
 	for _, d := range []*durableRoute{r, part} {
 		d.mover = &mover{route: &d.route, owner: d, to: to}
@@ -35,10 +36,11 @@ func (r *durableRoute) locateRetries(ctx context.Context) error {
 
 	spec := own.spec.route
 	r.spec.route = RouteBuilder{
-		set:    spec.set &^ (optDeliver | optStream),
+		set:    spec.set & (optDurable | optRetry | optBackoff | optTimeout | optAckWait | optConcurrency | optBatch | optRate | optBreaker | optMaxAckPending | optConfirmAcks | optDLQ),
 		filter: place.due(), durable: place.consumer(), stream: r.mover.to.name, dlq: spec.dlq,
 		retry: spec.retry, backoffMin: spec.backoffMin, backoffMax: spec.backoffMax, timeout: spec.timeout,
 		ackWait: spec.ackWait, concurrency: spec.concurrency, maxAckPending: spec.maxAckPending,
+		batch: spec.batch, batchWait: spec.batchWait, rate: spec.rate, breakerAfter: spec.breakerAfter, breakerRest: spec.breakerRest,
 	}
 	r.target.stream, r.target.consumer = r.mover.to.name, place.consumer()
 	r.target.config.Store(r.mover.to.config)

@@ -255,12 +255,12 @@ func (v *mover) moveHeld() {
 			}
 		}
 		if r.env.observer != nil && w.outcome != "" {
-			r.env.visitApart(r.observing(), func() { r.tellObserver(w) })
+			r.env.callUserApart(r.observing(), func() { r.notifyObserver(w) })
 		}
 		p.mu.Lock()
 		p.held--
 		v.owner.book(w)
-		p.checkQuiet()
+		p.checkDrained()
 		p.mu.Unlock()
 	}
 }

@@ -95,6 +95,22 @@ func groupFault(name string) string {
 	return subjectFault(name)
 }
 
+// priorityGroupFault tells why a priority group may not have this name, or nothing.
+func priorityGroupFault(name string) string {
+	const most = 16 // of the server
+	switch {
+	case name == "":
+		return "must not be empty"
+	case len(name) > most:
+		return fmt.Sprintf("is longer than %d bytes", most)
+	case strings.ContainsFunc(name, func(c rune) bool {
+		return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("/_=-", c))
+	}):
+		return "must hold letters, digits and / _ = - only"
+	}
+	return ""
+}
+
 // headerNameFault tells why a header may not have this name, or nothing: it
 // would not survive the wire.
 func headerNameFault(name string) string {

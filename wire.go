@@ -152,6 +152,8 @@ type pullRequest struct {
 	expires   time.Duration // 0 for none
 	heartbeat time.Duration // 0 for none; else at most half of expires
 	noWait    bool
+	group     string // priority group (ADR-42), empty for none
+	pin       string // of the group's pinned client, empty for a client that is not pinned
 	token     uint64 // last token of the reply subject
 }
 
@@ -170,6 +172,12 @@ func (p pullRequest) body() []byte {
 	if p.noWait {
 		b = append(b, `,"no_wait":true`...)
 	}
+	if p.group != "" {
+		b = append(append(append(b, `,"group":"`...), p.group...), '"')
+	}
+	if p.pin != "" {
+		b = append(append(append(b, `,"id":"`...), p.pin...), '"')
+	}
 	return append(b, '}')
 }
 
@@ -183,6 +191,7 @@ const (
 	statusTooLarge                        // the next message does not fit into the pull's bytes
 	statusLimit                           // the consumer's limits do not allow such a pull
 	statusMoved                           // nobody serves the pull: another leader, a shutdown
+	statusUnpinned                        // 423: the pull's pin is not the consumer's, or not any more
 	statusDeleted                         // the consumer was deleted
 	statusStreamDeleted                   // its stream was deleted
 	statusRefused                         // anything else
@@ -214,6 +223,8 @@ func parseStatus(m *nats.Msg) pullStatus {
 		s.kind = statusTooLarge
 	case strings.HasPrefix(s.text, "Exceeded MaxRequest"):
 		s.kind = statusLimit
+	case s.code == "423":
+		s.kind = statusUnpinned
 	case s.code == "503", strings.HasPrefix(s.text, "Leadership Change"), strings.HasPrefix(s.text, "Server Shutdown"):
 		s.kind = statusMoved
 	case strings.HasPrefix(s.text, "Consumer Deleted"):
@@ -224,6 +235,27 @@ func parseStatus(m *nats.Msg) pullStatus {
 		s.kind = statusRefused
 	}
 	return s
+}
+
+// headerPinID is the header by which the server tells a client that it is pinned.
+const headerPinID = "Nats-Pin-Id"
+
+// takePin removes the pin from the headers of a message of a consumer with a pinned
+// client, where the server has appended it to what the publisher wrote.
+func takePin(m *nats.Msg) (pin string) {
+	values := m.Header[headerPinID]
+	switch n := len(values); {
+	case n == 0:
+		return ""
+	case n > 1:
+		pin, m.Header[headerPinID] = values[n-1], values[:n-1]
+	default:
+		pin = values[0]
+		if delete(m.Header, headerPinID); len(m.Header) == 0 {
+			m.Header = nil
+		}
+	}
+	return pin
 }
 
 // pullLimits are a consumer's limits on pull requests, 0 for none.
