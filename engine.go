@@ -72,7 +72,12 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 			}
 		}
 	}
-	e.env.durables = len(e.durables)
+	for _, d := range e.durables {
+		e.env.durables++
+		if d.retries != nil {
+			e.env.durables++
+		}
+	}
 	e.hung.init(e)
 	return e
 }
@@ -109,6 +114,12 @@ func (e *engine) prepare() bool {
 	if !e.awaitConnection() {
 		return false
 	}
+	if e.retries() {
+		if err := e.retry.serverFault(e.api.nc.ConnectedServerVersion()); err != nil {
+			e.fail(err)
+			return false
+		}
+	}
 	for _, s := range e.streams {
 		if err := s.forLetters(e.specs).ensure(e.intake, e.api, e.log); err != nil && e.intake.Err() == nil {
 			e.note(err)
@@ -121,9 +132,14 @@ func (e *engine) prepare() bool {
 	return e.each(func(r runner) error { return r.locate(e.intake) }) && e.locateRetries()
 }
 
+// retries reports whether a route uses the retry stream.
+func (e *engine) retries() bool {
+	return slices.ContainsFunc(e.durables, func(d *durableRoute) bool { return d.retries != nil })
+}
+
 // locateRetries opens the retry stream and finds or makes its consumers.
 func (e *engine) locateRetries() bool {
-	if !slices.ContainsFunc(e.durables, func(d *durableRoute) bool { return d.retries != nil }) {
+	if !e.retries() {
 		return true
 	}
 	if err := e.retry.open(e.intake, e.api, e.log, sources(e.durables)); err != nil {

@@ -44,12 +44,17 @@ func (s *retryStream) fault(field, value, reason string, err error) error {
 	return &StreamError{Stream: s.name, Field: field, Value: value, Reason: "the retry stream " + reason, Err: err}
 }
 
+// serverFault is an error if a server of this version keeps no schedules.
+func (s *retryStream) serverFault(version string) error {
+	if olderThan(version, 2, 12) {
+		return s.fault("allowMsgSchedules", "", fmt.Sprintf("needs nats-server 2.12, this is %s", version), ErrServerTooOld)
+	}
+	return nil
+}
+
 // open finds the stream, or makes it, and judges whether it can keep the retries of
 // sources, which are the streams of the routes.
 func (s *retryStream) open(ctx context.Context, a *api, log *slog.Logger, sources []*jetstream.StreamConfig) error {
-	if version := a.nc.ConnectedServerVersion(); olderThan(version, 2, 12) {
-		return s.fault("allowMsgSchedules", "", fmt.Sprintf("needs nats-server 2.12, this is %s", version), ErrServerTooOld)
-	}
 	var info *jetstream.StreamInfo
 	look := func(ctx context.Context) (err error) {
 		info, err = a.streamInfo(ctx, s.name)
