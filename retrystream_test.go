@@ -1,15 +1,20 @@
 package natsx
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"net"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -650,4 +655,117 @@ func FuzzCopiedMessage(f *testing.F) {
 			t.Errorf("%q: payload %q, headers (-want +got):\n%s", block, rest, diff)
 		}
 	})
+}
+
+// oldServer is a connection to a server that gives another version.
+type oldServer struct {
+	net.Conn
+	version string
+}
+
+func (c oldServer) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	copy(b[:n], bytes.Replace(b[:n], []byte(`"version":"`+server.VERSION+`"`), []byte(`"version":"`+c.version+`"`), 1))
+	return n, err
+}
+
+type oldServerDialer string
+
+func (version oldServerDialer) Dial(network, address string) (net.Conn, error) {
+	c, err := net.Dial(network, address)
+	return oldServer{c, string(version)}, err
+}
+
+// A server without schedules is refused before a stream is made, where a route would need
+// them.
+func TestRetryStreamNeedsANewServer(t *testing.T) {
+	t.Parallel()
+	const version = "2.11.9"
+	if len(version) != len(server.VERSION) {
+		t.Fatalf("the version %q must be as long as %q", version, server.VERSION)
+	}
+	url := startServer(t).ClientURL()
+	nc := connect(t, url, nats.SetCustomDialer(oldServerDialer(version)))
+	options := []Option{WithRetryStream("RETRY"), WithStreams(Stream("ORDERS").Subjects("orders.*"))}
+	err := startBroker(t, NewBroker(nc, options...), Route("orders.*").Durable("d").Handle(succeed)).wait(t)
+	var fault *StreamError
+	if !errors.Is(err, ErrServerTooOld) || !errors.As(err, &fault) || fault.Stream != "RETRY" || !strings.Contains(err.Error(), "2.12") || !strings.Contains(err.Error(), version) {
+		t.Errorf("got %v, want the version that is needed and the one that is there", err)
+	}
+	if _, err := jetStream(t, nc).Stream(testContext(t), "ORDERS"); !errors.Is(err, jetstream.ErrStreamNotFound) {
+		t.Errorf("got %v, want no stream made", err)
+	}
+	r := runBroker(t, NewBroker(nc, options...), Route("audit.*").Handle(succeed))
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+}
+
+// The messages of a batch come back one by one, each with its own attempt, and beside new
+// ones.
+func TestRetriesOfABatch(t *testing.T) {
+	t.Parallel()
+	const messages = 60
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc, workQueue)
+	publishMany(t, nc, messages, numbered("orders.x"))
+	var runs tally
+	b := NewBroker(nc, WithRetryStream("RETRY"))
+	runBroker(t, b, Route("orders.*").Durable("d").Batch(20, 50*time.Millisecond).Retry(2).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.x").
+		HandleBatch(func(_ context.Context, ms []*Msg) error {
+			failed := BatchError{}
+			for i, m := range ms {
+				runs.add(fmt.Sprint(string(m.Data), " ", m.Attempt()))
+				if n, _ := strconv.Atoi(string(m.Data)); n%3 == 0 && m.Attempt() == 1 || n%6 == 0 {
+					failed[i] = errors.New("broken")
+				}
+			}
+			if len(failed) == 0 {
+				return nil
+			}
+			return failed
+		}))
+	eventually(t, "all are settled", func() bool { return stored(t, nc, "ORDERS") == 0 && idle(t, nc, "ORDERS", "d") })
+	if n := stored(t, nc, "DLQ"); n != messages/6 {
+		t.Errorf("%d letters, want %d", n, messages/6)
+	}
+	for _, l := range letters(t, nc, "DLQ") {
+		if l.Header.Get(HeaderDLQAttempts) != "3" {
+			t.Errorf("letter %v, want 3 attempts", l.Header)
+		}
+	}
+	runs.wantOnce(t, messages+messages/3+messages/6)
+}
+
+// An open breaker gives retries back without an attempt, and closes by one of them.
+func TestBreakerOfRetries(t *testing.T) {
+	t.Parallel()
+	const messages = 20
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc, workQueue)
+	var down atomic.Bool
+	down.Store(true)
+	var attempts tally
+	_, log := newLogBook()
+	b := NewBroker(nc, WithRetryStream("RETRY"), WithWorkers(4), WithLogger(log))
+	runBroker(t, b, Route("orders.*").Durable("d").Retry(6).Backoff(time.Millisecond, time.Millisecond).Breaker(5, 300*time.Millisecond).DLQ("dlq.x").
+		Handle(func(_ context.Context, m *Msg) error {
+			attempts.add(fmt.Sprint(string(m.Data), " ", m.Attempt()))
+			if down.Load() {
+				return errors.New("down")
+			}
+			return nil
+		}))
+	publishMany(t, nc, messages, numbered("orders.x"))
+	routeStats(t, b, "the breaker has opened", func(st RouteStats) bool { return st.Breaker == BreakerOpen })
+	eventually(t, "Health tells", func() bool { return b.Health() != nil })
+	down.Store(false)
+	eventually(t, "all are handled", func() bool { return stored(t, nc, "ORDERS") == 0 && stored(t, nc, "RETRY") == 0 })
+	eventually(t, "the breaker is closed", func() bool { return b.Stats().Routes[0].Breaker == BreakerClosed && b.Health() == nil })
+	if n := stored(t, nc, "DLQ"); n != 0 {
+		t.Errorf("%d letters, want none", n)
+	}
+	if attempts.keys() > messages+10 {
+		t.Errorf("%d attempts, want those before the breaker opened and the first of the others", attempts.keys())
+	}
 }
