@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
 	"github.com/natsx/natsx"
 )
 
@@ -57,7 +56,7 @@ func ExampleRouteBuilder_PinnedBy() {
 	// the second handled o-3
 }
 
-// An order that waits for its retry is no longer in its own stream.
+// A message that fails waits for its retry in a stream of its own, and comes back as it was.
 func ExampleWithRetryStream() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -66,7 +65,7 @@ func ExampleWithRetryStream() {
 
 	broker := natsx.NewBroker(nc, quiet, natsx.WithRetryStream("RETRY"), natsx.WithStreams(
 		natsx.RetryStream("RETRY").Replicas(1), // 3 in production
-		natsx.Stream("ORDERS").Subjects("orders.*").Retention(jetstream.WorkQueuePolicy),
+		natsx.Stream("ORDERS").Subjects("orders.*"),
 	))
 	running, shutDown := context.WithCancel(ctx)
 	stopped := make(chan error)
