@@ -6,32 +6,32 @@ import (
 	"time"
 )
 
-// settleAtOnce is how many messages of a batch are settled at once, where each takes a
-// round trip.
+// settleAtOnce is how many messages of a batch are settled at once, if each takes a round
+// trip.
 const settleAtOnce = 32
 
-// batcher gathers the messages of a route with Batch until they are enough or have waited
-// for long enough; then they pass the pool as one work. Guarded by the pool's mutex.
+// batcher gathers the messages of a route with Batch until the batch is full or wait has
+// passed. The batch is then one work of the pool. Guarded by the pool's mutex.
 type batcher struct {
 	most     int
 	wait     time.Duration
 	owner    batchOwner
 	route    *route
 	gathered fifo[*work]
-	since    int64 // when the first of them came
+	since    int64 // when the first of them arrived
 	queued   int   // messages in batches that wait for a worker
 }
 
-// batchOwner is what a batcher asks of its route.
+// batchOwner is the part of a route that its batcher uses.
 type batchOwner interface {
 	// mayRun reports whether a message is to be handled, and settles it otherwise.
 	mayRun(w *work) bool
-	// mayStart reports whether the breaker lets a handler start, and turnAway gives back a
-	// message when it does not.
+	// mayStart reports whether the breaker allows a handler to start, and turnAway gives
+	// back a message if it does not.
 	mayStart(now int64) bool
 	turnAway(w *work)
-	// brake tells the breaker of a result, and returns how long messages rest if the
-	// attempt does not count.
+	// brake accounts for a result in the breaker, and returns the delay of the redelivery
+	// if it was no attempt, else 0.
 	brake(now int64, j judgement, err error, cut bool) (rest time.Duration)
 	// settleAttempt settles a message by its result.
 	settleAttempt(w *work, j judgement, err error, cut bool, rest time.Duration)
@@ -40,7 +40,7 @@ type batchOwner interface {
 // waiting is how many messages no worker has taken.
 func (b *batcher) waiting() int { return b.gathered.len() + b.queued }
 
-// wake is when the gathered messages have waited for long enough, 0 for never.
+// wake is when the gathered messages have waited for wait, 0 for never.
 func (b *batcher) wake() int64 {
 	if b.gathered.len() == 0 {
 		return 0
@@ -87,7 +87,7 @@ func (b *batcher) handle(batch *work, run []*work) {
 	r := b.route
 	msgs := make([]*Msg, len(run))
 	for i, w := range run {
-		w.began = processTime()
+		w.began, w.peers = processTime(), len(run)
 		msgs[i] = &w.msg
 	}
 	batch.began = run[0].began
@@ -125,9 +125,8 @@ func (b *batcher) call(msgs []*Msg) error {
 	return lateness(ctx, r.spec.route.timeout, invoke(h, ctx, nil))
 }
 
-// settle settles the messages of a batch by their results. The acknowledgements of
-// those that succeeded are written together; what takes a round trip each is done for
-// several at once.
+// settle settles the messages of a batch by their results. Plain acknowledgements are
+// written together; those that take a round trip are made for several messages at once.
 func (b *batcher) settle(run []*work, results []error, ended int64, cut bool, rest time.Duration) {
 	slots := make(chan struct{}, settleAtOnce)
 	var slow sync.WaitGroup

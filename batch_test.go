@@ -32,8 +32,8 @@ func TestBatchResults(t *testing.T) {
 		{"some", BatchError{0: one, 2: two}, []string{"one", "", "two"}, false},
 		{"wrapped", fmt.Errorf("insert: %w", BatchError{1: two}), []string{"", "two", ""}, false},
 		{"all", BatchError{0: one, 1: one, 2: two}, []string{"one", "one", "two"}, true},
-		{"an index too high", BatchError{3: one}, slices.Repeat([]string{"natsx: BatchError has an index 3 in a batch of 3: natsx: 1 of the batch failed, the first at index 3: one"}, 3), true},
-		{"a negative index", BatchError{-1: one}, slices.Repeat([]string{"natsx: BatchError has an index -1 in a batch of 3: natsx: 1 of the batch failed, the first at index -1: one"}, 3), true},
+		{"an index too high", BatchError{3: one}, slices.Repeat([]string{"natsx: BatchError has an index 3 in a batch of 3: 1 of the batch failed, the first at index 3: one"}, 3), true},
+		{"a negative index", BatchError{-1: one}, slices.Repeat([]string{"natsx: BatchError has an index -1 in a batch of 3: 1 of the batch failed, the first at index -1: one"}, 3), true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -296,7 +296,7 @@ func TestBatchSuspectRunsAlone(t *testing.T) {
 	nc := connect(t, s.ClientURL())
 	orders(t, nc)
 	publishMany(t, nc, 3, numbered("orders.x"))
-	spec := Route("orders.*").Durable("d").Retry(0).AckWait(MinAckWait).DLQ("dlq.x").Batch(3, 20*time.Millisecond)
+	spec := Route("orders.*").Durable("d").Retry(0).AckWait(minAckWait).DLQ("dlq.x").Batch(3, 20*time.Millisecond)
 	first := runBroker(t, NewBroker(nc), spec.HandleBatch(func(context.Context, []*Msg) error { return nil }))
 	eventually(t, "the durable is there and all is settled", func() bool { return settled(t, nc, "ORDERS", "d") })
 	if err := first.stop(t); err != nil {

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// breaker counts the failures in a row of one route.
+// breaker counts the consecutive failures of one route. It is safe for concurrent use.
 type breaker struct {
 	most int
 	rest time.Duration
@@ -13,16 +13,15 @@ type breaker struct {
 	mu       sync.Mutex
 	state    BreakerState
 	failures int
-	until    int64 // while it is open
-	probing  bool  // while it is half open: a handler runs
+	until    int64 // end of the cool-down while it is open
+	probing  bool  // a handler runs while it is half-open
 }
 
 func newBreaker(failures int, rest time.Duration) *breaker {
 	return &breaker{most: failures, rest: rest, state: BreakerClosed}
 }
 
-// now is the state at a time, and with it how many messages may be in hand, -1 for any
-// number.
+// now returns the current state and how many messages may be in hand, -1 for no limit.
 func (b *breaker) now(now int64) (state BreakerState, mayHold int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -42,7 +41,7 @@ func (b *breaker) turn(now int64) {
 	}
 }
 
-// wake is when it is half open, 0 when it is not open.
+// wake is when an open breaker becomes half-open, 0 if it is not open.
 func (b *breaker) wake() int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -52,7 +51,7 @@ func (b *breaker) wake() int64 {
 	return b.until
 }
 
-// mayStart reports whether a handler may be started. Each that is started ends in
+// mayStart reports whether a handler may be started, whose result is then passed to
 // judge.
 func (b *breaker) mayStart(now int64) bool {
 	b.mu.Lock()
@@ -68,8 +67,9 @@ func (b *breaker) mayStart(now int64) bool {
 	return true
 }
 
-// judge takes the result of a handler. What fails while the breaker is not closed is no
-// attempt; turned tells the state that this result has brought about, if any.
+// judge accounts for the result of a handler. void reports a failure while the breaker is
+// not closed, which is no attempt. turned is the state that the result has caused, or
+// BreakerNone.
 func (b *breaker) judge(now int64, v verdict, cut bool) (void bool, turned BreakerState) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -103,6 +103,6 @@ func (b *breaker) judge(now int64, v verdict, cut bool) (void bool, turned Break
 
 func (b *breaker) open(now int64) { b.state, b.until = BreakerOpen, now+int64(b.rest) }
 
-// comesBack is after how long a message is delivered again that was no attempt since the
-// breaker was not closed: others are tried before it.
-func (b *breaker) comesBack() time.Duration { return b.rest + b.rest/4 }
+// redeliverAfter is the delay of a message whose failure was no attempt, so that others
+// are tried before it.
+func (b *breaker) redeliverAfter() time.Duration { return b.rest + b.rest/4 }

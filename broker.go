@@ -40,9 +40,16 @@ func WithMiddleware(mw ...Middleware) Option {
 	return func(b *Broker) { b.middleware = append(b.middleware, mw...) }
 }
 
-// WithObserver sets the observer of every finished attempt, those of replays included;
-// the last call wins. The default, also for nil, is none.
-func WithObserver(o Observer) Option { return func(b *Broker) { b.observer = o } }
+// WithObserver adds an observer of every finished attempt, those of replays included.
+// Several calls add up, and the observers are told one after another; nil adds none.
+// Default is none.
+func WithObserver(o Observer) Option {
+	return func(b *Broker) {
+		if o != nil {
+			b.observers = append(b.observers, o)
+		}
+	}
+}
 
 // WithDrainTimeout sets how long a shutdown waits for running handlers before it
 // cancels their contexts. The default is [DefaultDrainTimeout]; it must be above zero,
@@ -156,13 +163,13 @@ func (b *Broker) jetStream() (jetstream.JetStream, error) {
 func (b *Broker) validate() error {
 	var faults []error
 	add := func(format string, args ...any) {
-		faults = append(faults, fmt.Errorf("natsx: "+format+": %w", append(args, ErrOutOfRange)...))
+		faults = append(faults, failure(fmt.Sprintf(format, args...), ErrOutOfRange))
 	}
 	if b.nc == nil {
 		add("broker has no connection")
 	}
 	if b.js != nil && b.nc != nil && b.js.Conn() != b.nc {
-		faults = append(faults, fmt.Errorf("natsx: JetStream context of another connection: %w", ErrOptionConflict))
+		faults = append(faults, failure("JetStream context of another connection", ErrOptionConflict))
 	}
 	if b.workers < 1 {
 		add("workers %d: must be at least 1", b.workers)
@@ -258,8 +265,8 @@ func (b *Broker) forDurable(name string, fn func(*durableRoute) error) error {
 // [StreamSpec.Ensure] does. A stream that captures a route's DLQ subject is created with
 // DiscardNew, unless Discard or AllowMsgSchedules is set: a full DLQ then refuses letters,
 // and their originals stay. Several calls add up; the same name twice is
-// [ErrOptionConflict]. The streams are made in the JetStream of [WithJetStream]. The
-// default is none.
+// [ErrOptionConflict]. The streams are made in the JetStream of [WithJetStream], unless
+// [StreamSpec.Domain] or [StreamSpec.APIPrefix] names another one. The default is none.
 func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
 }
@@ -301,7 +308,7 @@ func WithRetryStream(name string) Option {
 // Replay handles stored messages again, within the bounds of spec. It ends at the last
 // message that was stored when it started. It reads through an ephemeral consumer, which
 // it deletes at the end; if the process is killed, the server removes the consumer after
-// [ReplayInactive] or the stream's shorter limit. It acknowledges nothing and affects no
+// a minute or the stream's shorter limit. It acknowledges nothing and affects no
 // durable.
 //
 // Messages are replayed as they are stored. A redriven message (see

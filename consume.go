@@ -47,7 +47,7 @@ type durableRoute struct {
 	pending   bool     // the server has messages
 	pullsFail bool     // Health reports that pulls are refused or not served
 	seen      uint64   // highest consumer sequence received
-	more      int64    // when more is wanted without an event, 0 for never
+	more      int64    // when the demand grows even if nothing happens, 0 for never
 	unplanned int      // messages received since the last plan
 	mean      float64  // handler time in ns, weighted towards slow runs
 	started   int64    // when a message was last finished, or the first began to wait
@@ -61,8 +61,9 @@ type durableRoute struct {
 	checks  consumerChecks // owned by consumer.go
 	letters letterBox      // owned by dlq.go
 	passer  passer
-	breaker *breaker // nil for none
-	batch   *batcher // nil for a route that handles one message at a time
+	breaker *breaker   // nil for none
+	batch   *batcher   // nil for a route that handles one message at a time
+	order   *sequencer // nil for a route without an order
 
 	mover   *mover        // to the retry stream, nil for none
 	retries *durableRoute // delivers the retries that are due, nil without a retry stream
@@ -83,6 +84,9 @@ func (r *durableRoute) setUp(e *env, spec Spec) {
 	r.puller.budget = &e.link.budget
 	r.passer.route = &r.route
 	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	if spec.route.set&optOrderedBy != 0 {
+		r.order = newSequencer(spec.route.order)
+	}
 	if spec.kind == kindBatch {
 		r.batch = &batcher{owner: r, route: &r.route, most: spec.route.batch, wait: spec.route.batchWait}
 	}
@@ -104,7 +108,7 @@ func (r *durableRoute) start() error {
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Stream = r.target.stream
-	r.from = &origin{stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
+	r.from = &origin{filter: r.spec.route.filter, stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
 	p.enter(&r.lane)
 	p.mu.Unlock()
 	if r.retries != nil {
@@ -265,7 +269,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		return
 	}
 	pin := ""
-	if r.spec.route.set&optPinnedBy != 0 {
+	if r.spec.route.pinGroup() != "" {
 		pin = takePin(m)
 	}
 	id, count, size := messageID{info.sequence, info.time}, info.delivered, m.Size()
@@ -285,6 +289,12 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	p := r.env.pool
 	p.mu.Lock()
 	pinned := r.puller.pinned(pin)
+	if r.order != nil && r.order.arrived(info.consumerSeq) {
+		r.doubtOrder(now)
+	}
+	if r.order != nil && r.order.unsure && pinned {
+		r.requestCheck(now, true)
+	}
 	r.stats.Received++
 	// The server's ack wait began between the pull and the arrival. When that is a
 	// long time, assume the earlier one.
@@ -293,9 +303,11 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		since = asked
 	}
 	r.puller.message(now, size)
+	r.checks.pending = info.pending
 	r.arrived, r.pending, r.seen = now, info.pending > 0, max(r.seen, info.consumerSeq)
 	w := r.newWork(d, m, id, count)
 	w.lost, w.copied = c.lost, copied{c.id, c.life, c.number, c.from}
+	w.arrived = now
 	w.begin(since+int64(r.ackWait)*9/10, since+int64(r.ackWait)/renewals)
 	handled := false
 	if info.delivered > 1 {
@@ -326,7 +338,7 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		r.clear("pull")
 	}
 	if pinned {
-		r.env.log.Info("natsx: route gets the messages of its durable", r.names("group", r.spec.route.group)...)
+		r.env.log.Info("natsx: route is pinned and receives the messages of its durable", r.names("group", r.spec.route.pinGroup())...)
 	}
 }
 
@@ -366,7 +378,8 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		r.hold(w, now)
 	case !w.again && r.suspicious(w):
 		w.msg.attempt = uint32(r.spec.route.attempts())
-		r.suspect(w, now)
+		w.alone = true
+		fallthrough
 	default:
 		r.enqueue(w, &r.lane.first, now)
 	}
@@ -384,9 +397,7 @@ func (r *durableRoute) suspicious(w *work) bool {
 // suspect has w run in isolation. The pool is locked.
 func (r *durableRoute) suspect(w *work, now int64) {
 	w.alone = true
-	r.suspects.push(w)
-	r.env.pool.held++
-	r.release(now)
+	r.enqueue(w, &r.lane.first, now)
 }
 
 // refuseCopy drops a message of the retry stream that is not a copy, unless the consumer
@@ -424,8 +435,8 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
 	w.copy, w.again = nil, false
-	w.key, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, "", ""
-	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared = 0, 0, nil, 0, nil, nil, false
+	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, false, "", ""
+	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
 	}
@@ -496,7 +507,7 @@ func (r *durableRoute) mayStart(now int64) bool {
 // turnAway gives back a message that an open breaker does not let run.
 func (r *durableRoute) turnAway(w *work) {
 	w.outcome = OutcomeReturned
-	r.leave(w, r.breaker.comesBack(), w.msg.attempt, w.lost)
+	r.leave(w, r.breaker.redeliverAfter(), w.msg.attempt, w.lost)
 	r.unmark(w)
 }
 
@@ -593,7 +604,7 @@ func (r *durableRoute) settleAttempt(w *work, j judgement, err error, cut bool, 
 		return
 	}
 	if j.verdict == verdictSuccess {
-		w.swift = r.env.observer == nil && !w.alone && r.spec.route.set&optConfirmAcks == 0
+		w.swift = len(r.env.observers) == 0 && !w.alone && r.spec.route.set&optConfirmAcks == 0
 		r.carryOut(w, settlement{action: actAck, outcome: OutcomeSucceeded})
 		return
 	}
@@ -828,7 +839,27 @@ func (r *durableRoute) book(w *work) {
 	}
 	r.leases.remove(w)
 	r.count(w)
+	if r.order != nil {
+		r.advance(w)
+	}
 	r.recycle(w)
+}
+
+// advance lets the next message of a key run behind w, unless w comes again. The pool is
+// locked.
+func (r *durableRoute) advance(w *work) {
+	now := max(w.ended, w.began)
+	if w.outcome == OutcomeLapsed {
+		r.doubtOrder(now) // it is delivered again, to whomever
+	}
+	if w.outcome == OutcomeRetried || w.outcome == OutcomeReturned {
+		r.order.retry(w, w.due)
+		return
+	}
+	if next := r.order.ended(w); next != nil {
+		r.env.pool.held--
+		r.dispatch(next, &r.lane.first, now)
+	}
 }
 
 // report returns the route's current counters.
@@ -847,6 +878,9 @@ func (r *durableRoute) report() RouteStats {
 	}
 	if r.breaker != nil {
 		st.Breaker, _ = r.breaker.now(now)
+	}
+	if !r.stopped && !r.checks.reported.IsZero() {
+		st.Consumer = &ConsumerStats{NumPending: r.checks.pending, NumAckPending: r.checks.ackPending, At: r.checks.reported}
 	}
 	return st
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	mathrand "math/rand/v2"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,15 +24,11 @@ const (
 	// consumerMisses is how many times in a row a consumer must be unknown to the server
 	// before it counts as deleted: a server that has just started may not know it yet.
 	consumerMisses = 2
-	// pinRenewals is how often a pin is renewed while it lasts.
+	// pinRenewals is how many times a pin is renewed within its length.
 	pinRenewals = 4
-	// unpinPatience bounds what a drain waits for its pin to be released.
+	// unpinPatience bounds how long a drain waits for the release of its pin.
 	unpinPatience = 2 * time.Second
 )
-
-// pinFor is how long the server keeps a pin that is not renewed. The leases of what its
-// client had in hand end before, so that the next one gets that first.
-func pinFor(ackWait time.Duration) time.Duration { return ackWait * 3 / 2 }
 
 // errAckPendingFull is the trouble of a route whose waiting retries keep the server from
 // delivering new messages.
@@ -107,8 +104,11 @@ type consumerChecks struct {
 	gone      error // the deletion that the server reported, or nil
 
 	maxAckPending  int
-	othersPull     bool // another process pulls too
-	ackPendingFull bool // retries fill MaxAckPending
+	pending        uint64    // not delivered yet
+	ackPending     int       // delivered and not settled
+	reported       time.Time // when the server last reported these
+	othersPull     bool      // another process pulls too
+	ackPendingFull bool      // retries fill MaxAckPending
 }
 
 // at is when the next check is due, 0 while one runs. arrived is when the last message
@@ -136,11 +136,19 @@ func (c *consumerChecks) due(now, arrived int64) bool {
 func (r *durableRoute) locate(ctx context.Context) error {
 	spec := r.spec.route
 	name, reason, err := locateStream(spec.stream, func() (names []string, err error) {
-		err = r.tryOn(ctx, func(ctx context.Context) (err error) {
-			names, err = r.env.api.streamNames(ctx, spec.filter)
-			return err
-		})
-		return names, err
+		for _, filter := range spec.filters() {
+			var found []string
+			err = r.tryOn(ctx, func(ctx context.Context) (err error) {
+				found, err = r.env.api.streamNames(ctx, filter)
+				return err
+			})
+			if err != nil {
+				return nil, err
+			}
+			names = append(names, found...)
+		}
+		slices.Sort(names)
+		return slices.Compact(names), nil
 	})
 	if err != nil {
 		return r.spec.fault("stream", "", reason, err)
@@ -167,8 +175,10 @@ func (r *durableRoute) locate(ctx context.Context) error {
 		}
 	}
 	c := r.target.config.Load()
-	if c != nil && !takesSubject(c, spec.filter) {
-		return r.spec.fault("stream", strconv.Quote(name), fmt.Sprintf("has none of the filter's subjects, but %q", c.Subjects), ErrNoStream)
+	if c != nil {
+		if filter, ok := takesSubjects(c, spec.filters()); !ok {
+			return r.spec.fault("stream", strconv.Quote(name), fmt.Sprintf("has none of the filter's subjects (%q), but %q", filter, c.Subjects), ErrNoStream)
+		}
 	}
 	if c != nil && c.Retention != jetstream.LimitsPolicy && spec.set&optRetry != 0 && spec.dlq == "" {
 		return r.spec.fault("dlq", "", fmt.Sprintf("is missing: on the %s stream %q a message whose retries are used up would be deleted",
@@ -189,10 +199,18 @@ func (r *durableRoute) locate(ctx context.Context) error {
 	return nil
 }
 
-// takesSubject reports whether a stream can hold messages that match filter.
-func takesSubject(c *jetstream.StreamConfig, filter string) bool {
-	return c.Mirror != nil || len(c.Sources) > 0 || c.SubjectTransform != nil ||
-		slices.ContainsFunc(c.Subjects, func(s string) bool { return subjectsOverlap(s, filter) })
+// takesSubjects reports whether a stream can hold messages that match each of the
+// filters, and returns the first that it cannot hold any of.
+func takesSubjects(c *jetstream.StreamConfig, filters []string) (missing string, ok bool) {
+	if c.Mirror != nil || len(c.Sources) > 0 || c.SubjectTransform != nil {
+		return "", true
+	}
+	for _, filter := range filters {
+		if !slices.ContainsFunc(c.Subjects, func(s string) bool { return subjectsOverlap(s, filter) }) {
+			return filter, false
+		}
+	}
+	return "", true
 }
 
 // warnOfMaxAge logs a warning if the stream may delete a message before its retries are
@@ -226,9 +244,12 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 	}
 	tooOld := func() error {
 		version := r.env.api.nc.ConnectedServerVersion()
+		if r.spec.route.set&optPinnedBy == 0 {
+			return r.spec.fault("orderedBy", r.spec.route.order.String(), "needs nats-server 2.11, this is "+version, ErrServerTooOld)
+		}
 		return r.spec.fault("pinnedBy", strconv.Quote(r.spec.route.group), "needs nats-server 2.11, this is "+version, ErrServerTooOld)
 	}
-	pinned := r.spec.route.set&optPinnedBy != 0
+	pinned := r.spec.route.pinGroup() != ""
 	if pinned && olderThan(r.env.api.nc.ConnectedServerVersion(), 2, 11) {
 		return tooOld()
 	}
@@ -274,7 +295,7 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 	// The server could pin an idle pull, which gets no message. With DeliverLastPerSubject the server forgets a message that it could not deliver
 	// to an idle pull. A rate limit or the original replay pace would delay the wake-up.
 	t.canIdle = !pinned && c.DeliverPolicy != jetstream.DeliverLastPerSubjectPolicy && c.ReplayPolicy == jetstream.ReplayInstantPolicy && c.RateLimit == 0
-	if c.InactiveThreshold > 0 {
+	if c.InactiveThreshold > 0 && r.spec.route.set&optInactiveThreshold == 0 {
 		r.env.log.Warn("natsx: the server deletes the durable when nobody pulls for its inactive threshold",
 			r.names("stream", t.stream, "inactive_threshold", c.InactiveThreshold)...)
 	}
@@ -294,8 +315,8 @@ func (r *durableRoute) refuseOldServer(ctx context.Context, cfg jetstream.Consum
 	reason := fmt.Sprintf("needs nats-server 2.10, this is %s", version)
 	err := ErrServerTooOld
 	if info, failed := r.consumerInfo(ctx); failed == nil {
-		if differs := differences(info.Config, cfg, false); len(differs) > 0 {
-			reason += "; it exists: " + strings.Join(differs, "; ")
+		if differs := incompatible(info.Config, cfg); len(differs) > 0 {
+			reason += "; it exists: " + diffText(differs, durableDiff.state)
 			err = fmt.Errorf("%w: %w", ErrServerTooOld, ErrConsumerConflict)
 		}
 	}
@@ -307,16 +328,22 @@ func (r *durableRoute) consumerConfig() jetstream.ConsumerConfig {
 	cfg := jetstream.ConsumerConfig{
 		Name:          spec.durable,
 		Durable:       spec.durable,
-		FilterSubject: spec.filter,
 		AckPolicy:     jetstream.AckExplicitPolicy,
 		AckWait:       spec.lease(),
 		MaxDeliver:    -1,
 		MaxAckPending: spec.maxAckPending,
-		DeliverPolicy: spec.deliver,
-		Metadata:      map[string]string{metadataID: rand.Text()},
+
+		InactiveThreshold: spec.inactive,
+		DeliverPolicy:     spec.deliver,
+		Metadata:          map[string]string{metadataID: rand.Text()},
 	}
-	if spec.set&optPinnedBy != 0 {
-		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{spec.group}, pinFor(cfg.AckWait)
+	if filters := spec.filters(); len(filters) == 1 {
+		cfg.FilterSubject = spec.filter
+	} else {
+		cfg.FilterSubjects = filters
+	}
+	if group := spec.pinGroup(); group != "" {
+		cfg.PriorityPolicy, cfg.PriorityGroups, cfg.PinnedTTL = jetstream.PriorityPolicyPinned, []string{group}, pinFor(cfg.AckWait)
 	}
 	switch spec.deliver {
 	case jetstream.DeliverByStartSequencePolicy:
@@ -334,68 +361,69 @@ func (r *durableRoute) consumerConfig() jetstream.ConsumerConfig {
 	return cfg
 }
 
-// differences lists the settings of an existing consumer that would change the meaning
-// of the route.
-func differences(have, want jetstream.ConsumerConfig, bindOnly bool) (diffs []string) {
-	filters := have.FilterSubjects
-	if have.FilterSubject != "" {
-		filters = []string{have.FilterSubject}
-	}
-	differs := func(bad bool, format string, args ...any) {
-		if bad {
-			diffs = append(diffs, fmt.Sprintf(format, args...))
+// adopt uses an existing consumer. Each difference from the route is a fault, or is
+// changed where the route has AdoptChanges. A limited MaxDeliver is always lifted, unless
+// the user may only bind.
+func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, want jetstream.ConsumerConfig, bindOnly bool) (*jetstream.ConsumerInfo, error) {
+	set, have := r.spec.route.set, info.Config
+	adopts := set&optAdoptChanges != 0
+	diffs := slices.Concat(incompatible(have, want), optionDiffs(set, have, want))
+	if !adopts || slices.ContainsFunc(diffs, func(d durableDiff) bool { return d.fixed }) {
+		var faults []error
+		for _, d := range diffs {
+			faults = append(faults, r.spec.fault(d.field, d.want, d.conflict(adopts), ErrConsumerConflict))
+		}
+		if len(faults) > 0 {
+			return nil, errors.Join(faults...)
 		}
 	}
-	differs(have.AckPolicy != jetstream.AckExplicitPolicy, "its ack policy is %s, not explicit", have.AckPolicy)
-	differs(len(have.BackOff) > 0, "it has a BackOff, which the server combines with the delays of natsx")
-	differs(have.HeadersOnly, "it delivers headers only")
-	differs(have.PriorityPolicy != want.PriorityPolicy || !slices.Equal(have.PriorityGroups, want.PriorityGroups),
-		"its %s, not %s", priorityText(have), priorityText(want))
-	differs(!(len(filters) == 1 && filters[0] == want.FilterSubject) && !(len(filters) == 0 && want.FilterSubject == ">"),
-		"its filter is %q", filters)
-	differs(bindOnly && have.MaxDeliver > 0, "its MaxDeliver is %d, not unlimited", have.MaxDeliver)
-	return diffs
-}
-
-func priorityText(c jetstream.ConsumerConfig) string {
-	policy := "priority policy is none"
-	if c.PriorityPolicy != jetstream.PriorityPolicyNone {
-		text, _ := c.PriorityPolicy.MarshalJSON()
-		policy = fmt.Sprintf("priority policy is %s by %q", text, c.PriorityGroups)
+	if bindOnly && have.MaxDeliver > 0 {
+		return nil, r.cannotAdopt(fmt.Sprintf("its MaxDeliver is %d, not unlimited", have.MaxDeliver))
 	}
-	return policy
-}
-
-// adopt uses an existing consumer. It refuses settings that would change the meaning of
-// the route, and updates the others. A user who may only bind uses them as they are.
-func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, want jetstream.ConsumerConfig, bindOnly bool) (*jetstream.ConsumerInfo, error) {
-	have := info.Config
-	if diffs := differences(have, want, bindOnly); len(diffs) > 0 {
-		return nil, r.cannotAdopt(diffs...)
-	}
-	if want.AckWait < have.AckWait && (info.NumWaiting > 0 || info.NumAckPending > 0) {
-		r.env.log.Warn("natsx: the durable keeps its longer ack wait, since other processes may rely on it",
-			r.names("stream", r.target.stream, "ack_wait", have.AckWait, "wanted", want.AckWait)...)
-		want.AckWait = have.AckWait
-	}
-	known := have.Metadata[metadataID] != ""
-	if bindOnly || known && have.AckWait == want.AckWait && have.MaxDeliver == want.MaxDeliver && have.MaxAckPending == want.MaxAckPending {
+	if bindOnly && len(diffs) == 0 {
 		return info, nil
 	}
 	next := have
-	next.Name = r.target.consumer
-	if next.PriorityPolicy == jetstream.PriorityPolicyPinned {
-		next.PinnedTTL = pinFor(want.AckWait)
+	if adopts {
+		next = changed(set, have, want)
 	}
-	next.AckWait, next.MaxDeliver, next.MaxAckPending = want.AckWait, want.MaxDeliver, want.MaxAckPending
-	if !known {
+	next.Name, next.MaxDeliver, next.AckWait = r.target.consumer, want.MaxDeliver, max(next.AckWait, minAckWait)
+	if next.AckWait < have.AckWait && (info.NumWaiting > 0 || info.NumAckPending > 0) {
+		r.env.log.Warn("natsx: the durable keeps its longer ack wait, since other processes may rely on it",
+			r.names("stream", r.target.stream, "ack_wait", have.AckWait, "wanted", want.AckWait)...)
+		next.AckWait = have.AckWait
+	}
+	if next.PriorityPolicy == jetstream.PriorityPolicyPinned {
+		next.PinnedTTL = pinFor(next.AckWait)
+	}
+	if have.Metadata[metadataID] == "" {
 		next.Metadata = withMetadata(have.Metadata, metadataID, want.Metadata[metadataID])
+	}
+	if reflect.DeepEqual(next, have) {
+		return info, nil
 	}
 	err := r.tryOn(ctx, func(ctx context.Context) (err error) {
 		info, err = r.env.api.updateConsumer(ctx, r.target.stream, next)
 		return err
 	})
+	var refused *jetstream.APIError
+	switch {
+	case err == nil:
+		r.logChanges(diffs, slices.Concat(incompatible(info.Config, want), optionDiffs(set, info.Config, want)))
+	case errors.As(err, &refused) && len(diffs) > 0:
+		reason := fmt.Sprintf("exists, and the server refuses to change it (%s): %s", diffText(diffs, durableDiff.change), cause(err))
+		err = r.spec.fault("durable", strconv.Quote(r.target.consumer), reason, fmt.Errorf("%w: %w", ErrConsumerConflict, err))
+	}
 	return info, err
+}
+
+// logChanges logs the differences that were removed.
+func (r *durableRoute) logChanges(before, after []durableDiff) {
+	made := slices.DeleteFunc(before, func(d durableDiff) bool { return slices.Contains(after, d) })
+	if len(made) > 0 {
+		r.env.log.Info("natsx: durable changed to match the route",
+			r.names("stream", r.target.stream, "changes", diffText(made, durableDiff.change))...)
+	}
 }
 
 // cannotAdopt is the fault of an existing durable that the route cannot use.
@@ -403,8 +431,8 @@ func (r *durableRoute) cannotAdopt(reasons ...string) error {
 	return r.spec.fault("durable", strconv.Quote(r.target.consumer), "exists and cannot be adopted: "+strings.Join(reasons, "; "), ErrConsumerConflict)
 }
 
-// unpin has the server pin another client at once, when this one has nothing in hand any
-// more.
+// unpin releases the pin, so that another client is pinned at once. All messages of this
+// one must be settled.
 func (r *durableRoute) unpin(ctx context.Context) {
 	r.env.pool.mu.Lock()
 	pin := r.puller.pin
@@ -416,12 +444,12 @@ func (r *durableRoute) unpin(ctx context.Context) {
 	defer cancel()
 	info, err := r.env.api.consumerInfo(ctx, r.target.stream, r.target.consumer)
 	if err == nil && (len(info.PriorityGroups) == 0 || info.PriorityGroups[0].PinnedClientID != pin) {
-		return // another one is pinned already
+		return // another client is pinned already
 	}
 	if err == nil {
 		err = r.env.api.ask(ctx, "CONSUMER.UNPIN."+r.target.stream+"."+r.target.consumer, struct {
 			Group string `json:"group"`
-		}{r.spec.route.group}, &struct{}{})
+		}{r.spec.route.pinGroup()}, &struct{}{})
 	}
 	if err != nil {
 		r.env.log.Info("natsx: pin not released, it will expire", r.names("error", err)...)
@@ -486,6 +514,9 @@ func (r *durableRoute) verify(lost bool, gone error) {
 func (r *durableRoute) runCheck() {
 	p := r.env.pool
 	for {
+		p.mu.Lock()
+		still := r.orderIsStill()
+		p.mu.Unlock()
 		info, ok := r.inspect()
 		r.awaitCallbacks()
 		p.mu.Lock()
@@ -506,6 +537,9 @@ func (r *durableRoute) runCheck() {
 				r.history.addLost(r.puller.forget())
 			}
 			c.lost, c.suspended, c.gone = false, false, nil
+			if info != nil {
+				r.judgeOrder(info, still, now)
+			}
 			r.releaseHeld(now)
 		}
 		r.release(now)
@@ -640,8 +674,8 @@ func (r *durableRoute) judge(info *jetstream.ConsumerInfo) error {
 	if n := info.Config.MaxDeliver; n > 0 {
 		return r.spec.fault("maxDeliver", strconv.Itoa(n), "was set while the route runs: the server would give up on messages; it must be unlimited", ErrConsumerConflict)
 	}
-	if diffs := differences(info.Config, r.consumerConfig(), false); len(diffs) > 0 {
-		return r.spec.fault("durable", strconv.Quote(t.consumer), "was changed while the route runs: "+strings.Join(diffs, "; "), ErrConsumerConflict)
+	if diffs := incompatible(info.Config, r.consumerConfig()); len(diffs) > 0 {
+		return r.spec.fault("durable", strconv.Quote(t.consumer), "was changed while the route runs: "+diffText(diffs, durableDiff.state), ErrConsumerConflict)
 	}
 	return nil
 }
@@ -658,13 +692,14 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 		}
 	}
 	r.ackWait = c.AckWait
-	r.puller.limits, r.puller.group, r.puller.pinKeep = pullLimitsOf(c), r.spec.route.group, int64(c.PinnedTTL/pinRenewals)
+	r.puller.limits, r.puller.group, r.puller.pinKeep = pullLimitsOf(c), r.spec.route.pinGroup(), int64(c.PinnedTTL/pinRenewals)
 	r.inactive = c.InactiveThreshold
 	checks := &r.checks
 	checks.maxAckPending = c.MaxAckPending
 	if checks.maxAckPending <= 0 {
 		checks.maxAckPending = math.MaxInt
 	}
+	checks.pending, checks.ackPending, checks.reported = info.NumPending, info.NumAckPending, time.Now()
 	checks.othersPull = info.NumWaiting > len(r.puller.pulls)
 	standsBy := r.puller.group != "" && r.puller.pin == ""
 	checks.ackPendingFull = info.NumPending > 0 && info.NumAckPending >= checks.maxAckPending && !standsBy &&
@@ -690,8 +725,9 @@ func (r *durableRoute) checkStream(ctx context.Context) {
 	if err != nil {
 		return // the consumer has answered, and is what counts
 	}
-	r.troubleIf(!takesSubject(&info.Config, r.spec.route.filter), "subject",
-		fmt.Errorf("%w: stream %q has none of the filter's subjects any more, but %q", ErrNoStream, r.target.stream, info.Config.Subjects))
+	missing, ok := takesSubjects(&info.Config, r.spec.route.filters())
+	r.troubleIf(!ok, "subject",
+		fmt.Errorf("%w: stream %q has none of the filter's subjects (%q) any more, but %q", ErrNoStream, r.target.stream, missing, info.Config.Subjects))
 	config := info.Config
 	r.target.config.Store(&config)
 }

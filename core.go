@@ -16,11 +16,11 @@ const (
 	// coreQueue is how many messages of a core route may wait for a worker. The rest
 	// waits in the subscription, up to its pending limits.
 	coreQueue = 1024
-	// WaitingRequestsPerHandler is how many requests may wait for each handler
-	// that a reply route runs at once; MinWaitingRequests may in any case. One
-	// more is answered with code 503 at once.
-	WaitingRequestsPerHandler = 16
-	MinWaitingRequests        = 128
+	// waitingRequestsPerHandler is how many requests may wait for each handler that a
+	// reply route may run at once, and minWaitingRequests how many may wait in any case.
+	// Further ones are answered with code 503 at once. RouteBuilder.Reply documents both.
+	waitingRequestsPerHandler = 16
+	minWaitingRequests        = 128
 )
 
 var (
@@ -64,6 +64,7 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		r.admit(&work{delivery: d, raw: m})
 		return
 	}
+	arrived := r.arrival()
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Received++
@@ -80,14 +81,24 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		w = &work{}
 	}
 	w.delivery, w.raw = d, m
+	w.arrived = arrived
 	d.work = w
 	p.put(&r.lane, w)
 	p.mu.Unlock()
 }
 
+// arrival is the time for those who observe it, and else 0: the clock is not free.
+func (r *coreRoute) arrival() int64 {
+	if len(r.env.observers) == 0 {
+		return 0
+	}
+	return processTime()
+}
+
 // admit queues a request, or refuses it while too many wait.
 func (r *coreRoute) admit(w *work) {
 	w.delivery.work = w
+	w.arrived = r.arrival()
 	if patience, ok := requestTimeout(w.msg.Header); ok {
 		w.due = processTime() + int64(min(patience, math.MaxInt64/2))
 	}
@@ -98,7 +109,7 @@ func (r *coreRoute) admit(w *work) {
 	switch {
 	case p.closed:
 		refusal = errShuttingDown
-	case r.lane.waiting() >= max(MinWaitingRequests, WaitingRequestsPerHandler*r.limit):
+	case r.lane.waiting() >= max(minWaitingRequests, waitingRequestsPerHandler*r.limit):
 		refusal = errBusy
 	default:
 		r.open.append(w)
@@ -195,16 +206,23 @@ func (r *coreRoute) conclude(w *work, err error) {
 	} else if err != nil {
 		r.env.log.Error("natsx: handler failed, core message is lost", r.about(w, "error", err)...)
 	}
-	switch {
-	case w.err == nil:
-		w.outcome = OutcomeSucceeded
-		w.swift = r.env.observer == nil && !r.isReply()
-	case j.verdict == verdictDiscard && !r.isReply():
-		w.outcome = OutcomeDiscarded
-	default:
-		w.outcome = OutcomeFailed
+	if w.err != nil && j.verdict == verdictSuccess {
+		j.verdict = verdictRetry // the answer was not sent as it is
 	}
+	w.outcome = coreOutcome(r.spec.kind, j)
+	w.swift = w.outcome == OutcomeSucceeded && len(r.env.observers) == 0 && !r.isReply()
 	r.observe(w)
+}
+
+// coreOutcome is the outcome of a message that no server keeps.
+func coreOutcome(kind specKind, j judgement) Outcome {
+	switch {
+	case j.verdict == verdictSuccess:
+		return OutcomeSucceeded
+	case j.verdict == verdictDiscard && kind != kindReply:
+		return OutcomeDiscarded
+	}
+	return OutcomeFailed
 }
 
 // respond answers a request with the result of its responder, unless it was already
@@ -218,7 +236,7 @@ func (r *coreRoute) respond(w *work, err error) error {
 		return err
 	}
 	if err != nil && r.env.handlers.Err() != nil && errors.Is(err, context.Canceled) {
-		err = fmt.Errorf("%w: %w", errShuttingDown, err)
+		err = failure(cause(errShuttingDown)+": "+cause(err), errShuttingDown, err)
 	}
 	if err != nil {
 		if _, internal := replyFor(err); internal {

@@ -84,9 +84,9 @@ func (c *deadlineContext) Value(key any) any {
 // allocation per message. The handler may keep it; the engine does not use it after the
 // handler has returned, except through its work.
 type delivery struct {
-	msg  Msg                  // owned by the handler, which may change it
-	work *work                // of the engine; only while the handler runs
-	made atomic.Pointer[made] // owned by publishing: what was published with this context
+	msg       Msg                       // owned by the handler, which may change it
+	work      *work                     // of the engine; only while the handler runs
+	numbering atomic.Pointer[numbering] // owned by publishing: what was published with this context
 }
 
 // Deadline, Done and Err are those of the broker's context for handlers.
@@ -94,15 +94,21 @@ func (d *delivery) Deadline() (time.Time, bool) { return d.msg.origin().ctx.Dead
 func (d *delivery) Done() <-chan struct{}       { return d.msg.origin().ctx.Done() }
 func (d *delivery) Err() error                  { return d.msg.origin().ctx.Err() }
 
-// Value returns the delivery itself for its key, and else asks the parent.
+// Value returns the delivery itself or its message for their keys, and else asks the parent.
 func (d *delivery) Value(key any) any {
-	if key == (deliveryKey{}) {
+	switch key.(type) {
+	case deliveryKey:
 		return d
+	case msgKey:
+		return &d.msg
 	}
 	return d.msg.origin().ctx.Value(key)
 }
 
-type deliveryKey struct{}
+type (
+	deliveryKey struct{}
+	msgKey      struct{}
+)
 
 func deliveryFrom(ctx context.Context) *delivery {
 	d, _ := ctx.Value(deliveryKey{}).(*delivery)
@@ -121,6 +127,7 @@ type work struct {
 	copied
 	key string // its order key; see keyedQueue
 
+	first     bool // it is the one of its key that may run; see sequencer
 	alone     bool // it is to run in isolation
 	marked    bool // and that was recorded; see alone.go
 	confirmed bool // its acknowledgement was confirmed
@@ -132,6 +139,8 @@ type work struct {
 	reason   Reason  // of a dead message
 	members  []*work // of a batch, which has no delivery of its own
 	shared   bool    // it is one of a batch, whose time is counted once
+	peers    int     // messages of the batch that were handled together, 0 for none
+	arrived  int64   // 0 if it is not measured
 	began    int64   // when it was started or given up
 	ended    int64   // when the handler returned
 	swift    bool    // ended is still the current time: nothing slow was done since
@@ -169,6 +178,27 @@ func (w *work) held() bool {
 
 // took is how long the handler ran.
 func (w *work) took() time.Duration { return time.Duration(w.ended - w.began) }
+
+// event is what observers get for it.
+func (w *work) event(filter, durable string) Event {
+	e := Event{
+		Route: filter, Durable: durable, Msg: &w.msg, Outcome: w.outcome, Err: w.err,
+		Duration: w.took(),
+	}
+	if w.began > 0 {
+		e.Started = time.Now().Add(time.Duration(w.began - processTime()))
+		if w.arrived > 0 {
+			e.Waited = time.Duration(w.began - w.arrived)
+		}
+	}
+	switch w.outcome {
+	case OutcomeDead:
+		e.Reason = w.reason
+	case OutcomeRetried:
+		e.Delay = time.Duration(w.due - w.ended)
+	}
+	return e
+}
 
 // leased is the lease on a message of a durable: the server's AckWait, counted from the
 // arrival and then from each renewal that the server has confirmed. After its end the
@@ -223,8 +253,16 @@ func (l *leased) settling() bool { return l.state.Load()%leaseStates == leaseSet
 // handler's context nor derived from one. A typed handler gets subject, headers and
 // attempt this way.
 func MsgFrom(ctx context.Context) *Msg {
-	if d := deliveryFrom(ctx); d != nil {
-		return &d.msg
+	m, _ := ctx.Value(msgKey{}).(*Msg)
+	return m
+}
+
+// contextOf is a context under which m is handled, as far as a handler can tell, without
+// an engine.
+func contextOf(ctx context.Context, m *Msg) context.Context {
+	d := &delivery{}
+	if m != nil {
+		d.msg = *m
 	}
-	return nil
+	return context.WithValue(context.WithValue(ctx, deliveryKey{}, d), msgKey{}, m)
 }

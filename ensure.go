@@ -15,21 +15,21 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// StreamConflictError is an existing stream that cannot become what was
-// described; nothing of it was changed, unless a Reason tells that the server did not
-// take an option, as one that is too old for it does. It matches [ErrStreamConflict].
+// StreamConflictError is an existing stream that cannot be changed to the description.
+// Nothing was changed, unless a Reason says that the server did not apply an option, since
+// it is too old. It matches [ErrStreamConflict].
 type StreamConflictError struct {
 	Stream string
 	Diffs  []StreamDiff // every difference at fault, in the order of the setters' declaration
-	Err    error        // the server's refusal, nil when natsx refused before it
+	Err    error        // the server's refusal, nil if natsx refused the change
 }
 
-// StreamDiff is one option of a stream that is not as it was described.
+// StreamDiff is one option of a stream that differs from the description.
 type StreamDiff struct {
 	Field  string // the option, by its setter's name in lower camel case
 	Have   string // its value in the existing stream
 	Want   string // its value as described
-	Reason string // why it is not changed, empty when the server's refusal tells
+	Reason string // why it is not changed, empty if the server's refusal says so
 }
 
 // Error lists the differences on one line.
@@ -59,25 +59,24 @@ func (e *StreamConflictError) Unwrap() []error {
 	return []error{ErrStreamConflict, e.Err}
 }
 
-// Ensure makes the stream exist as described. It creates what is missing, with
-// the defaults told at [Stream], and updates of an existing stream the options
-// that were set and differ; everything else stays as it is. It is idempotent,
-// and any number of processes may start with it at once.
+// Ensure creates the stream as described, or updates the options of an existing stream
+// that are set and differ; all others are unchanged. [Stream] documents the defaults. It
+// is idempotent, and several processes may call it at the same time.
 //
-// What the server cannot change, and a lower limit that would delete messages
-// that are stored now, is refused with a [*StreamConflictError], which matches
-// [ErrStreamConflict], and nothing is changed.
+// A change that the server does not allow, or a lower limit that would delete stored
+// messages, is refused with a [*StreamConflictError], which matches [ErrStreamConflict];
+// nothing is changed then.
 //
 // Every fault of the description is returned before the first request; see
-// [StreamSpec.Validate]. What passes by itself (a server that starts, an
-// election, a lost answer) is tried again until ctx ends, whose error is then in the
-// chain, and logged once to [slog.Default]: a server without JetStream looks the
-// same, so give ctx a deadline. A closed connection is [ErrConnectionClosed], a
-// missing permission [ErrPermission], and any other refusal of the server is returned
+// [StreamSpec.Validate]. Transient failures (a server restart, a leader election, a lost
+// answer) are retried until ctx ends, whose error is then in the chain, and logged once to
+// [slog.Default]. A server without JetStream cannot be distinguished from one that starts,
+// so give ctx a deadline. The error is [ErrConnectionClosed] if the connection was closed,
+// [ErrPermission] if a permission is missing; any other refusal of the server is returned
 // at once with its [*jetstream.APIError].
 //
-// The stream is made in the JetStream that nc's account has without a domain. For a
-// domain or an API prefix, use [WithStreams] with [WithJetStream].
+// The stream is made in the JetStream of nc's account, unless [StreamSpec.Domain] or
+// [StreamSpec.APIPrefix] names another one.
 func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 	if err := s.Validate(); err != nil {
 		return err
@@ -89,12 +88,20 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 	return s.ensure(ctx, newAPI(nc, js), slog.Default())
 }
 
-// ensure is Ensure for a description that was validated, with another logger.
+// ensure is Ensure for a description that was validated, with another logger. a is used
+// unless the description names another JetStream.
 func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error {
+	if s.js != (apiChoice{}) {
+		js, err := s.js.jetStream(a.nc)
+		if err != nil {
+			return fmt.Errorf("natsx: stream %q: %w", s.name, err)
+		}
+		a = newAPI(a.nc, js)
+	}
 	tries := 0
 	err := retry{told: func(err error) {
-		if tries++; tries == 3 { // not what a race of processes that start at once leaves behind
-			log.Warn("natsx: stream cannot be ensured yet, trying on", "stream", s.name, "error", err)
+		if tries++; tries == 3 { // earlier failures may be caused by other processes that start
+			log.Warn("natsx: stream cannot be ensured, trying again", "stream", s.name, "error", err)
 		}
 	}}.do(ctx, func(ctx context.Context) error { return s.ensureOnce(ctx, a) })
 	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
@@ -103,8 +110,8 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 	return err
 }
 
-// ensureOnce is one attempt of ensure. What another process does between its
-// requests ends in an error that passes, and the next attempt sees it.
+// ensureOnce is one attempt of ensure. If another process interferes between its requests,
+// the error is transient, and the next attempt sees the result.
 func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 	js := a.js
 	var stream jetstream.Stream
@@ -119,7 +126,8 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 		if err == nil {
 			return nil
 		}
-		return fmt.Errorf("natsx: %s stream %q: %w", verb, s.name, closedCause(err))
+		err = closedCause(err)
+		return failure(fmt.Sprintf("%s stream %q: %s", verb, s.name, cause(err)), err)
 	}
 
 	err := request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
@@ -176,8 +184,8 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 	return s.verify(stream.CachedInfo().Config)
 }
 
-// verify compares what the server made of the stream with the description: an
-// older server drops the options that it does not know.
+// verify compares the server's result with the description: an older server ignores
+// options that it does not know.
 func (s StreamSpec) verify(got jetstream.StreamConfig) error {
 	next := got
 	s.apply(&next)
@@ -186,13 +194,13 @@ func (s StreamSpec) verify(got jetstream.StreamConfig) error {
 		return nil
 	}
 	for i := range diffs {
-		diffs[i].Reason = "the server did not take it"
+		diffs[i].Reason = "the server did not apply it"
 	}
 	return &StreamConflictError{Stream: s.name, Diffs: diffs}
 }
 
-// refuse returns the diffs that the server cannot make, or that would delete
-// messages, each with its reason.
+// refuse returns the diffs that the server does not allow, or that would delete messages,
+// each with its reason.
 func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.StreamConfig) []StreamDiff {
 	have, state := info.Config, info.State
 	const fixed = "the server cannot change it"
@@ -218,14 +226,14 @@ func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.Strea
 				return fixed
 			}
 			if next.Retention == jetstream.InterestPolicy && state.Msgs > 0 {
-				return fmt.Sprintf("would delete those of %d messages that no consumer waits for", state.Msgs)
+				return fmt.Sprintf("would delete those of %d messages without interest", state.Msgs)
 			}
 		case "maxMsgs":
 			return overMsgs
 		case "maxBytes":
 			return overBytes
 		case "discard":
-			// A stream that refused new messages may be over a limit that was lowered.
+			// With DiscardNew the stream may be above a limit that was lowered.
 			return cmp.Or(overMsgs, overBytes)
 		case "maxMsgsPerSubject":
 			if next.MaxMsgsPerSubject <= 0 {
@@ -244,7 +252,7 @@ func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.Strea
 			}
 		case "allowRollup", "allowMsgSchedules":
 			if have.DenyPurge {
-				return "the stream denies purges, which cannot be taken back"
+				return "the stream has DenyPurge, which cannot be disabled"
 			}
 		}
 		return ""
@@ -268,14 +276,14 @@ func (s StreamSpec) apply(cfg *jetstream.StreamConfig) {
 			f.write(s, cfg)
 		}
 	}
-	// The server shortens its default window to a new stream's MaxAge itself,
-	// and refuses an update that leaves it longer.
+	// The server shortens the default duplicate window to the MaxAge of a new stream, but
+	// refuses an update that leaves it longer.
 	if s.set&optMaxAge != 0 && s.set&optDedupWindow == 0 && s.maxAge > 0 {
 		cfg.Duplicates = min(cfg.Duplicates, s.maxAge)
 	}
 }
 
-// differences lists the options that were set and are not the same in both.
+// differences lists the options that are set and differ.
 func (s StreamSpec) differences(have, want jetstream.StreamConfig) []StreamDiff {
 	var diffs []StreamDiff
 	for _, f := range streamFields {
@@ -289,8 +297,8 @@ func (s StreamSpec) differences(have, want jetstream.StreamConfig) []StreamDiff 
 	return diffs
 }
 
-// streamField tells how an option is written into a configuration and how its
-// value reads there. Values that mean the same read the same.
+// streamField sets an option in a configuration, and formats its value. Equivalent values
+// have the same format.
 type streamField struct {
 	opt   streamOption
 	name  string
@@ -343,7 +351,7 @@ var streamFields = []streamField{
 	streamFlag(optDenyPurge, "denyPurge", func(c *jetstream.StreamConfig) *bool { return &c.DenyPurge }),
 }
 
-// streamFlag is an option that can only be switched on.
+// streamFlag is an option that can only be enabled.
 func streamFlag(opt streamOption, name string, at func(*jetstream.StreamConfig) *bool) streamField {
 	return streamField{opt, name, func(_ StreamSpec, c *jetstream.StreamConfig) { *at(c) = true },
 		func(c jetstream.StreamConfig) string { return strconv.FormatBool(*at(&c)) }}

@@ -24,7 +24,7 @@ type settings struct {
 	workers      int
 	drainTimeout time.Duration
 	middleware   []Middleware
-	observer     Observer
+	observers    []Observer
 	errorText    func(error) string
 }
 
@@ -142,6 +142,13 @@ func (e *env) callUser(what string, fn func()) {
 		}
 	}()
 	fn()
+}
+
+// observe reports a finished attempt to every observer.
+func (e *env) observe(what string, ctx context.Context, ev Event) {
+	for _, o := range e.observers {
+		e.callUser(what, func() { o.Observe(ctx, ev) })
+	}
 }
 
 // callUserApart is callUser on a separate goroutine, for callers that must not be blocked

@@ -3,9 +3,11 @@ package natsx
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 const (
@@ -92,6 +94,9 @@ func (r *durableRoute) demand(now int64) demand {
 		}
 		d.messages = min(d.messages, most)
 	}
+	if r.order != nil {
+		d = r.order.limit(now, d, r.leases.count, r.puller.size, r.puller.pin != "")
+	}
 	if mayHold > 0 {
 		d.messages, d.refill = min(d.messages, mayHold-r.inHand()), 0
 	}
@@ -113,6 +118,9 @@ func (r *durableRoute) plan(now int64) pullRequest {
 	r.unplanned = 0
 	d := r.demand(now)
 	next, ok := r.puller.next(now, d)
+	if ok && r.order != nil && r.order.unsure {
+		r.order.missing = 0
+	}
 	r.more = d.again
 	if !ok && r.keepsPin() {
 		next, _ = r.puller.keepPin(now)
@@ -121,8 +129,8 @@ func (r *durableRoute) plan(now int64) pullRequest {
 	return next
 }
 
-// keepsPin reports whether another client must not be pinned in place of this one: it
-// wants messages, or has some in hand. The pool is locked.
+// keepsPin reports whether the route still needs its pin: it is open or has messages in
+// hand. The pool is locked.
 func (r *durableRoute) keepsPin() bool { return r.open || r.leases.head != nil }
 
 // setAlarm schedules tick for when the next time limit ends. The pool is locked.
@@ -156,7 +164,7 @@ func (r *durableRoute) setAlarm(now int64) {
 			soonest(r.breaker.wake())
 		}
 	}
-	if !r.open && !r.stopped && r.inactive > 0 {
+	if r.needsKeepAlive() {
 		soonest(r.keptAlive + int64(r.inactive)/4)
 	}
 	if at != r.alarmAt {
@@ -186,7 +194,7 @@ func (r *durableRoute) tick(now int64) {
 		r.requestCheck(now, false)
 	}
 	r.release(now)
-	if alive := r.keptAlive; !r.open && !r.stopped && r.inactive > 0 && now-alive >= int64(r.inactive)/4 {
+	if r.needsKeepAlive() && now-r.keptAlive >= int64(r.inactive)/4 {
 		r.keptAlive = now
 		defer r.keepAlive()
 	}
@@ -233,9 +241,14 @@ func (r *durableRoute) unserved(now int64) []*work {
 // takeWaiting removes all messages that no worker has taken, as deliveries that ran
 // nothing. The pool is locked.
 func (r *durableRoute) takeWaiting() []*work {
-	p := r.env.pool
-	all := func(*work) bool { return true }
-	back := append(p.drop(&r.lane, &r.lane.first, all), p.drop(&r.lane, &r.lane.queue, all)...)
+	var back []*work
+	if r.order != nil {
+		r.doubtOrder(processTime()) // they come back in any order
+		back = r.order.takeAll()
+		r.env.pool.held -= len(back)
+	} else {
+		back = r.unqueue()
+	}
 	if r.batch != nil {
 		back = r.unbatch(back)
 	}
@@ -243,6 +256,86 @@ func (r *durableRoute) takeWaiting() []*work {
 		r.removeUnrun(w)
 	}
 	return back
+}
+
+// unqueue removes all works that no worker has taken from the pool. The pool is locked.
+func (r *durableRoute) unqueue() []*work {
+	p := r.env.pool
+	all := func(*work) bool { return true }
+	return append(p.drop(&r.lane, &r.lane.first, all), p.drop(&r.lane, &r.lane.queue, all)...)
+}
+
+// doubtOrder starts nothing any more until the order is known again. The pool is locked.
+func (r *durableRoute) doubtOrder(now int64) {
+	if r.order.unsure {
+		return
+	}
+	p := r.env.pool
+	p.held += r.lane.waiting()
+	unstarted := r.unqueue()
+	for r.suspects.len() > 0 {
+		unstarted = append(unstarted, r.suspects.pop())
+	}
+	if slices.Contains(unstarted, r.isolated) {
+		r.isolated = nil
+	}
+	r.order.doubt(unstarted)
+	r.requestCheck(now, true)
+}
+
+// orderIsStill reports whether nothing of a route in doubt of its order is on its way to
+// or from the server. The pool is locked.
+func (r *durableRoute) orderIsStill() bool {
+	return r.order != nil && r.order.unsure && r.puller.pin != "" &&
+		r.lane.inHand() == 0 && r.puller.outstanding == 0 && !r.letters.active
+}
+
+// judgeOrder ends the doubt in the order when all unsettled messages are in hand, given
+// what the server said while the route was still. The pool is locked.
+func (r *durableRoute) judgeOrder(info *jetstream.ConsumerInfo, still bool, now int64) {
+	s := r.order
+	if s == nil {
+		return
+	}
+	if !s.unsure {
+		if ids := s.overdue(now - max(int64(r.ackWait), int64(5*time.Second))); len(ids) > 0 {
+			r.env.spawn(func() { r.findGone(ids) })
+		}
+		return
+	}
+	if still && r.orderIsStill() {
+		s.missing = max(info.NumAckPending-r.leases.count-len(s.retries), 0)
+		if s.missing == 0 {
+			held := s.sure()
+			r.env.pool.held -= len(held)
+			for _, w := range held {
+				r.enqueue(w, &r.lane.queue, now)
+			}
+			return
+		}
+	}
+	r.checks.soon = r.puller.pin != ""
+}
+
+// findGone lets the keys go on whose message was deleted while it waited for its retry.
+func (r *durableRoute) findGone(ids []messageID) {
+	for _, id := range ids {
+		m, err := r.env.api.get(r.env.closing, r.target.stream, getRequest{Seq: id.seq})
+		if err != nil {
+			return
+		}
+		if m != nil && m.time.UnixNano() == id.time {
+			continue
+		}
+		p := r.env.pool
+		p.mu.Lock()
+		if next := r.order.gone(id); next != nil {
+			p.held--
+			r.dispatch(next, &r.lane.first, processTime())
+		}
+		p.mu.Unlock()
+		r.flow()
+	}
 }
 
 // waitingMessages is how many messages no worker has taken, and inHand how many there
@@ -354,8 +447,8 @@ func (r *durableRoute) learn(took time.Duration) {
 	default:
 		r.mean += (ns - r.mean) / 32
 	}
-	if r.batch != nil {
-		return // a batch is enough for a worker
+	if r.batch != nil || r.order != nil {
+		return
 	}
 	r.burst = int(min(float64(burstTurn)/2/max(r.mean, 1), maxBurst))
 }
@@ -365,6 +458,11 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	p := r.env.pool
 	p.mu.Lock()
 	event := r.puller.status(now, s)
+	var back []*work
+	if event == pullUnpinned && r.order != nil {
+		back = r.takeWaiting() // the next one waits for it
+		r.order.forgetRetries()
+	}
 	if event == pullWoken {
 		r.pending = true
 	} else if s.kind == statusEnded && s.left > 0 {
@@ -381,12 +479,13 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	}
 	p.mu.Unlock()
 	r.send(next)
+	r.giveBackAll(back)
 	if bad || well {
 		r.troubleIf(bad, "pull", &pullError{s.code, s.text})
 	}
 	switch event {
 	case pullUnpinned:
-		r.env.log.Info("natsx: another process may get the messages of the durable", r.names("group", r.spec.route.group)...)
+		r.env.log.Info("natsx: route is no longer pinned, another process may receive the messages of the durable", r.names("group", r.spec.route.pinGroup())...)
 	case pullRefused:
 		r.verify(false, nil)
 	case pullMoved:
@@ -400,11 +499,17 @@ func (r *durableRoute) status(s pullStatus, now int64) {
 	}
 }
 
-// keepAlive sends an idle pull, so that the server does not remove the consumer of a
-// paused route after its inactive threshold.
+// needsKeepAlive reports whether no pull keeps the server from removing the consumer of
+// this route after its inactive threshold: it is paused, or all its handlers are busy. The
+// pool is locked.
+func (r *durableRoute) needsKeepAlive() bool {
+	return r.inactive > 0 && (!r.open || len(r.puller.pulls) == 0) && (!r.stopped || r.leases.head != nil)
+}
+
+// keepAlive sends an idle pull that no message fits.
 func (r *durableRoute) keepAlive() {
 	if r.env.link.up() {
-		idle := pullRequest{batch: 1, maxBytes: 1, expires: time.Second, group: r.spec.route.group}
+		idle := pullRequest{batch: 1, maxBytes: 1, expires: time.Second, group: r.spec.route.pinGroup()}
 		if idle.group != "" {
 			idle.pin = "natsx" // else the server might pin this client
 		}
@@ -430,11 +535,25 @@ func (r *durableRoute) awaitPulls(ctx context.Context) {
 
 // enqueue hands w to the pool. The pool is locked.
 func (r *durableRoute) enqueue(w *work, q *fifo[*work], now int64) {
-	if r.batch != nil && !w.alone {
-		r.gather(w, now)
+	if r.order != nil && !r.order.admit(w) {
+		r.env.pool.held++
 		return
 	}
-	r.queueWork(w, q, now)
+	r.dispatch(w, q, now)
+}
+
+// dispatch queues a message that may run. The pool is locked.
+func (r *durableRoute) dispatch(w *work, q *fifo[*work], now int64) {
+	switch {
+	case w.alone:
+		r.suspects.push(w)
+		r.env.pool.held++
+		r.release(now)
+	case r.batch != nil:
+		r.gather(w, now)
+	default:
+		r.queueWork(w, q, now)
+	}
 }
 
 func (r *durableRoute) queueWork(w *work, q *fifo[*work], now int64) {
@@ -453,7 +572,7 @@ func (r *durableRoute) release(now int64) {
 		}
 		r.isolated = r.suspects.pop()
 		r.env.pool.held--
-		r.enqueue(r.isolated, &r.lane.first, now)
+		r.queueWork(r.isolated, &r.lane.first, now)
 	}
 }
 
@@ -469,7 +588,7 @@ func (r *durableRoute) empty() bool {
 	return r == nil || r.isolated == nil && r.inHand() == 0 && r.puller.outstanding == 0
 }
 
-// gather adds a message. The pool is locked.
+// gather adds a message to the next batch. The pool is locked.
 func (r *durableRoute) gather(w *work, now int64) {
 	b := r.batch
 	if b.gathered.len() == 0 {
@@ -480,14 +599,14 @@ func (r *durableRoute) gather(w *work, now int64) {
 	full := b.gathered.len() >= b.most
 	if r.breaker != nil && !full {
 		_, mayHold := r.breaker.now(now)
-		full = mayHold > 0 // it is what the breaker probes with
+		full = mayHold > 0 // the one message that a half-open breaker tries
 	}
 	if full || r.stopped {
 		r.queueBatch(now)
 	}
 }
 
-// queueBatch passes what was gathered to the pool. The pool is locked.
+// queueBatch queues the gathered messages as a batch. The pool is locked.
 func (r *durableRoute) queueBatch(now int64) {
 	b := r.batch
 	batch := &work{members: b.take(r.env.pool, nil)}
@@ -495,7 +614,7 @@ func (r *durableRoute) queueBatch(now int64) {
 	r.queueWork(batch, &r.lane.queue, now)
 }
 
-// unbatch replaces the batches among works by their messages, and adds what was gathered.
+// unbatch replaces the batches among works by their messages, and adds the gathered ones.
 // The pool is locked.
 func (r *durableRoute) unbatch(works []*work) (all []*work) {
 	b := r.batch
@@ -514,8 +633,8 @@ func (r *durableRoute) unbatch(works []*work) (all []*work) {
 	return all
 }
 
-// brake tells the breaker of a result, and returns how long the message rests if the attempt
-// does not count, 0 if it does.
+// brake accounts for a result and acts on a change of the breaker. It returns the delay of
+// the message's redelivery if the result was no attempt, else 0.
 func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest time.Duration) {
 	b := r.breaker
 	if b == nil {
@@ -526,7 +645,7 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 	case BreakerOpen:
 		r.giveBackNow(now)
 		r.other().giveBackNow(now)
-		r.own().trouble("breaker", fmt.Errorf("natsx: breaker is open: %d failures in a row, the last: %w", b.most, err))
+		r.own().trouble("breaker", failure(fmt.Sprintf("breaker is open: %d failures in a row, the last: %s", b.most, cause(err)), err))
 	case BreakerClosed:
 		r.own().clear("breaker")
 		err = nil
@@ -535,13 +654,15 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 			other.flow()
 		}
 	}
-	if o, ok := r.env.observer.(BreakerObserver); ok && turned != BreakerNone {
-		r.env.callUser(r.observing(), func() {
-			o.ObserveBreaker(BreakerEvent{Route: r.named.route.filter, Durable: r.named.route.durable, State: turned, Err: err})
-		})
+	for _, o := range r.env.observers {
+		if o, ok := o.(BreakerObserver); ok && turned != BreakerNone {
+			r.env.callUser(r.observing(), func() {
+				o.ObserveBreaker(BreakerEvent{Route: r.named.route.filter, Durable: r.named.route.durable, State: turned, Err: err})
+			})
+		}
 	}
 	if no {
-		return b.comesBack()
+		return b.redeliverAfter()
 	}
 	return 0
 }

@@ -33,11 +33,11 @@ var layers = []struct {
 		"pool.go rate.go agenda.go lease.go history.go window.go budget.go puller.go link.go acker.go env.go " +
 			"connect.go ensure.go ordered.go reader.go"},
 	{"publishing",
-		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go"},
+		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go publish_hook.go"},
 	{"running", // what a route does
-		"route.go settle.go breaker.go batch.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
+		"route.go settle.go adopt.go breaker.go batch.go sequencer.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
 	{"tools", // the day after
-		"deadletters.go redrive.go replay.go replay_run.go replay_source.go"},
+		"deadletters.go redrive.go replay.go replay_run.go replay_source.go kit.go"},
 	{"face", // options and Run: start, run, drain
 		"broker.go engine.go service.go doc.go"},
 }

@@ -106,7 +106,7 @@ func TestLoweredAckWaitIsFollowed(t *testing.T) {
 			eventually(t, "it is noticed", func() bool {
 				publishAcked(t, nc, "orders.x", strconv.Itoa(load))
 				load++
-				return len(book.alarms("changed the consumer's AckWait")) > 0
+				return len(book.alarms("the consumer's AckWait was changed")) > 0
 			})
 			if paused {
 				if err := b.Resume("d"); err != nil {

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
@@ -220,5 +221,64 @@ func TestPinnedRouteOnAnotherDurable(t *testing.T) {
 	var fault *RouteError
 	if err := wantRefused(t, nc, []Spec{Route("orders.*").Durable("overflow").Handle(succeed)}, ErrConsumerConflict); !errors.As(err, &fault) {
 		t.Errorf("got %v, want a *RouteError", err)
+	}
+}
+
+// A user who may not release the pin stops as well; the pin expires.
+func TestPinnedRouteWithoutThePermissionToUnpin(t *testing.T) {
+	t.Parallel()
+	admin, user := startGuarded(t, &server.Permissions{
+		Publish:   &server.SubjectPermission{Allow: []string{">"}, Deny: []string{"$JS.API.CONSUMER.UNPIN.>"}},
+		Subscribe: &server.SubjectPermission{Allow: []string{"_INBOX.>"}},
+	})
+	orders(t, admin)
+	handled := make(chan struct{}, 10)
+	book, log := newLogBook()
+	handle := func(context.Context, *Msg) error {
+		handled <- struct{}{}
+		return nil
+	}
+	route := Route("orders.*").Durable("d").PinnedBy("g").AckWait(time.Second).Handle(handle)
+	first := runBroker(t, NewBroker(user, WithLogger(log)), route)
+	publishAcked(t, admin, "orders.x", "1")
+	receive(t, handled, "the first message")
+	if err := first.stop(t); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	if lines := book.logged("pin not released"); len(lines) != 1 {
+		t.Errorf("logged %q, want that the pin was not released", lines)
+	}
+	runBroker(t, NewBroker(admin, WithLogger(log)), route)
+	publishAcked(t, admin, "orders.x", "2")
+	receive(t, handled, "the second message")
+}
+
+// What waits for a worker is not given back for the processes that stand by, since the
+// server would deliver it here again.
+func TestPinnedRouteKeepsWhatWaits(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	orders(t, nc)
+	const messages = 3000
+	var seen tally
+	run := func() *running {
+		_, log := newLogBook()
+		return runBroker(t, NewBroker(connect(t, s.ClientURL()), WithWorkers(1), WithLogger(log)),
+			Route("orders.*").Durable("d").PinnedBy("g").Handle(func(_ context.Context, m *Msg) error {
+				if seen.add(string(m.Data)) == messages/2 {
+					<-time.After(3 * time.Second) // while many wait here that were proven to be done in a moment
+				}
+				return nil
+			}))
+	}
+	publishMany(t, nc, messages, numbered("orders.x"))
+	first := run()
+	eventually(t, "the first has begun", func() bool { return seen.sum() > 0 })
+	second := run()
+	eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
+	seen.wantOnce(t, messages)
+	if a, b := first.Stats().Routes[0].Received, second.Stats().Routes[0].Received; a != messages || b != 0 {
+		t.Errorf("the first received %d and the second %d, want %d and none", a, b, messages)
 	}
 }

@@ -1,6 +1,7 @@
 package natsx
 
 import (
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -64,7 +65,7 @@ type lane struct {
 	requests bool           // it is a lane of requests
 	burst    int            // works that a worker takes at once, 0 for 1
 	rate     *bucket        // of its starts, nil for no limit
-	later    func(at int64) // has resume called at this time
+	later    func(at int64) // schedules resume
 	name     string         // of the handler, to report one that does not return
 	timeout  time.Duration  // of a work, 0 for none
 	peer     *lane          // another one of the same route, with which it shares its limit; nil for none
@@ -119,7 +120,8 @@ type worker struct {
 	lane  *lane
 	next  atomic.Int32 // index of the next work to start; whoever advances it owns the works passed
 	burst [maxBurst]*work
-	turns uint64 // bursts so far; guarded by the pool's mutex
+	turns uint64       // bursts so far; guarded by the pool's mutex
+	since atomic.Int64 // when the burst was begun, which what runs of it was soon after; 0 until it is
 
 	// Guarded by the pool's mutex.
 	count  int // works in burst that still belong to it
@@ -215,6 +217,7 @@ func (p *pool) work(only *worker) {
 		p.mu.Unlock()
 		done = 0
 		began := p.clock()
+		w.since.Store(began)
 		for now := began; ; {
 			i := int(w.next.Add(1)) - 1
 			if i >= count {
@@ -313,7 +316,7 @@ func (p *pool) enlist(l *lane) {
 	p.ready.push(l)
 }
 
-// resume lets a lane go on that has waited for its rate. The pool is not locked.
+// resume continues a lane that has waited for its rate. The pool is not locked.
 func (p *pool) resume(l *lane) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -362,6 +365,7 @@ func (p *pool) assign(w *worker, l *lane) {
 	w.lane, w.count, w.booked = l, n, 0
 	w.turns++
 	w.next.Store(0)
+	w.since.Store(0)
 	if l.running == 0 && l.open {
 		p.empty--
 	}
@@ -639,6 +643,17 @@ func (p *pool) running() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.busy
+}
+
+// oldest is how long the oldest running work of l has been running. The pool is locked.
+func (p *pool) oldest(l *lane) time.Duration {
+	first := int64(math.MaxInt64)
+	for w := range p.workers {
+		if since := w.since.Load(); w.lane == l && since > 0 {
+			first = min(first, since)
+		}
+	}
+	return time.Duration(max(p.clock()-first, 0))
 }
 
 // stuck names the handlers that have not returned.

@@ -47,9 +47,9 @@ type puller struct {
 	single      bool  // the next real request is for one message of any size
 	starved     bool  // the budget did not allow the last request
 
-	// Of a consumer with a pinned client (ADR-42), which alone gets messages. Who is not
-	// pinned waits with a request without a pin, and finds its pin in what that brings. The
-	// pin is lost a while after the last request with it, whatever waits at the server.
+	// Of a consumer with a pinned client (ADR-42), the only one that receives messages. Other
+	// clients wait with requests without a pin; the first message of one carries its pin. The
+	// pin ends some time after the last request with it, whatever waits at the server.
 	group   string
 	pin     string // empty for none
 	pinKeep int64  // how long after a request with the pin the next one is due
@@ -74,7 +74,7 @@ type demand struct {
 	idle      bool          // when messages is 0: an idle pull is to wait at the server
 	stay      time.Duration // how long a request may wait at the server
 	heartbeat time.Duration // of a request that waits longer than this, 0 for none
-	again     int64         // when more is wanted without an event, 0 for never
+	again     int64         // when the demand grows even if nothing happens, 0 for never
 }
 
 // pullEvent is what a status means for the owner of the puller.
@@ -138,7 +138,7 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	case statusUnpinned:
 		p.unserved = 0
 		if i < 0 || ended.pin == "" || ended.pin != p.pin {
-			return pullGoesOn // it was sent before another pin came
+			return pullGoesOn // the pull was sent before the current pin arrived
 		}
 		p.pin = ""
 		return pullUnpinned
@@ -162,7 +162,7 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	return pullRefused
 }
 
-// pinned takes the pin of a message into account.
+// pinned records the pin of a message, and reports whether it is a new one.
 func (p *puller) pinned(pin string) (gained bool) {
 	if pin == "" || pin == p.pin {
 		return false
@@ -171,8 +171,8 @@ func (p *puller) pinned(pin string) (gained bool) {
 	return true
 }
 
-// keepPin is the request that keeps the pin when no other did, when it is due. It
-// takes no message, as an idle pull.
+// keepPin returns the request that renews the pin, if one is due. Like an idle pull it
+// takes no message.
 func (p *puller) keepPin(now int64) (r pullRequest, ok bool) {
 	if at := p.pinDue(); at == 0 || now < at {
 		return r, false
@@ -320,7 +320,7 @@ func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 	return p.book(now, r, !real), true
 }
 
-// book makes r one that the consumer takes, and remembers it.
+// book applies the consumer's limits to r, and records the pull.
 func (p *puller) book(now int64, r pullRequest, idle bool) pullRequest {
 	if r.heartbeat > 0 && r.expires <= r.heartbeat {
 		r.heartbeat = 0 // its end is announced before a heartbeat would be due

@@ -2,17 +2,17 @@ package natsx
 
 import "time"
 
-// rateAhead is how long before its start a message of a route with a rate may be asked
-// for: about the time that it takes to come.
+// rateAhead is how long before its start a message of a route with a rate is pulled:
+// about the time that it takes to arrive.
 const rateAhead = 20 * time.Millisecond
 
 // bucket is the token bucket of a rate: each start takes a token. It holds a tenth of a
 // second's worth, and at least one. Guarded by the pool's mutex.
 type bucket struct {
-	every  float64 // nanoseconds for a token
-	most   float64
+	every  float64 // nanoseconds per token
+	most   float64 // capacity
 	tokens float64
-	at     int64 // when tokens was right
+	at     int64 // when tokens was computed
 }
 
 func newBucket(perSecond float64, now int64) *bucket {
@@ -32,7 +32,7 @@ func (b *bucket) take(now int64) {
 	b.tokens--
 }
 
-// next is when there is a token, 0 for now.
+// next is when a token is available, 0 for now.
 func (b *bucket) next(now int64) int64 {
 	b.fill(now)
 	if b.tokens >= 1 {
@@ -41,13 +41,13 @@ func (b *bucket) next(now int64) int64 {
 	return now + int64((1-b.tokens)*b.every) + 1
 }
 
-// soon is how many may start within rateAhead.
+// soon is how many tokens are available within rateAhead.
 func (b *bucket) soon(now int64) int {
 	b.fill(now)
 	return int(max(b.tokens+float64(rateAhead)/b.every, 0))
 }
 
-// reach is when soon is n.
+// reach is when soon becomes n.
 func (b *bucket) reach(now int64, n int) int64 {
 	b.fill(now)
 	return now + max(int64((float64(n)-b.tokens)*b.every)-int64(rateAhead), 0) + 1

@@ -14,56 +14,55 @@ import (
 )
 
 const (
-	// redrivePatience is how long a redrive tries to have one copy stored.
+	// redrivePatience is how long a redrive tries to store one copy.
 	redrivePatience = 30 * time.Second
-	// maxRedriveErrors bounds the errors that a report keeps.
+	// maxRedriveErrors is the most errors in a report.
 	maxRedriveErrors = 100
-	// maxRedriveCache bounds what a redrive remembers of streams and subjects.
+	// maxRedriveCache bounds what a redrive caches of streams and subjects.
 	maxRedriveCache = 1000
 )
 
-// SkipReason is why a redrive left a letter alone.
+// SkipReason is why a redrive skipped a letter.
 type SkipReason string
 
 // The reasons of a skipped letter.
 const (
-	SkipForeign     SkipReason = "foreign"      // no dead letter; it stays
-	SkipMaxRedrives SkipReason = "max_redrives" // redriven MaxRedrives times before; it stays
+	SkipForeign     SkipReason = "foreign"      // not a dead letter; it stays
+	SkipMaxRedrives SkipReason = "max_redrives" // already redriven MaxRedrives times; it stays
 	SkipRedriven    SkipReason = "redriven"     // an earlier or concurrent redrive stored the copy; the letter is removed, but not in a dry run
 	SkipGone        SkipReason = "gone"         // removed meanwhile, by another redrive or a purge
 )
 
-// RedriveReport is what a redrive did. Every selected message is in one of the three
-// counts, those that are no letters as skipped.
+// RedriveReport is the result of a redrive. Every selected message is in one of the three
+// counts; those that are not letters are skipped.
 type RedriveReport struct {
 	Redriven int // copies stored and letters removed; in a dry run, those that would be
-	Skipped  int // left alone, with reason
+	Skipped  int // skipped, with a reason
 	Failed   int // could not be redriven; the letter is still there
-	// Skips are the skipped by reason. It is nil when there are none, which reads as
-	// 0 for every reason.
+	// Skips are the skipped ones by reason, nil for none.
 	Skips map[SkipReason]int
 	// Errors are the first hundred failures, each a [*LetterError]; nil for none.
 	Errors []error
 }
 
-// RedriveProgress is how far a redrive is, after every selected message.
+// RedriveProgress is the progress of a redrive, after every selected message.
 type RedriveProgress struct {
-	Report RedriveReport // so far; not to be kept or changed
-	Total  int           // selected messages when the redrive began, those that are no letters included
-	Letter DeadLetter    // the one just dealt with
-	Skip   SkipReason    // why it was left alone, or empty
+	Report RedriveReport // so far; must not be kept or changed
+	Total  int           // selected messages at the start, including those that are not letters
+	Letter DeadLetter    // the last one
+	Skip   SkipReason    // why it was skipped, or empty
 	Err    error         // why it failed, or nil
 }
 
-// Done is how many of Total are dealt with.
+// Done is how many of Total are processed.
 func (p RedriveProgress) Done() int { return p.Report.Redriven + p.Report.Skipped + p.Report.Failed }
 
 // RedriveOption is an option of [DeadLetterQuery.Redrive].
 type RedriveOption func(*redrive)
 
-// WithRedriveProgress has fn called after every selected message, one call at a
-// time, on the goroutine of Redrive. They are counted first. Default, also for nil,
-// is none.
+// WithRedriveProgress sets a function that is called after every selected message, one call
+// at a time, on the goroutine of Redrive, which counts the messages first. The default,
+// also for nil, is none.
 func WithRedriveProgress(fn func(RedriveProgress)) RedriveOption {
 	return func(r *redrive) { r.progress = fn }
 }
@@ -85,14 +84,14 @@ type redriveSource struct {
 	durables map[string]*jetstream.ConsumerInfo
 }
 
-// copies are the redriven messages on a subject that was searched for them.
+// copies are the redriven messages found on a subject.
 type copies struct {
 	searched uint64 // up to this sequence
 	at       time.Time
 	seqs     map[string]uint64 // by message id
 }
 
-// redriveFault is what is wrong with one letter; the next one may fare better.
+// redriveFault is a failure of one letter, after which the redrive goes on.
 type redriveFault struct{ error }
 
 func (f redriveFault) Unwrap() error { return f.error }
@@ -101,32 +100,30 @@ func faultf(err error, format string, args ...any) error {
 	return redriveFault{failure(fmt.Sprintf(format, args...), err)}
 }
 
-// Redrive sends the selected letters back to their original subjects, in the
-// order of the DLQ: each for the durable that failed alone, as a new message whose
-// attempts start anew, with its original headers but for Nats-*. A letter is
-// removed once its copy is stored.
+// Redrive sends the selected letters back to their original subjects, in the order of the
+// DLQ. Each one becomes a new message for the durable that failed, whose attempts start at
+// 1, with its original headers except Nats-*. A letter is removed once its copy is stored.
 //
-// The copy bears [HeaderRedriveTo] with a proof that no publisher can forge. The
-// natsx routes of other durables acknowledge it without handling it, and count it
-// as received only; consumers that are not natsx routes, and core subscribers, see
-// it. Its durable must still exist and take the subject.
+// The copy has [HeaderRedriveTo], with a token that a publisher cannot forge. Routes of
+// natsx with other durables acknowledge it without handling it, and count it only as
+// received; other consumers and core subscribers receive it. The durable must still exist
+// and its filter match the subject.
 //
-// A letter is redriven once, also when the redrive is killed at any point and done
-// again, or done by several at once: a copy is not stored again while an earlier
-// one is in the stream or within the stream's duplicate window, and natsx removes
-// the letter before it handles the copy. Past that window this rests on the broker
-// being allowed to get and delete messages of the DLQ's stream
-// ($JS.API.STREAM.MSG.GET and .DELETE), and on the durable being a natsx route.
+// A letter is redriven once, even if the redrive is killed and repeated, or run by several
+// processes at once: a copy is not stored again while an earlier one is in the stream or
+// within the stream's duplicate window, and natsx removes the letter before it handles the
+// copy. After that window this requires that the durable is a natsx route whose user may
+// get and delete messages of the DLQ's stream ($JS.API.STREAM.MSG.GET and .DELETE).
 //
-// A letter that cannot be redriven stays and is a failure in the report: its stream
-// is gone, does not take the subject or transforms it ([ErrNoStream]), its durable
-// is gone ([ErrConsumerDeleted]) or does not take the subject
-// ([ErrConsumerConflict]), the subject is one that natsx does not publish to, such
-// as one with a wildcard ([ErrInvalidSubject]), or the server refuses the copy,
-// which is some 300 bytes larger than the original. What stops all, such as the end
-// of ctx or a missing permission ([ErrPermission]), is returned as the error beside
-// the report of what was done; the same call goes on from there. A DLQ stream that
-// refuses deletion is [ErrBadDLQ], and nothing is redriven.
+// A letter that cannot be redriven stays and is a failure in the report: its stream is
+// gone, does not capture the subject or transforms it ([ErrNoStream]); its durable is gone
+// ([ErrConsumerDeleted]) or its filter does not match the subject ([ErrConsumerConflict]);
+// natsx does not publish to the subject, such as one with a wildcard
+// ([ErrInvalidSubject]); or the server refuses the copy, which is about 300 bytes larger
+// than the original. An error that ends the redrive, such as the end of ctx or a missing
+// permission ([ErrPermission]), is returned together with the report; the same call
+// continues from there. If the DLQ stream has DenyDelete, the error is [ErrBadDLQ] and
+// nothing is redriven.
 func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...RedriveOption) (RedriveReport, error) {
 	r := &redrive{sources: map[string]*redriveSource{}, copies: map[[2]string]*copies{}}
 	for _, opt := range opts {
@@ -149,7 +146,7 @@ func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...Red
 	pace := pacer{rate: q.rate}
 	for l, err := range r.all(ctx, false) {
 		if errors.Is(err, ErrNotALetter) {
-			r.tell(l, SkipForeign, nil)
+			r.book(l, SkipForeign, nil)
 			continue
 		}
 		if err == nil && !q.dryRun {
@@ -162,18 +159,18 @@ func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...Red
 		var fault redriveFault
 		switch {
 		case errors.As(err, &fault):
-			r.tell(l, "", &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: fault.error})
+			r.book(l, "", &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: fault.error})
 		case err != nil:
 			return r.report, failure(fmt.Sprintf("redrive %q: %s", q.subject, cause(err)), err)
 		default:
-			r.tell(l, skip, nil)
+			r.book(l, skip, nil)
 		}
 	}
 	return r.report, nil
 }
 
-// tell books what became of a letter.
-func (r *redrive) tell(l DeadLetter, skip SkipReason, err error) {
+// book records the outcome of a letter.
+func (r *redrive) book(l DeadLetter, skip SkipReason, err error) {
 	switch {
 	case err != nil:
 		r.report.Failed++
@@ -194,13 +191,12 @@ func (r *redrive) tell(l DeadLetter, skip SkipReason, err error) {
 	}
 }
 
-// one redrives a letter. A redriveFault concerns it alone.
+// one redrives a letter. A redriveFault concerns only this one.
 //
-// Two things may have happened before, in another process or in an earlier turn of
-// the loop, and each leaves its mark: the copy was stored, and is in the stream or
-// within its duplicate window; or it was stored and handled, and the letter is
-// gone. So look for the copy first, for the letter then, and publish at once: what
-// is stored after the first look is within the window.
+// Another process, or an earlier iteration, may have stored the copy: then it is in the
+// stream or within its duplicate window, or it was handled and the letter is gone. So look
+// for the copy first, then for the letter, and publish at once: a copy stored after the
+// first look is within the window.
 func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 	src, err := r.source(ctx, l)
 	if err != nil {
@@ -229,7 +225,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 			return "", err
 		}
 		if found {
-			return done, r.finish(ctx, l)
+			return done, r.removeLetter(ctx, l)
 		}
 		letter, err := r.api.get(ctx, l.DLQStream, getRequest{Seq: l.DLQSequence})
 		if err != nil {
@@ -247,8 +243,8 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		if err := ctx.Err(); err != nil {
 			return "", err
 		}
-		// While the connection is away nats.go would keep the copy and send it
-		// at any later time.
+		// Without a connection nats.go would buffer the copy and send it at any later
+		// time.
 		err = nats.ErrDisconnected
 		if r.api.nc.IsConnected() {
 			var ack Ack
@@ -261,10 +257,10 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 				if stored != nil && !src.isCopy(stored, m) {
 					return "", faultf(ErrBadAck, "message %d of stream %q has the id %q and is no copy of the letter", stored.seq, l.Stream, redriveID(l))
 				}
-				return SkipRedriven, r.finish(ctx, l)
+				return SkipRedriven, r.removeLetter(ctx, l)
 			}
 			if err == nil {
-				return "", r.finish(ctx, l)
+				return "", r.removeLetter(ctx, l)
 			}
 		}
 		var api *jetstream.APIError
@@ -275,7 +271,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 			errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
 			return "", faultf(err, "copy not stored in stream %q: %s", l.Stream, cause(err))
 		case errors.Is(err, nats.ErrNoResponders):
-			// The stream has no leader, or is gone, or was recreated.
+			// The stream has no leader, is gone, or was recreated.
 			delete(r.sources, l.Stream)
 			if src, err = r.source(ctx, l); err != nil {
 				return "", err
@@ -287,13 +283,13 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 			lost = true
 		}
 		if time.Since(begun) > redrivePatience {
-			return "", fmt.Errorf("natsx: copy not stored in stream %q: %w", l.Stream, err)
+			return "", failure(fmt.Sprintf("copy not stored in stream %q: %s", l.Stream, cause(err)), err)
 		}
 		pause.wait(ctx)
 	}
 }
 
-// publish is one try, which the end of ctx does not cut short.
+// publish is one try, which the end of ctx does not cancel.
 func (r *redrive) publish(ctx context.Context, m *nats.Msg) (ack Ack, _ error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), letterTry)
 	defer cancel()
@@ -304,21 +300,21 @@ func (r *redrive) publish(ctx context.Context, m *nats.Msg) (ack Ack, _ error) {
 	return ack, err
 }
 
-// finish removes the letter of a copy that is stored, also when ctx has ended.
-func (r *redrive) finish(ctx context.Context, l *DeadLetter) error {
+// removeLetter removes the letter of a stored copy, even if ctx has ended.
+func (r *redrive) removeLetter(ctx context.Context, l *DeadLetter) error {
 	if r.dryRun {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redrivePatience)
 	defer cancel()
 	if err := discardLetter(ctx, r.api, l); err != nil {
-		return fmt.Errorf("natsx: copy of letter %d is stored, but the letter not removed: %w", l.DLQSequence, err)
+		return failure(fmt.Sprintf("copy of letter %d is stored, but the letter was not removed: %s", l.DLQSequence, cause(err)), err)
 	}
 	return nil
 }
 
-// source finds the stream a letter came from and makes sure that the copy would
-// arrive.
+// source finds the stream that a letter came from, and checks that the durable would
+// receive the copy.
 func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, error) {
 	if reason := publishFault(l.Subject); reason != "" {
 		return nil, faultf(ErrInvalidSubject, "original subject %q cannot be published to: %s", l.Subject, reason)
@@ -369,8 +365,7 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 	return src, nil
 }
 
-// copyOf makes the copy of a letter and the count of its redrives, the proven ones
-// and this.
+// copyOf returns the copy of a letter and the number of its redrives, including this one.
 func (r *redrive) copyOf(ctx context.Context, l *DeadLetter, src *redriveSource) (*nats.Msg, int, error) {
 	header, data := l.Header, l.Data
 	if l.Pointer {
@@ -409,10 +404,10 @@ func (s *redriveSource) isCopy(stored *storedMsg, m *nats.Msg) bool {
 	return ok && stored.header.Get(nats.MsgIdHdr) == m.Header.Get(nats.MsgIdHdr) && stored.header.Get(HeaderRedriveTo) == m.Header.Get(HeaderRedriveTo)
 }
 
-// findCopy looks for the copy of a letter in its original stream. Mostly nothing
-// was stored on the subject since the original, and one look shows that. Else the
-// subject is searched, once and then what is new; what may have come within half
-// of the duplicate window need not be known, unless fresh.
+// findCopy looks for the copy of a letter in its original stream. Usually nothing was
+// stored on the subject since the original, which one request shows. Otherwise the subject
+// is searched once, and then only new messages. Unless fresh is set, messages of half the
+// duplicate window may be missed.
 func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSource, m *nats.Msg, fresh bool) (bool, error) {
 	key := [2]string{l.Stream, l.Subject}
 	known := r.copies[key]

@@ -472,7 +472,7 @@ func TestReplayProgressIsUsersCode(t *testing.T) {
 					calls++
 					fn()
 				})
-				end := r.tellProgress()
+				end := r.reportProgress()
 				for range 3 {
 					r.deliverMany(1)
 					time.Sleep(progressEvery * 3 / 2)
@@ -495,7 +495,7 @@ func TestReplayProgressIsUsersCode(t *testing.T) {
 				calls++
 				<-block
 			})
-			end := r.tellProgress()
+			end := r.reportProgress()
 			r.deliverMany(1)
 			time.Sleep(time.Minute)
 			if r.booked().Handled != 1 {
@@ -590,7 +590,7 @@ func TestKeyedQueue(t *testing.T) {
 	for i := 0; i < len(ran); i++ {
 		d := held[ran[i]]
 		d.msg.Subject = "changed by the handler"
-		if next := q.release(d); next != nil {
+		if next := q.release(d.key); next != nil {
 			ran = append(ran, next.msg.seq)
 		}
 	}

@@ -203,9 +203,9 @@ func (v *mover) copyOf(w *work, attempt uint32, lost uint64) retryCopy {
 func (v *mover) move(w *work, delay time.Duration, attempt uint32, lost uint64) bool {
 	c := v.copyOf(w, attempt, lost)
 	at := time.Time{}
+	w.due = w.ended + int64(delay)
 	if delay > 0 {
 		at = time.Now().Add(delay)
-		w.due = w.ended + int64(delay)
 	}
 	w.copy = &heldCopy{msg: v.message(&c, w.raw, at)}
 	r, p := v.route, v.route.env.pool
@@ -259,8 +259,10 @@ func (v *mover) moveHeld() {
 				return
 			}
 		}
-		if r.env.observer != nil && w.outcome != "" {
-			r.env.callUserApart(r.observing(), func() { r.notifyObserver(w) })
+		for _, o := range r.env.observers {
+			if w.outcome != "" { // else it did not run
+				r.env.callUserApart(r.observing(), func() { o.Observe(w.delivery, r.event(w)) })
+			}
 		}
 		p.mu.Lock()
 		p.held--

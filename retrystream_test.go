@@ -568,7 +568,7 @@ func TestRetriesPublishOnce(t *testing.T) {
 	}
 	for i, e := range events {
 		want := map[bool]Outcome{true: OutcomeRetried, false: OutcomeDead}[i < 2]
-		if e.Route != "orders.*" || e.Durable != "d" || e.Outcome != want || e.Msg.Attempt() != i+1 {
+		if e.Route != "orders.*" || e.Durable != "d" || e.Outcome != want || e.Msg.Attempt() != i+1 || e.Delay < 0 || e.Delay > time.Millisecond {
 			t.Errorf("event %d: %+v, want %s of the route", i, e, want)
 		}
 	}
@@ -621,7 +621,7 @@ func TestOpenCopyRefuses(t *testing.T) {
 // No two durables share the consumer of their retries.
 func TestRetryConsumerNames(t *testing.T) {
 	t.Parallel()
-	long := strings.Repeat("x", MaxNameLength)
+	long := strings.Repeat("x", maxNameLength)
 	names := map[string]bool{}
 	places := []retryPlace{{"R", "a-b", "c"}, {"R", "a", "b-c"}, {"R", long, "d"}, {"R", "d", long}, {"R", long, long}}
 	for _, p := range places {

@@ -55,7 +55,7 @@ func (r *route) init(e *env, spec Spec, owner job) {
 		r.waits.ring = func(int64) { e.pool.resume(&r.lane) }
 		r.later = func(at int64) { e.agenda.set(&r.waits, at) }
 	}
-	r.from = &origin{ctx: e.handlers}
+	r.from = &origin{filter: spec.route.filter, request: r.requests, ctx: e.handlers}
 	r.lane.name, r.lane.timeout = "handler of "+spec.String(), spec.route.timeout
 	r.stats = RouteStats{Route: spec.route.filter, Durable: spec.route.durable}
 }
@@ -185,24 +185,26 @@ func (r *route) report() RouteStats {
 	defer p.mu.Unlock()
 	st := r.stats
 	st.Running = r.lane.running
+	st.OldestRunning = p.oldest(&r.lane)
 	st.Waiting = r.lane.waiting() + max(r.lane.taken-r.lane.running, 0)
 	return st
 }
 
-// observe reports the outcome of w to the observer.
+// observe reports the outcome of w to the observers.
 func (r *route) observe(w *work) {
-	if r.env.observer != nil {
-		r.env.callUser(r.observing(), func() { r.notifyObserver(w) })
+	if len(r.env.observers) > 0 {
+		r.env.observe(r.observing(), w.delivery, r.event(w))
 	}
 }
 
 func (r *route) observing() string { return "observer of " + r.named.String() }
 
-func (r *route) notifyObserver(w *work) {
-	r.env.observer.Observe(w.delivery, Event{
-		Route: r.named.route.filter, Durable: r.named.route.durable, Msg: &w.msg,
-		Outcome: w.outcome, Err: w.err, Duration: w.took(),
-	})
+func (r *route) event(w *work) Event {
+	e := w.event(r.named.route.filter, r.named.route.durable)
+	if r.spec.kind == kindBatch {
+		e.Batch = max(w.peers, 1)
+	}
+	return e
 }
 
 // subscribe subscribes and stores the subscription in the route. Callbacks may run before

@@ -105,7 +105,7 @@ type settlement struct {
 type circumstances struct {
 	attempt int           // 1 for the first
 	cut     bool          // a shutdown cancelled the handler's context
-	void    time.Duration // the failure is no attempt, and the message rests this long; 0 for an attempt
+	void    time.Duration // the failure is no attempt, and this is the delay of the redelivery; 0 for an attempt
 	life    time.Duration // until the stream deletes the message, 0 for never
 	spread  float64       // a random number in [0, 1) for the jitter
 }
@@ -214,7 +214,8 @@ func lateness(ctx context.Context, timeout time.Duration, err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return fmt.Errorf("natsx: handler did not return within %s: %w: %w", timeout, context.DeadlineExceeded, err)
+	return failure(fmt.Sprintf("handler did not return within %s: %v: %s", timeout, context.DeadlineExceeded, cause(err)),
+		context.DeadlineExceeded, err)
 }
 
 // sound makes an error of users' code safe for the engine. If reading its chain panics, it
