@@ -716,6 +716,9 @@ var durableOptions = []struct {
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
 }
 
+// orderGroup is the priority group of a durable whose messages are ordered by key.
+const orderGroup = "natsx-order"
+
 // pinGroup is the priority group of the durable's pinned client, empty for none.
 func (r RouteBuilder) pinGroup() string {
 	if r.set&optPinnedBy == 0 && r.set&optOrderedBy != 0 {

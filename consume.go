@@ -873,6 +873,9 @@ func (r *durableRoute) report() RouteStats {
 	defer p.mu.Unlock()
 	now := processTime()
 	st.Delayed += r.delayed.after(now)
+	if r.order != nil {
+		st.Waiting += r.order.waiting()
+	}
 	if r.batch != nil {
 		st.Waiting += r.batch.waiting() - r.lane.waiting()
 	}
