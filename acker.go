@@ -9,20 +9,16 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// acker writes acknowledgements. The plain ones of all workers it writes together.
-//
-// A worker that published its own would hand the connection's flusher one ack at
-// a time, and pay a system call for each. The acker lets the workers that became
-// ready together finish first and publishes all their acks in one go; an ack
-// waits microseconds for it.
+// acker publishes acknowledgements, those of push in batches: if each worker published
+// its own, most would cost a system call. An ack waits microseconds for its batch.
 type acker struct {
 	nc   *nats.Conn
 	link *link
 	log  *slog.Logger
 	done chan struct{} // closed when run has returned
-	wake chan struct{} // told that replies has its first entry; capacity 1, closed by stop
+	wake chan struct{} // notified when replies gets its first entry; capacity 1, closed by stop
 
-	unsent atomic.Bool // an acknowledgement waits for a reconnect
+	unsent atomic.Bool // acknowledgements wait for a reconnect
 
 	mu      sync.Mutex
 	replies []string
@@ -33,7 +29,7 @@ func newAcker(nc *nats.Conn, l *link, log *slog.Logger) *acker {
 	return &acker{nc: nc, link: l, log: log, done: make(chan struct{}), wake: make(chan struct{}, 1)}
 }
 
-// push has reply acknowledged soon, or at once when the acker was stopped.
+// push acknowledges reply with the next batch, or at once after stop.
 func (a *acker) push(reply string) {
 	a.mu.Lock()
 	if a.stopped {
@@ -48,7 +44,7 @@ func (a *acker) push(reply string) {
 	a.mu.Unlock()
 }
 
-// write writes one acknowledgement of any kind.
+// write publishes one acknowledgement of any kind.
 func (a *acker) write(reply string, ack []byte) {
 	if err := a.nc.Publish(reply, ack); err != nil {
 		a.log.Warn("natsx: acknowledgement not sent", "reply", reply, "error", err)
@@ -62,10 +58,10 @@ func (a *acker) written() {
 	}
 }
 
-// connected is called when the connection is back: nats.go has sent what waited.
+// connected is called after a reconnect: nats.go has sent what it buffered.
 func (a *acker) connected() { a.unsent.Store(false) }
 
-// run sends what is pushed until stop.
+// run publishes what is pushed until stop.
 func (a *acker) run() {
 	defer close(a.done)
 	var spare []string
@@ -93,7 +89,7 @@ func (a *acker) flush(spare []string) []string {
 	return replies
 }
 
-// stop sends the rest and ends run.
+// stop publishes the rest and ends run.
 func (a *acker) stop() {
 	a.mu.Lock()
 	stopped := a.stopped

@@ -7,28 +7,26 @@ import (
 	"time"
 )
 
-// agenda calls functions at their times, all on one goroutine, which sleeps while
-// there is nothing to do.
+// agenda calls functions at set times, all on one goroutine.
 type agenda struct {
-	wake chan struct{} // told that the earliest time has changed; capacity 1
+	wake chan struct{} // notified when the earliest time has changed; capacity 1
 
 	mu     sync.Mutex
 	alarms alarmHeap
 }
 
-// alarm is a function that is called at times. It must not block.
+// alarm is a function and the time to call it. The function must not block.
 type alarm struct {
 	ring func(now int64)
 
 	// Guarded by the agenda's mutex.
-	at    int64 // 0 when it is not set
+	at    int64 // 0 if it is not set
 	index int   // in the heap
 }
 
 func newAgenda() *agenda { return &agenda{wake: make(chan struct{}, 1)} }
 
-// set has a called at a time, on the clock of processTime, or earlier when it is set to
-// an earlier time already. It is set once: ring sets it again.
+// set schedules one call of a at a time of processTime, unless an earlier one is set.
 func (g *agenda) set(a *alarm, at int64) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -47,7 +45,7 @@ func (g *agenda) set(a *alarm, at int64) {
 	}
 }
 
-// run calls what is due until ctx ends.
+// run calls the functions that are due until ctx ends.
 func (g *agenda) run(ctx context.Context) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
@@ -80,7 +78,7 @@ func (g *agenda) run(ctx context.Context) {
 	}
 }
 
-// alarmHeap is a heap of alarms, the earliest first.
+// alarmHeap implements heap.Interface, the earliest alarm first.
 type alarmHeap []*alarm
 
 func (h alarmHeap) Len() int           { return len(h) }

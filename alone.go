@@ -8,37 +8,37 @@ import (
 )
 
 const (
-	// aloneProof is how often a message has to take its process down while it runs by
-	// itself before that is its fault: a process may be killed for other reasons.
+	// aloneProof is how many isolated runs must end with the process before the message
+	// counts as the cause: a process may be killed for other reasons.
 	aloneProof = 3
-	// aloneDeliveries is how many deliveries beyond its attempts prove it where nothing
-	// can be written down, and floodOfSuspects how many at once are run without that
-	// first: so many are not all to blame.
+	// aloneDeliveries is how many deliveries beyond its attempts prove the same if isolated
+	// runs cannot be recorded. With floodOfSuspects at once they are not recorded until
+	// then, since most of them cannot be the cause.
 	aloneDeliveries = 10
 	floodOfSuspects = 64
-	// mostMarks and marksFor bound what is written down.
+	// mostMarks and marksFor bound the marks of a consumer.
 	mostMarks = 32
 	marksFor  = 6 * time.Hour
 )
 
-// A message whose deliveries exceed its attempts, without a failure that is known, is
-// under suspicion: it may have taken its process down each time, or have been beside
-// one that did, or never have run. It is run once more, by itself: nothing else of the
-// route runs or is asked for. Before that it is written down in the consumer's metadata,
-// where the next process finds it should this one end: what has ended aloneProof
-// processes that way is dead. A result of any kind takes the mark back.
+// A message whose deliveries exceed its attempts without a known failure is a suspect: it
+// may have crashed its process each time, or have been in hand when another message did,
+// or never have run. It is run once more in isolation: the route runs and pulls nothing
+// else. Before that a mark is stored in the consumer's metadata, where the next process
+// finds it if this one crashes. After aloneProof such crashes the message is dead. Any
+// result removes the mark.
 
-// aloneMark says that a message was started by itself so many times.
+// aloneMark is how many times a message was started in isolation.
 type aloneMark struct {
 	id    messageID
 	count int
-	at    int64 // of the last time, Unix seconds
+	at    int64 // when it was last started, Unix seconds
 }
 
 // aloneMarks are the marks of a consumer, the oldest first.
 type aloneMarks []aloneMark
 
-// parseAloneMarks reads what String has written. What it cannot read it leaves out.
+// parseAloneMarks parses the result of String. It skips what it cannot parse.
 func parseAloneMarks(text string) (marks aloneMarks) {
 	for part := range strings.SplitSeq(text, " ") {
 		var m aloneMark
@@ -49,7 +49,8 @@ func parseAloneMarks(text string) (marks aloneMarks) {
 	return marks
 }
 
-// String gives one <sequence>@<stored time>:<count>:<time> for each mark.
+// String returns <sequence>@<stored time>:<count>:<time> for each mark, separated by
+// spaces.
 func (s aloneMarks) String() string {
 	var parts []string
 	for _, m := range s {
@@ -58,7 +59,7 @@ func (s aloneMarks) String() string {
 	return strings.Join(parts, " ")
 }
 
-// count is how often a message was started by itself.
+// count is how many times a message was started in isolation.
 func (s aloneMarks) count(id messageID) int {
 	for _, m := range s {
 		if m.id == id {
@@ -68,8 +69,8 @@ func (s aloneMarks) count(id messageID) int {
 	return 0
 }
 
-// with is s with a message marked count times, 0 for not at all, and without what is
-// too old at now.
+// with returns s with the count of a message set, or removed if 0, and without the marks
+// that are too old.
 func (s aloneMarks) with(id messageID, count int, now int64) aloneMarks {
 	next := make(aloneMarks, 0, len(s)+1)
 	for _, m := range s {
@@ -89,9 +90,8 @@ type aloneNotes struct {
 	stream, consumer string
 }
 
-// mark counts in the consumer's metadata that a message was started by itself, once
-// more or, with add 0, not at all any more, unless that proves it already. It returns
-// how often it was before.
+// mark raises the count of a message in the consumer's metadata by add, unless the count
+// has reached aloneProof; with add 0 it removes the mark. It returns the count before.
 func (n aloneNotes) mark(ctx context.Context, id messageID, add int) (before int, err error) {
 	err = retry{limit: apiTimeout}.do(ctx, func(ctx context.Context) error {
 		info, err := n.api.consumerInfo(ctx, n.stream, n.consumer)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"reflect"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -16,16 +17,16 @@ import (
 )
 
 const (
-	// apiTimeout is the longest wait for an answer of JetStream's API.
+	// apiTimeout is the longest wait for an answer of the JetStream API.
 	apiTimeout = 5 * time.Second
-	// readPatience is how long a tool goes on without an answer.
+	// readPatience is how long a tool waits for progress.
 	readPatience = 30 * time.Second
 )
 
 var violation = regexp.MustCompile(`(?i)permissions violation for (publish|subscription) to "([^"]+)"`)
 
-// permissionError reads the subject out of an asynchronous error of the
-// connection, and returns nil when it is another one.
+// permissionError parses an asynchronous error of the connection, and returns nil if it
+// is not a permission violation.
 func permissionError(err error) *PermissionError {
 	if !errors.Is(err, nats.ErrPermissionViolation) {
 		return nil
@@ -41,7 +42,7 @@ func permissionError(err error) *PermissionError {
 	return &PermissionError{Operation: op, Subject: m[2], Err: err}
 }
 
-// inboxPrefix begins every inbox of nc; it ends in a dot.
+// inboxPrefix is the prefix of every inbox of nc, with its last dot.
 func inboxPrefix(nc *nats.Conn) string {
 	if prefix := nc.Opts.InboxPrefix; prefix != "" {
 		return prefix + "."
@@ -49,9 +50,9 @@ func inboxPrefix(nc *nats.Conn) string {
 	return nats.InboxPrefix
 }
 
-// asyncHub passes the asynchronous errors of one connection to everyone who
-// watches it and then to the connection's own handler, which is put back when
-// nobody watches any more, unless the application has set another meanwhile.
+// asyncHub passes the asynchronous errors of one connection to all watchers and then to
+// the connection's previous handler. That is restored when no watcher is left, unless
+// the application has set another one meanwhile.
 type asyncHub struct {
 	nc       *nats.Conn
 	previous nats.ErrHandler
@@ -77,7 +78,7 @@ func watchAsync(nc *nats.Conn, fn func(*nats.Subscription, error)) *asyncWatch {
 	if replaced := h; h == nil || !isHub(current) {
 		h = &asyncHub{nc: nc, previous: current, watchers: map[*asyncWatch]struct{}{}}
 		if replaced != nil {
-			// By the application, whose handler may call the one that it replaced.
+			// The application has replaced the handler. Its own may call the replaced one.
 			h.watchers, replaced.watchers = replaced.watchers, nil
 			for w := range h.watchers {
 				w.hub = h
@@ -91,7 +92,7 @@ func watchAsync(nc *nats.Conn, fn func(*nats.Subscription, error)) *asyncWatch {
 	return w
 }
 
-// stop ends the watch. A call of its function may still be under way.
+// stop ends the watch. A call of its function may still run.
 func (w *asyncWatch) stop() {
 	hubs.Lock()
 	defer hubs.Unlock()
@@ -106,7 +107,7 @@ func (w *asyncWatch) stop() {
 
 var hubHandler = reflect.ValueOf((*asyncHub)(nil).handle).Pointer()
 
-// isHub reports whether fn is the handle of a hub; a connection has one of them.
+// isHub reports whether fn is the handle method of a hub.
 func isHub(fn nats.ErrHandler) bool { return reflect.ValueOf(fn).Pointer() == hubHandler }
 
 func (h *asyncHub) handle(nc *nats.Conn, sub *nats.Subscription, err error) {
@@ -124,12 +125,12 @@ func (h *asyncHub) handle(nc *nats.Conn, sub *nats.Subscription, err error) {
 	}
 }
 
-// patience is how long a try waits for an answer of JetStream's API, counted from 0.
+// patience is how long a try, counted from 0, waits for an answer of the JetStream API.
 func patience(try int) time.Duration {
 	return min(time.Second+time.Duration(min(try, 10))*time.Second/2, apiTimeout)
 }
 
-// apiPrefix begins every subject of JetStream's API; it ends in a dot.
+// apiPrefix is the prefix of every subject of the JetStream API, with its last dot.
 func apiPrefix(js jetstream.JetStream) string {
 	switch opts := js.Options(); {
 	case opts.APIPrefix != "":
@@ -140,7 +141,36 @@ func apiPrefix(js jetstream.JetStream) string {
 	return "$JS.API."
 }
 
-// transient reports whether the cause of err goes away by itself.
+// apiChoice is the JetStream that a stream or query names with Domain or APIPrefix. Its zero
+// value is that of the connection's account.
+type apiChoice struct {
+	domain, prefix       string
+	hasDomain, hasPrefix bool
+}
+
+func (c apiChoice) faults(add func(field, value, reason string, err error)) {
+	if reason := groupFault(c.domain); c.hasDomain && reason != "" {
+		add("domain", strconv.Quote(c.domain), reason, ErrInvalidName)
+	}
+	if reason := subjectFault(strings.TrimSuffix(c.prefix, ".")); c.hasPrefix && reason != "" {
+		add("apiPrefix", strconv.Quote(c.prefix), reason, ErrInvalidName)
+	}
+	if c.hasDomain && c.hasPrefix {
+		add("apiPrefix", strconv.Quote(c.prefix), "does not fit with a domain", ErrOptionConflict)
+	}
+}
+
+func (c apiChoice) jetStream(nc *nats.Conn) (jetstream.JetStream, error) {
+	switch {
+	case c.hasDomain:
+		return jetstream.NewWithDomain(nc, c.domain)
+	case c.hasPrefix:
+		return jetstream.NewWithAPIPrefix(nc, strings.TrimSuffix(c.prefix, "."))
+	}
+	return jetstream.New(nc)
+}
+
+// transient reports whether err is expected to go away without intervention.
 func transient(err error) bool {
 	for _, refusal := range []error{ErrPermission, ErrConnectionClosed} {
 		if errors.Is(err, refusal) {
@@ -163,7 +193,7 @@ func transient(err error) bool {
 	switch api.ErrorCode {
 	case codeClusterNotLeader, codeClusterNoLeader, codeStreamOffline, codeConsumerOffline:
 		return true
-	case codeClusterNoPeers: // for now, when servers are on their way back
+	case codeClusterNoPeers: // transient while servers restart
 		return strings.Contains(api.Description, "peer offline")
 	case codeClusterRequired, codeInsufficientResources, codeNoAccount, codeClusterUnsupported, codeNotEnabledOnAccount, codeNotEnabled:
 		return false
@@ -171,8 +201,7 @@ func transient(err error) bool {
 	return api.Code == 503
 }
 
-// closedCause puts natsx's sentinel before the errors of a connection that is
-// closed.
+// closedCause wraps the errors of a closed connection with ErrConnectionClosed.
 func closedCause(err error) error {
 	for _, closed := range []error{nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrInvalidConnection} {
 		if errors.Is(err, closed) {
@@ -191,43 +220,43 @@ type storedMsg struct {
 	data    []byte
 }
 
-// api is the client of JetStream's API of one account, domain or prefix, for all that
-// natsx asks. It owns waiting and trying again. Single messages it gets from the
-// stream's leader, which no direct get from a replica that lags behind does. It is
-// safe for concurrent use.
+// api is the client of the JetStream API of one account, domain or prefix. It owns
+// waiting and retrying. It reads single messages from the stream's leader, since a
+// direct get may be answered by a replica that lags behind. It is safe for concurrent
+// use.
 type api struct {
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	prefix string        // of all subjects, with its last dot
-	turns  chan struct{} // full while as many as its capacity ask in turn
+	turns  chan struct{} // semaphore of inTurn
 
 	mu     sync.Mutex
 	recent map[string]recentStream // by name
 }
 
-// recentStream is what was last asked about a stream.
+// recentStream is the last information about a stream.
 type recentStream struct {
 	info *jetstream.StreamInfo
 	at   time.Time
 }
 
-// askAtOnce bounds how many routes ask for something at the same time.
+// askAtOnce is how many routes may send requests at the same time.
 const askAtOnce = 16
 
 func newAPI(nc *nats.Conn, js jetstream.JetStream) *api {
 	return &api{nc: nc, js: js, prefix: apiPrefix(js), turns: make(chan struct{}, askAtOnce), recent: map[string]recentStream{}}
 }
 
-// retry is how something is tried again while its failure is transient.
+// retry is a policy for retrying transient failures.
 type retry struct {
-	limit  time.Duration        // in all, 0 for as long as the context lives
-	told   func(error)          // of every failure that another try follows, may be nil
-	enough func(err error) bool // whether a transient failure is not worth another try, may be nil
+	limit  time.Duration        // in total, 0 for until the context ends
+	told   func(error)          // called before every further try, may be nil
+	enough func(err error) bool // reports whether to give up on a transient failure, may be nil
 }
 
-// do calls try until it succeeds or its failure is not transient. A request that
-// meets an election is never answered, so the first tries are short; a loaded server
-// needs longer ones.
+// do calls try until it succeeds or its failure is not transient. A request during a
+// leader election is never answered, so the first tries are short; a loaded server needs
+// longer ones.
 func (r retry) do(ctx context.Context, try func(context.Context) error) error {
 	begun := time.Now()
 	pause := backoff{first: 50 * time.Millisecond, most: 2 * time.Second}
@@ -255,7 +284,7 @@ func (a *api) once(ctx context.Context, operation string, fn func(context.Contex
 	return requestWith(ctx, a.nc, a.prefix+operation, fn)
 }
 
-// inTurn calls fn while not too many others are in it.
+// inTurn calls fn, at most askAtOnce at the same time.
 func (a *api) inTurn(ctx context.Context, fn func() error) error {
 	select {
 	case a.turns <- struct{}{}:
@@ -266,8 +295,8 @@ func (a *api) inTurn(ctx context.Context, fn func() error) error {
 	return fn()
 }
 
-// recentStreamInfo is streamInfo that may be as old as age, for many who ask for one
-// stream.
+// recentStreamInfo is streamInfo whose result may be as old as age, for many routes of
+// one stream.
 func (a *api) recentStreamInfo(ctx context.Context, name string, age time.Duration) (*jetstream.StreamInfo, error) {
 	a.mu.Lock()
 	known := a.recent[name]
@@ -275,7 +304,7 @@ func (a *api) recentStreamInfo(ctx context.Context, name string, age time.Durati
 		a.mu.Unlock()
 		return known.info, nil
 	}
-	// Whoever asks meanwhile takes what is known.
+	// Meanwhile others get the known information.
 	known.at = time.Now()
 	a.recent[name] = known
 	a.mu.Unlock()
@@ -289,7 +318,7 @@ func (a *api) recentStreamInfo(ctx context.Context, name string, age time.Durati
 }
 
 // streamNames returns the names of all streams with a subject that overlaps subject,
-// which may hold wildcards. Without any it returns none and no error.
+// which may have wildcards. If there is none it returns no names and no error.
 func (a *api) streamNames(ctx context.Context, subject string) (names []string, err error) {
 	err = a.once(ctx, "STREAM.NAMES", func(ctx context.Context) error {
 		names = nil
@@ -324,12 +353,12 @@ func (a *api) consumerInfo(ctx context.Context, stream, name string) (info *jets
 	return info, err
 }
 
-// createConsumer creates a consumer, or returns one that has these settings already.
+// createConsumer creates a consumer, or returns an existing one with the same settings.
 func (a *api) createConsumer(ctx context.Context, stream string, cfg jetstream.ConsumerConfig) (*jetstream.ConsumerInfo, error) {
 	return a.putConsumer(ctx, stream, cfg, a.js.CreateConsumer)
 }
 
-// updateConsumer changes a consumer that exists.
+// updateConsumer changes an existing consumer.
 func (a *api) updateConsumer(ctx context.Context, stream string, cfg jetstream.ConsumerConfig) (*jetstream.ConsumerInfo, error) {
 	return a.putConsumer(ctx, stream, cfg, a.js.UpdateConsumer)
 }
@@ -356,8 +385,8 @@ func (a *api) deleteConsumer(ctx context.Context, stream, name string) error {
 	})
 }
 
-// getRequest asks for one message: Seq alone, the first on NextFor from Seq or
-// StartTime on, or the last on LastFor. A server before 2.11 takes no notice of
+// getRequest asks for one message: the one at Seq, the first that matches NextFor from
+// Seq or StartTime on, or the last that matches LastFor. A server before 2.11 ignores
 // StartTime.
 type getRequest struct {
 	Seq       uint64     `json:"seq,omitempty"`
@@ -366,7 +395,7 @@ type getRequest struct {
 	LastFor   string     `json:"last_by_subj,omitempty"`
 }
 
-// get returns nil without an error when there is no such message.
+// get returns nil without an error if there is no such message.
 func (a *api) get(ctx context.Context, stream string, req getRequest) (*storedMsg, error) {
 	var r struct {
 		Message *struct {
@@ -383,19 +412,19 @@ func (a *api) get(ctx context.Context, stream string, req getRequest) (*storedMs
 	case err != nil:
 		return nil, err
 	case r.Message == nil:
-		return nil, errors.New("natsx: the server answered without a message")
+		return nil, errors.New("natsx: the server's answer has no message")
 	}
 	m := &storedMsg{subject: r.Message.Subject, seq: r.Message.Seq, time: r.Message.Time, data: r.Message.Data}
 	if len(r.Message.Header) > 0 {
-		// The server stores any header block. One that cannot be read is none, as in
-		// a message that nats.go delivers.
+		// The server stores any header block. One that cannot be parsed is ignored, as
+		// nats.go does on delivery.
 		m.header, _ = nats.DecodeHeadersMsg(r.Message.Header)
 	}
 	return m, nil
 }
 
-// remove deletes a message and reports whether it was this call that did. One that is
-// gone already is no error.
+// remove deletes a message and reports whether this call did it. It is no error if the
+// message does not exist.
 func (a *api) remove(ctx context.Context, stream string, seq uint64) (bool, error) {
 	body, err := json.Marshal(struct {
 		Seq     uint64 `json:"seq"`
@@ -414,7 +443,7 @@ func (a *api) remove(ctx context.Context, stream string, seq uint64) (bool, erro
 	if err == nil || isStreamNotFound(err) {
 		return err == nil, err
 	}
-	// The server has several ways to say that it was not there.
+	// The server has several errors for a message that does not exist.
 	if m, gone := a.get(ctx, stream, getRequest{Seq: seq}); m == nil && gone == nil {
 		return unanswered, nil
 	}
@@ -423,8 +452,7 @@ func (a *api) remove(ctx context.Context, stream string, seq uint64) (bool, erro
 
 func isStreamNotFound(err error) bool { return hasCode(err, codeStreamNotFound) }
 
-// ask makes one request of the API, again while the failure is transient, for
-// readPatience at most.
+// ask makes one request to the API, and retries transient failures for readPatience.
 func (a *api) ask(ctx context.Context, operation string, request, response any) error {
 	body, err := json.Marshal(request)
 	if err != nil {
@@ -433,7 +461,7 @@ func (a *api) ask(ctx context.Context, operation string, request, response any) 
 	return retry{limit: readPatience, enough: isStreamNotFound}.do(ctx, func(ctx context.Context) error { return a.askOnce(ctx, operation, body, response) })
 }
 
-// askStreamInfo is streamInfo with the patience of ask.
+// askStreamInfo is streamInfo with the retries of ask.
 func (a *api) askStreamInfo(ctx context.Context, name string) (*jetstream.StreamInfo, error) {
 	var info jetstream.StreamInfo
 	if err := a.ask(ctx, "STREAM.INFO."+name, struct{}{}, &info); err != nil {
@@ -466,8 +494,7 @@ func (a *api) askOnce(ctx context.Context, operation string, body []byte, respon
 	return nil
 }
 
-// inactiveThreshold is that of a consumer which is to have want, or what the stream
-// allows, when that is less.
+// inactiveThreshold is want, or the stream's limit if that is lower.
 func inactiveThreshold(stream *jetstream.StreamConfig, want time.Duration) time.Duration {
 	if most := stream.ConsumerLimits.InactiveThreshold; most > 0 {
 		return min(want, most)
@@ -497,8 +524,8 @@ func requestWith(ctx context.Context, nc *nats.Conn, subject string, fn func(con
 	return err
 }
 
-// olderThan reports whether a server version is below major.minor. One that it cannot
-// read is not.
+// olderThan reports whether a server version is below major.minor. It is false for a
+// version that cannot be parsed.
 func olderThan(version string, major, minor int) bool {
 	var have, part int
 	if n, _ := fmt.Sscanf(version, "%d.%d", &have, &part); n < 2 {

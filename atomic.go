@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -12,7 +13,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// MaxAtomicEnvelopes is the most that a server takes in one atomic batch (ADR-50).
+// MaxAtomicEnvelopes is the most envelopes in one [Publisher.PublishAtomic], the server's
+// limit (ADR-50).
 const MaxAtomicEnvelopes = 1000
 
 // ErrAtomicNotAllowed is an atomic publish to a stream without
@@ -24,8 +26,7 @@ const (
 	batchSequenceHeader = "Nats-Batch-Sequence"
 	batchCommitHeader   = "Nats-Batch-Commit"
 
-	// commitWait is how long the first try waits for the ack of its commit, see
-	// [tryWait].
+	// commitWait is how long the first try waits for the ack of its commit; see tryWait.
 	commitWait = 2 * time.Second
 
 	codeWrongLastMsgID   jetstream.ErrorCode = 10070
@@ -36,24 +37,35 @@ const (
 	codeAtomicInFlight   jetstream.ErrorCode = 10210
 )
 
-// PublishAtomic stores all envelopes or none, one after another in one stream,
-// and nobody reads a part of them (ADR-50). The ack is of the last envelope; the
-// first has the sequence Ack.Sequence - len(es) + 1. The stream must have
+// PublishAtomic stores all envelopes or none, one after another in one stream, and no
+// consumer reads only a part of them (ADR-50). The ack is of the last envelope; the first
+// one has the sequence Ack.Sequence - len(es) + 1. The stream must have
 // AllowAtomicPublish, else it is [ErrAtomicNotAllowed].
 //
-// 1 to [MaxAtomicEnvelopes] go together, else it is [ErrOutOfRange], none of them
-// delayed ([ErrOptionConflict]). All expectations must hold when the batch is
-// committed, or nothing is stored: [ErrWrongSequence]. Only the first envelope may
-// have ExpectLastSequence, and an envelope may have ExpectLastSubjectSequence only if
-// none before it has its subject ([ErrOptionConflict]).
+// There must be 1 to [MaxAtomicEnvelopes] envelopes, else it is [ErrOutOfRange], none of
+// them delayed ([ErrOptionConflict]). If an expectation does not hold when the batch is
+// committed, nothing is stored: [ErrWrongSequence]. Only the first envelope may have
+// ExpectLastSequence, and an envelope may have ExpectLastSubjectSequence only if no
+// earlier one has the same subject ([ErrOptionConflict]).
 //
-// It tries again as [Publisher.Publish] does, with the same message ids, so that
-// no batch is stored twice within the duplicate window. A late ack of an earlier try
-// counts, and what is only late is not sent again: without an ack it first asks whether
-// the batch is stored. A batch of which every message id is already stored, be it by an
-// unanswered try or when a handler runs again, is acknowledged as a duplicate; one of
-// which only some are is refused and not stored.
+// It retries as [Publisher.Publish] does, with the same message ids, so that no batch is
+// stored twice within the duplicate window. Before a retry it checks whether the batch is
+// stored, and a late ack of an earlier try counts. A batch whose message ids are all
+// stored already, by an unanswered try or an earlier run of the handler, is acknowledged
+// as a duplicate; if only some are, it is refused and not stored.
 func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, error) {
+	if p.around == nil {
+		return p.publishAtomic(ctx, es)
+	}
+	c, err := p.through(ctx, OperationPublishAtomic, slices.Clone(es), func(ctx context.Context, c *PublishCall) error {
+		ack, err := p.publishAtomic(ctx, c.Envelopes)
+		c.Acks = []Ack{ack}
+		return err
+	})
+	return c.ack(), err
+}
+
+func (p *Publisher) publishAtomic(ctx context.Context, es []Envelope) (Ack, error) {
 	if err := checkAtomic(es); err != nil {
 		return Ack{}, err
 	}
@@ -70,7 +82,7 @@ func (p *Publisher) PublishAtomic(ctx context.Context, es ...Envelope) (Ack, err
 	return ack, nil
 }
 
-// checkAtomic reports every fault of a batch that shows without a server.
+// checkAtomic reports every fault of a batch that can be found without a server.
 func checkAtomic(es []Envelope) error {
 	if len(es) == 0 || len(es) > MaxAtomicEnvelopes {
 		return failure(fmt.Sprintf("publish atomically: %d envelopes: must be 1 to %d", len(es), MaxAtomicEnvelopes), ErrOutOfRange)
@@ -104,25 +116,24 @@ func checkAtomic(es []Envelope) error {
 	return errors.Join(faults...)
 }
 
-// atomicBatch is one PublishAtomic. One goroutine, the caller's, sends and receives.
+// atomicBatch is one PublishAtomic. It sends and receives on the caller's goroutine.
 //
-// A try is sent and its ack awaited. Without one the stream is asked, in order behind
-// what was sent, whether it has the last message. Only when it has not, or does not answer
-// either, the batch is sent again.
+// Without an ack for a try the stream is asked, after what was sent, whether it has the
+// last message. Only if it does not, or does not answer, the batch is resent.
 type atomicBatch struct {
 	*call
 	out      []outgoing
-	own      bool // an envelope brings its message id, which another batch may have stored
-	untraced bool // a probe had no answer
+	own      bool // an envelope has its own message id, which another batch may have stored
+	untraced bool // a probe was not answered
 	tick     *time.Ticker
 
 	inbox   string         // subject of the replies, which ends in <try>.<index>, or <try>.askToken
 	replies chan *nats.Msg // of all tries
 	try     int            // the latest
-	rest    []*nats.Msg    // of it, to be sent when the first message is staged
-	careful bool           // the stream had too much to do: the first message goes ahead
+	rest    []*nats.Msg    // of it, to be sent once the first message is staged
+	careful bool           // the stream was overloaded: send the first message alone
 	step    atomicStep
-	when    time.Time // of the next step, unless an answer comes first
+	when    time.Time // of the next step, unless an answer arrives before
 }
 
 type atomicStep int
@@ -140,8 +151,8 @@ func (b *atomicBatch) what() string {
 	return fmt.Sprintf("publish %d envelopes atomically to %q", len(b.out), b.out[0].subject)
 }
 
-// prepare settles the message ids of envelopes that were checked. In a handler they
-// are made of the batch as a whole: a part of a batch is not what another run stored.
+// prepare sets the message ids of the envelopes. In a handler they are made of the whole
+// batch, since another run may store a batch with some of the same envelopes.
 func (b *atomicBatch) prepare(es []Envelope) number {
 	var number number
 	if b.inDurable() {
@@ -167,7 +178,7 @@ func (b *atomicBatch) publish(ctx context.Context) (Ack, error) {
 		return Ack{}, b.ended(err)
 	}
 	b.inbox = b.p.nc.NewInbox() + "."
-	// What one try is answered is read before the next is sent.
+	// The answers to one try are read before the next one is sent.
 	b.replies = make(chan *nats.Msg, 3*len(b.out)+16)
 	sub, err := b.p.nc.ChanSubscribe(b.inbox+">", b.replies)
 	if err != nil {
@@ -199,7 +210,7 @@ func (b *atomicBatch) endingAny(ctx context.Context) error {
 	return b.ending(ctx, "")
 }
 
-// ended is the error of a batch whose time is over, nil for nil.
+// ended returns the error of a batch when ctx or the connection has ended, nil for nil.
 func (b *atomicBatch) ended(why error) error {
 	if why == nil {
 		return nil
@@ -210,7 +221,7 @@ func (b *atomicBatch) ended(why error) error {
 	return b.out[0].ended(why)
 }
 
-// next takes the next step when it is due, and else the next answer.
+// next executes the next step if it is due, and else handles the next answer.
 func (b *atomicBatch) next(ctx context.Context) (ack Ack, done bool, err error) {
 	if b.p.nc.IsConnected() && !b.when.After(time.Now()) {
 		return b.act(ctx)
@@ -257,8 +268,8 @@ func (b *atomicBatch) wait(step atomicStep, d time.Duration) {
 	b.step, b.when = step, time.Now().Add(d)
 }
 
-// send sends the batch under an id of its own, since the server has forgotten what
-// an earlier try staged, or will. at is the envelope that an error is about.
+// send sends the batch with a new batch id, since the server drops what an earlier try
+// has staged. at is the envelope that an error is about.
 func (b *atomicBatch) send(ctx context.Context) (at int, err error) {
 	nc, id := b.p.nc, b.p.nextID()
 	b.try++
@@ -270,7 +281,7 @@ func (b *atomicBatch) send(ctx context.Context) (at int, err error) {
 			return i, err
 		}
 		m := &nats.Msg{Subject: o.subject, Reply: fmt.Sprintf("%s%d.%d", b.inbox, b.try, i), Data: o.e.data}
-		// Rather than after the server has staged what comes before it.
+		// Fail before the server has staged the earlier messages.
 		for fits := false; !fits; {
 			m.Header = nats.Header{batchIDHeader: {id}, batchSequenceHeader: {strconv.Itoa(i + 1)}}
 			if i == last {
@@ -311,7 +322,7 @@ func (b *atomicBatch) sendRest(n int) error {
 	return nil
 }
 
-// receive takes an answer. What an earlier try is refused says nothing about the latest.
+// receive handles an answer. A refusal of an earlier try does not concern the latest.
 func (b *atomicBatch) receive(ctx context.Context, r *nats.Msg) (Ack, bool, error) {
 	try, index, _ := strings.Cut(r.Subject[len(b.inbox):], ".")
 	latest := try == strconv.Itoa(b.try) && b.step != atomicSend
@@ -343,8 +354,7 @@ func (b *atomicBatch) receive(ctx context.Context, r *nats.Msg) (Ack, bool, erro
 	return Ack{}, false, nil
 }
 
-// atomicAnswer reads the answer to one message of a batch, the zero Ack for one that
-// is staged.
+// atomicAnswer parses the answer to one message of a batch: the zero Ack if it is staged.
 func atomicAnswer(r *nats.Msg, stream string, last bool) (Ack, error) {
 	if len(r.Data) == 0 {
 		if r.Header.Get("Status") == "503" {
@@ -356,12 +366,12 @@ func atomicAnswer(r *nats.Msg, stream string, last bool) (Ack, error) {
 	}
 	ack, err := checkedAck(r.Data, stream, "")
 	if err == nil && !last {
-		err = failure("an envelope of the batch was stored on its own", ErrAtomicNotAllowed)
+		err = failure("an envelope of the batch was stored individually", ErrAtomicNotAllowed)
 	}
 	return ack, err
 }
 
-// receiveAsked takes the answer whether the last message is stored.
+// receiveAsked handles the answer to the question whether the last message is stored.
 func (b *atomicBatch) receiveAsked(ctx context.Context, r *nats.Msg) (Ack, bool, error) {
 	last := len(b.out) - 1
 	ack, err := atomicAnswer(r, "", true)
@@ -372,7 +382,7 @@ func (b *atomicBatch) receiveAsked(ctx context.Context, r *nats.Msg) (Ack, bool,
 	case errors.Is(err, nats.ErrNoResponders):
 		return b.afterTry(ctx, last, err)
 	case stored, err == nil:
-		// When it is stored, but maybe not with this batch, the server judges.
+		// It is stored, but maybe not by this batch: resend, and let the server decide.
 		b.wait(atomicSend, 0)
 	}
 	return Ack{}, false, nil
@@ -395,7 +405,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, boo
 	case errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), errors.Is(err, ErrAtomicNotAllowed):
 		return Ack{}, true, b.p.publishFailure(o, err)
 	case is[*failedError](err):
-		return Ack{}, true, err // of send, which knows more
+		return Ack{}, true, err // from send, which is more specific
 	case isLocal(err):
 		return Ack{}, true, b.p.publishFailure(o, err)
 	}
@@ -418,7 +428,7 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, boo
 				return again(first.trouble)
 			}
 		case codeAtomicIncomplete:
-			// What was staged is gone with its leader, or part of the batch went
+			// The staged messages were lost with the leader, or a part of the batch went
 			// to another stream.
 			if err := b.oneStream(ctx); err != nil {
 				return Ack{}, true, err
@@ -447,8 +457,8 @@ func (b *atomicBatch) afterTry(ctx context.Context, at int, err error) (Ack, boo
 	return Ack{}, true, b.p.publishFailure(o, err)
 }
 
-// failed is the envelope whose expectation failed. The server names none, only the
-// sequence that it has: it is the first that expects another.
+// failed is the envelope whose expectation failed. The server reports only its actual
+// sequence: it is the first envelope that expects another one.
 func (b *atomicBatch) failed(o *outgoing, api *jetstream.APIError) *outgoing {
 	for i := range b.out {
 		c := &b.out[i]
@@ -459,12 +469,12 @@ func (b *atomicBatch) failed(o *outgoing, api *jetstream.APIError) *outgoing {
 	return o
 }
 
-// stored reports whether every message of a batch that was refused as a duplicate is
-// stored, and where the last is.
+// stored reports whether all messages of a batch that was refused as a duplicate are
+// stored, and the ack of the last one.
 func (b *atomicBatch) stored(ctx context.Context) (ack Ack, all bool, err error) {
 	of := b.out
 	if !b.own {
-		of = of[len(of)-1:] // nothing but the whole batch has these ids
+		of = of[len(of)-1:] // only the whole batch has these ids
 	}
 	for i := range of {
 		ack, all, err = b.has(ctx, &of[i])
@@ -475,9 +485,9 @@ func (b *atomicBatch) stored(ctx context.Context) (ack Ack, all bool, err error)
 	return ack, true, nil
 }
 
-// has reports whether one message is stored, and where. Where the server does not
-// trace for this user, the message is repeated as one that cannot be stored: after it has
-// looked for a duplicate, the server checks the id of the last message.
+// has reports whether one message is stored, and its ack. If the server does not trace
+// messages for this user, the message is sent with an expectation that cannot hold: the
+// server checks for a duplicate first.
 func (b *atomicBatch) has(ctx context.Context, o *outgoing) (Ack, bool, error) {
 	if !b.untraced {
 		ack, stored, err := b.p.probe(ctx, o)
@@ -500,7 +510,7 @@ func (b *atomicBatch) has(ctx context.Context, o *outgoing) (Ack, bool, error) {
 	return probed(ack, err)
 }
 
-// oneStream looks up whether all subjects belong to one stream.
+// oneStream checks that all subjects belong to one stream.
 func (b *atomicBatch) oneStream(ctx context.Context) error {
 	home := ""
 	asked := make(map[string]bool)

@@ -348,10 +348,10 @@ func TestPullsOfAnIdleRoute(t *testing.T) {
 		handled <- m.Attempt()
 		return nil
 	}))
-	bell := request{Batch: 1, MaxBytes: 1, Expires: bellStay}
+	idle := request{Batch: 1, MaxBytes: 1, Expires: idleStay}
 	for range 2 {
 		brief := 0
-		for p := receive(t, pulls, "a pull"); p != bell; p = receive(t, pulls, "a pull") {
+		for p := receive(t, pulls, "a pull"); p != idle; p = receive(t, pulls, "a pull") {
 			if p.Expires == time.Millisecond {
 				continue // the anchor
 			}

@@ -21,62 +21,70 @@ const (
 // Option configures a [Broker].
 type Option func(*Broker)
 
-// WithWorkers sets how many handlers run at once over all routes. Default is
+// WithWorkers sets how many handlers run at once over all routes. The default is
 // [DefaultWorkers]; below 1 is [ErrOutOfRange].
 func WithWorkers(n int) Option { return func(b *Broker) { b.workers = n } }
 
-// WithLogger sets where the broker logs. Default, also for nil, is
-// [slog.Default].
+// WithLogger sets the broker's logger. The default, also for nil, is [slog.Default].
 func WithLogger(l *slog.Logger) Option { return func(b *Broker) { b.log = l } }
 
 // WithMiddleware wraps the handlers of all routes, responders and replays
-// included; the first is the outermost, and several calls add up. Default is none;
-// nil is [ErrOutOfRange], and one that returns nil [ErrNoHandler].
+// included. The first is the outermost; several calls add up. The default is none. A nil
+// middleware is [ErrOutOfRange], and one that returns nil is [ErrNoHandler].
 //
-// A middleware must not return before the next handler has: what it returns settles
-// the message or answers the request. The context that it passes on must derive from
-// the one that it got, which is where [MsgFrom], a [Publisher]'s message ids and the
-// answer of a responder are found. A middleware that does not call the next handler
-// decides itself: of a request it then sends no payload.
+// A middleware must not return before the next handler has: its result settles the
+// message or answers the request. It must pass on a context derived from its own, which
+// carries what [MsgFrom], a [Publisher] and a responder need. If it does not call the
+// next handler, its own result decides, and a request is answered without a payload.
 func WithMiddleware(mw ...Middleware) Option {
 	return func(b *Broker) { b.middleware = append(b.middleware, mw...) }
 }
 
-// WithObserver has o told of every finished attempt, those of replays included. Of
-// several the last one holds; default, also for nil, is none.
-func WithObserver(o Observer) Option { return func(b *Broker) { b.observer = o } }
+// WithObserver adds an observer of every finished attempt, those of replays included.
+// Several calls add up, and the observers are told one after another; nil adds none.
+// Default is none.
+func WithObserver(o Observer) Option {
+	return func(b *Broker) {
+		if o != nil {
+			b.observers = append(b.observers, o)
+		}
+	}
+}
 
 // WithDrainTimeout sets how long a shutdown waits for running handlers before it
-// cancels their contexts. Default is [DefaultDrainTimeout]; it must be above zero,
-// else it is [ErrOutOfRange]. A replay that is stopped keeps to it as well.
+// cancels their contexts. The default is [DefaultDrainTimeout]; it must be above zero,
+// else it is [ErrOutOfRange]. It also applies to a replay that is stopped.
 func WithDrainTimeout(d time.Duration) Option { return func(b *Broker) { b.drainTimeout = d } }
 
-// WithErrorText sets what of an error goes into a dead letter, for errors that
-// hold what must not be stored. Default is the error's text. fn is called by many
-// at once; nil is [ErrOutOfRange]. The stack of a panic, and the log, are not changed.
+// WithErrorText sets the function that returns the text of an error for a dead letter,
+// for errors with content that must not be stored. The default is [error.Error]. fn must
+// be safe for concurrent use; nil is [ErrOutOfRange]. It does not apply to the stack of
+// a panic, nor to the log.
 func WithErrorText(fn func(error) string) Option { return func(b *Broker) { b.errorText = fn } }
 
 // WithJetStream sets the JetStream context that durables, dead letters, replays and
-// [WithStreams] use, for a domain or an API prefix. It must be of the broker's
-// connection, else it is [ErrOptionConflict]. Default, also for nil, is a plain one.
+// [WithStreams] use, for a domain or an API prefix. It must use the broker's connection,
+// else it is [ErrOptionConflict]. The default, also for nil, is [jetstream.New] without
+// options.
 func WithJetStream(js jetstream.JetStream) Option { return func(b *Broker) { b.js = js } }
 
-// Broker runs routes on one shared pool of workers. It is safe for concurrent
-// use, and runs once. It does not own its connection, and leaves it open; any number
-// of brokers, publishers and others may share that.
+// Broker runs routes on one shared pool of workers. It is safe for concurrent use, and
+// runs once. It does not own its connection: it leaves it open, and other brokers and
+// publishers may share it.
 type Broker struct {
 	settings
 	nc      *nats.Conn
 	js      jetstream.JetStream
 	streams []StreamSpec
-	service *service // nil without WithService
+	retry   *retryStream // nil without WithRetryStream
+	service *service     // nil without WithService
 
 	ready chan struct{} // closed when every route receives
 	ran   atomic.Pointer[engine]
 }
 
-// NewBroker returns a broker over nc, which must outlive its Run. Faulty options,
-// and a nc that is nil, are reported by [Broker.Run] and [Broker.Replay].
+// NewBroker returns a broker over nc, which must stay open until Run returns.
+// [Broker.Run] and [Broker.Replay] report a nil nc and invalid options.
 func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 	b := &Broker{
 		settings: settings{workers: DefaultWorkers, drainTimeout: DefaultDrainTimeout, errorText: error.Error},
@@ -92,33 +100,67 @@ func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 	return b
 }
 
-// Run consumes specs until ctx ends or a route cannot go on, and then drains:
-// pulling stops, what runs goes on with a live context, what was pulled is
-// finished, acknowledgements are flushed. At the drain timeout the contexts of
-// the handlers are cancelled, and after a grace of [DrainGrace], and a last second at
-// most for what is to be sent, Run returns in any case. It returns nil after a clean
-// drain that ctx asked for, and else the joined causes:
+// Validate reports every fault of the broker's options, its streams and specs, without a
+// server, as [Broker.Run] does before its first network call. Beyond [Validate] it
+// compares the routes with the streams of [WithStreams]: two durables of a work-queue
+// stream whose filters overlap are [ErrOptionConflict], since such a stream gives each
+// message to one durable.
+func (b *Broker) Validate(specs ...Spec) error {
+	return errors.Join(b.validate(), Validate(specs...), overlapFaults(b.streams, specs))
+}
+
+// overlapFaults are the durables of work-queue streams that want the same messages.
+func overlapFaults(streams []StreamSpec, specs []Spec) error {
+	var faults []error
+	for _, stream := range streams {
+		if stream.set&optRetention == 0 || stream.retention != jetstream.WorkQueuePolicy {
+			continue
+		}
+		var of []Spec
+		for _, s := range specs {
+			if stream.has(s) {
+				of = append(of, s)
+			}
+		}
+		for i, s := range of {
+			for _, earlier := range of[:i] {
+				if s.overlaps(earlier) {
+					faults = append(faults, s.overlapWith(earlier, stream.name))
+				}
+			}
+		}
+	}
+	return errors.Join(faults...)
+}
+
+// Run consumes specs until ctx ends or a route fails, and then drains. Pulling stops,
+// and running handlers go on with a live context. Waiting messages of durables are
+// started for 200 ms more; the rest is given back to the server. Acks are flushed. At the
+// drain timeout the contexts of the handlers are cancelled. Run returns [DrainGrace] plus
+// at most a second after that in any case. It returns nil after a clean drain that ctx
+// has started, else the joined causes:
 //
-//   - the faults of [Validate] and of the options, before any network call;
-//   - of [WithStreams], a [*StreamConflictError], [ErrPermission] or an error of the
-//     server; no route starts then;
-//   - [*RouteError]s of all routes that could not start or go on, with what they
-//     wrap: [ErrNoStream], [ErrAmbiguousStream], [ErrDuplicateDurable],
-//     [ErrWouldLose], [ErrBadDLQ], [ErrConsumerConflict], [ErrConsumerDeleted],
-//     [ErrStreamDeleted], [ErrPermission], or an error of the server;
-//   - of [WithService], [ErrPermission];
-//   - [ErrConnectionClosed] when the connection was closed for good;
-//   - a [*DrainError] when the drain was cut off, or [ErrDrainTimeout] alone when
-//     everything was handled and the last acknowledgements could not be flushed.
+//   - the faults of [Broker.Validate], before any network call;
+//   - for [WithStreams] a [*StreamConflictError], [ErrPermission] or an error of the
+//     server; no route is started then;
+//   - a [*RouteError] for each route that could not start or has failed. It wraps
+//     [ErrNoStream], [ErrAmbiguousStream], [ErrDuplicateDurable], [ErrWouldLose],
+//     [ErrBadDLQ], [ErrConsumerConflict], [ErrConsumerDeleted], [ErrStreamDeleted],
+//     [ErrPermission], or an error of the server;
+//   - for [WithRetryStream] a [*StreamError] that wraps [ErrBadRetryStream],
+//     [ErrServerTooOld], [ErrPermission] or an error of the server;
+//   - for [WithService] [ErrPermission];
+//   - [ErrConnectionClosed] if the connection was closed for good;
+//   - a [*DrainError] if the shutdown exceeded the drain timeout, or [ErrDrainTimeout]
+//     alone if only the last acknowledgements could not be flushed.
 //
-// What passes by itself (a reconnect, an election, a server that starts) is
-// retried for as long as ctx lives; [Broker.Health] shows it. A server without
-// JetStream looks like one that starts: a route that starts gives up after 10 s
-// without an answer, with [nats.ErrNoResponders]; with WithStreams it is waited for.
-// A broker runs once: another Run returns [ErrAlreadyRun], unless the first was
-// refused for faults.
+// Transient failures (a reconnect, a leader election, a server restart) are retried
+// until ctx ends; [Broker.Health] reports them. A server without JetStream cannot be
+// distinguished from one that starts: after 10 s without an answer a route fails with
+// [ErrNoJetStream], while [WithStreams] keeps waiting. A broker runs once: another Run
+// returns [ErrAlreadyRun], unless the first was refused for faults.
 func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
-	if err := errors.Join(b.validate(), Validate(specs...)); err != nil {
+	if err := b.Validate(specs...); err != nil {
 		return err
 	}
 	js, err := b.jetStream()
@@ -139,7 +181,7 @@ func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
 	return e.run()
 }
 
-// jetStream is the JetStream context of the options, or a plain one.
+// jetStream returns the JetStream context of WithJetStream, or one without options.
 func (b *Broker) jetStream() (jetstream.JetStream, error) {
 	if b.js != nil {
 		return b.js, nil
@@ -154,13 +196,13 @@ func (b *Broker) jetStream() (jetstream.JetStream, error) {
 func (b *Broker) validate() error {
 	var faults []error
 	add := func(format string, args ...any) {
-		faults = append(faults, fmt.Errorf("natsx: "+format+": %w", append(args, ErrOutOfRange)...))
+		faults = append(faults, failure(fmt.Sprintf(format, args...), ErrOutOfRange))
 	}
 	if b.nc == nil {
-		add("broker without a connection")
+		add("broker has no connection")
 	}
 	if b.js != nil && b.nc != nil && b.js.Conn() != b.nc {
-		faults = append(faults, fmt.Errorf("natsx: JetStream context of another connection: %w", ErrOptionConflict))
+		faults = append(faults, failure("JetStream context of another connection", ErrOptionConflict))
 	}
 	if b.workers < 1 {
 		add("workers %d: must be at least 1", b.workers)
@@ -179,18 +221,20 @@ func (b *Broker) validate() error {
 			add("middleware %d is nil", i)
 		}
 	}
+	if b.retry != nil {
+		faults = append(faults, RetryStream(b.retry.name).Validate())
+	}
 	return errors.Join(append(faults, validateStreams(b.streams))...)
 }
 
-// Ready is closed when every route receives. It stays open when Run fails first.
+// Ready returns a channel that is closed when every route receives. It stays open if Run
+// fails before.
 func (b *Broker) Ready() <-chan struct{} { return b.ready }
 
-// Health returns nil while every route does its work, and else the joined reasons
-// why not: not running yet or any more, what ends Run, not connected, and a
-// [*RouteError] for each route that waits for JetStream, whose consumer does not
-// answer or refuses pulls, whose DLQ takes no letters, whose retries fill
-// MaxAckPending, or whose consumer got a MaxDeliver from somebody; see
-// [RouteError.Field]. A paused route is healthy. Health asks no server.
+// Health returns nil while all routes work, else the joined reasons: the broker is not
+// running, Run is ending with an error, the connection is down, all workers hang, or a
+// [*RouteError] for each problem of a route; see [RouteError.Field]. A paused route is
+// healthy. Health makes no network call.
 func (b *Broker) Health() error {
 	e := b.ran.Load()
 	if e == nil {
@@ -199,8 +243,8 @@ func (b *Broker) Health() error {
 	return e.health()
 }
 
-// Stats returns the counters of every route of Run; replays have none. There are
-// none before Run, and they are kept after it has returned.
+// Stats returns the counters of every route; replays have none. There are none before
+// Run, and they are kept after it has returned.
 func (b *Broker) Stats() Stats {
 	e := b.ran.Load()
 	if e == nil {
@@ -209,13 +253,12 @@ func (b *Broker) Stats() Stats {
 	return e.stats()
 }
 
-// Pause stops the intake of this broker's routes with the durable: what was pulled
-// is finished, nothing more is pulled until [Broker.Resume]. Other brokers, in this
-// process or another, go on. It returns when nothing more arrives: for each route
-// after half a second at most while the server answers, and after 5 s in any case;
-// what was still on its way then is delivered again. Pausing twice is harmless.
-// [ErrUnknownDurable] tells that no running route has the durable, as before
-// [Broker.Ready] and once a shutdown has begun.
+// Pause stops the intake of this broker's routes with the durable: messages that were
+// pulled are handled, and nothing more is pulled until [Broker.Resume]. Other brokers go
+// on. It returns when nothing more arrives: within about a second while the server
+// answers, and after 5 s in any case; messages still in transit then are redelivered.
+// Pausing twice is harmless. The error is [ErrUnknownDurable] if no running route has the
+// durable, also before [Broker.Ready] and during a shutdown.
 func (b *Broker) Pause(durable string) error {
 	return b.forDurable(durable, func(r *durableRoute) error {
 		ctx, cancel := context.WithTimeout(context.Background(), apiTimeout)
@@ -225,9 +268,10 @@ func (b *Broker) Pause(durable string) error {
 	})
 }
 
-// Resume ends a [Broker.Pause], and does not wait for the first message. Resuming
-// what is not paused is harmless. [ErrUnknownDurable] tells that no running route has
-// the durable; a [*RouteError], that it could not subscribe again.
+// Resume ends a [Broker.Pause]. It does not wait for the first message. Resuming a route
+// that is not paused is harmless. The error is [ErrUnknownDurable] if no running route
+// has the durable, or a [*RouteError] if its consumer has changed or it could not
+// subscribe.
 func (b *Broker) Resume(durable string) error {
 	return b.forDurable(durable, (*durableRoute).resume)
 }
@@ -250,45 +294,78 @@ func (b *Broker) forDurable(name string, fn func(*durableRoute) error) error {
 	return errors.Join(errs...)
 }
 
-// WithStreams has [Broker.Run] ensure these streams before any route starts, as
-// [StreamSpec.Ensure] does. One that captures a route's DLQ subject is created
-// with DiscardNew unless Discard or AllowMsgSchedules says otherwise: a full DLQ
-// refuses letters, which stay with their route, and loses none. Several calls add up,
-// and a name twice is [ErrOptionConflict]. They are made in the JetStream of
-// [WithJetStream]. Default is none.
+// WithStreams sets the streams that [Broker.Run] ensures before any route starts, as
+// [StreamSpec.Ensure] does. A stream that captures a route's DLQ subject is created with
+// DiscardNew, unless Discard or AllowMsgSchedules is set: a full DLQ then refuses letters,
+// and their originals stay. Several calls add up; the same name twice is
+// [ErrOptionConflict]. The streams are made in the JetStream of [WithJetStream], unless
+// [StreamSpec.Domain] or [StreamSpec.APIPrefix] names another one. The default is none.
 func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
 }
 
-// Replay handles stored messages once more, from the bounds of spec on, and ends
-// at what was last stored when it started. It reads through a consumer of its own,
-// which is deleted at the end and expires by itself after [ReplayInactive], or
-// sooner by the stream's limit, when the process is killed; no durable is touched,
-// nothing is acknowledged.
+// WithRetryStream has the messages of durable routes wait for their retries in a stream of
+// their own, which also takes what is given back at a shutdown. Default is none: a message
+// that waits then stays unsettled in its own stream.
 //
-// What is stored is replayed as it is. A message that was redriven (see
-// [DeadLetterQuery.Redrive]) is in the stream twice, the original and its copy with
-// [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to
-// publish a message later, is passed over; the message that it published is not. So are
-// the markers of [RouteBuilder.Tombstones].
+// A message that fails and has attempts left is stored there as a copy, which the server
+// publishes when the retry is due (ADR-51), and acknowledged in its own stream once the
+// copy is stored. So retries do not count against MaxAckPending, do not end with the
+// MaxAge of their stream, and their attempts are exact: an attempt is a run that returned,
+// however often the message was delivered. A run that ended with its process is repeated
+// as the same attempt; a message that takes down its process again and again is dead
+// with [ReasonCrashed] all the same.
 //
-// While Run is under way the replay uses its pool, where it takes turns with the
-// routes; else it has a pool of its own for as long as it takes. So it has when ctx
-// is a handler's: that one holds a worker while it waits, and the replay's are
-// beyond [WithWorkers]. Such a replay ends with its handler's context. The broker's
-// middleware and observer apply.
+// The handler sees no difference: subject, headers, payload, sequence, time and stream are
+// those of the original. A retry comes up to a quarter of a second after it is due, since
+// the server looks for what is due that often. The copies of all routes share the stream,
+// each durable with a consumer of its own on it. The retries of routes with
+// OrderedBy or PinnedBy, and of messages within 2 KiB of the server's maximum payload,
+// wait in their own stream.
 //
-// A reconnect, a server's restart and a change of leader are survived: the replay
-// goes on behind the last message it got, without gap or repeat.
+// The stream is made as [RetryStream] describes, with as many replicas as the streams of
+// the routes, unless it exists or [WithStreams] makes it. Run refuses one that could lose
+// retries with a [*StreamError] that matches [ErrBadRetryStream], and a server before 2.12
+// with [ErrServerTooOld]; a bad name is [ErrInvalidName]. While the stream takes no
+// copies, failed messages are held, up to 1,000 for each route, and Health tells. Only
+// brokers should be allowed to publish to it. Beside the permissions of a durable on it,
+// a broker needs to publish to <name>.wait.> and <name>.due.>, and $JS.API.STREAM.MSG.GET
+// on it.
 //
-// It returns nil when everything was handled. Else the report says how far it
-// came, and the error is
+// All brokers of a durable use the same retry stream. A broker without it does not handle
+// what waits there; take it away when it is empty.
+func WithRetryStream(name string) Option {
+	return func(b *Broker) { b.retry = &retryStream{name: name} }
+}
+
+// Replay handles stored messages again, within the bounds of spec. It ends at the last
+// message that was stored when it started. It reads through an ephemeral consumer, which
+// it deletes at the end; if the process is killed, the server removes the consumer after
+// a minute or the stream's shorter limit. It acknowledges nothing and affects no
+// durable.
+//
+// Messages are replayed as they are stored. A redriven message (see
+// [DeadLetterQuery.Redrive]) is in the stream twice, as the original and as its copy with
+// [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to publish
+// a message later, is skipped; the message that it published is not. So are the markers
+// that [RouteBuilder.Tombstones] describes.
+//
+// While Run is active the replay uses its pool, where it takes turns with the routes;
+// else it has its own pool. It also has its own if ctx is a handler's, since that handler
+// occupies a worker while it waits; such a replay ends with the handler's context. The
+// broker's middleware and observer apply.
+//
+// After a reconnect, a server restart or a leader election the replay continues after the
+// last message received, without a gap or a repetition.
+//
+// It returns nil if everything was handled. Otherwise the report says how far it came,
+// and the error is
 //
 //   - the faults of [ReplaySpec.Validate] and of the broker's options;
-//   - a [*ReplayFailure] when a handler failed and ContinueOnError was not called;
-//   - ctx's error when ctx ended: handlers that run then go on with a live context
-//     up to the broker's drain timeout, after which a [*DrainError] is joined;
-//   - [ErrBrokerStopped] when the broker's Run ended meanwhile;
+//   - a [*ReplayFailure] if a handler failed and ContinueOnError was not called;
+//   - ctx's error if ctx ended: running handlers go on with a live context up to the
+//     broker's drain timeout, after which a [*DrainError] is joined;
+//   - [ErrBrokerStopped] if the broker's Run ended meanwhile;
 //   - a [*ReplayError] that wraps [ErrNoStream], [ErrAmbiguousStream],
 //     [ErrStreamDeleted], [ErrNotReplayable], [ErrPermission],
 //     [ErrConnectionClosed] or an error of the server.
@@ -300,8 +377,7 @@ func (b *Broker) Replay(ctx context.Context, spec ReplaySpec) (ReplayReport, err
 	if err != nil {
 		return ReplayReport{}, err
 	}
-	// A handler that holds a worker of the pool may wait for a replay that waits for
-	// that worker.
+	// Within a handler, a replay in the same pool could wait for that handler's worker.
 	if e := b.ran.Load(); e != nil && deliveryFrom(ctx) == nil {
 		r := newReplay(ctx, e.env, spec)
 		if e.admit(r) {

@@ -7,31 +7,30 @@ import (
 )
 
 const (
-	// sendBuffer is what a server holds for a connection before it closes that as a
-	// slow consumer: the default of its option max_pending.
+	// sendBuffer is how many bytes a server buffers for a connection before it closes it
+	// as a slow consumer: the default of its option max_pending.
 	sendBuffer = 64 << 20
-	// mostAsked is the most bytes that the pulls of one connection ask for together, as
-	// a part of sendBuffer: a pull may bring four times what it is expected to.
+	// mostAskedBytes is the most bytes that all pulls of one connection ask for. It is
+	// well below sendBuffer, since a pull may deliver four times what is expected.
 	mostAskedBytes = sendBuffer / 6
-	// leastAsked is what they may ask for before the link has shown what it carries.
+	// leastAskedBytes is how many they may ask for on a link that has carried nothing yet.
 	leastAskedBytes = 128 << 10
-	// leastCap is the lowest that disconnects bring the cap down to.
+	// leastCapBytes is the lowest cap after disconnects.
 	leastCapBytes = 64 << 10
-	// minPullBytes is the smallest bound on the bytes of a pull for several messages.
+	// minPullBytes is the lowest max_bytes of a pull for several messages.
 	minPullBytes = 64 << 10
-	// carriedSlot is the resolution of what the link has carried lately, and
-	// carriedSlots of them are its length.
+	// carriedSlot is the resolution of the count of bytes received, which covers
+	// carriedSlots of them.
 	carriedSlot  = int64(20 * time.Millisecond)
 	carriedSlots = 5
-	// capRecovery is after how long without a disconnect the cap doubles again.
+	// capRecovery is the time without a disconnect after which the cap doubles.
 	capRecovery = time.Minute
 )
 
-// budget bounds the bytes that all pulls of one connection have asked for and that
-// have not come: by a part of the server's send buffer, and by twice what the link
-// carried within the last tenth of a second, so that nothing waits long in transit.
-// It is safe for concurrent use. The zero value has no limit of its own yet; a nil
-// budget has none at all.
+// budget bounds the bytes that all pulls of one connection have asked for and not
+// received: by a part of the server's send buffer, and by twice what the link carried
+// within the last tenth of a second, so that nothing stays long in transit. It is safe
+// for concurrent use. The zero value is ready to use; a nil budget has no bound.
 type budget struct {
 	asked atomic.Int64
 
@@ -42,7 +41,7 @@ type budget struct {
 	slot  int64 // number of the current slot
 }
 
-// carry books bytes that came.
+// carry counts bytes received.
 func (b *budget) carry(now, bytes int64) {
 	if b == nil || bytes == 0 {
 		return
@@ -53,7 +52,7 @@ func (b *budget) carry(now, bytes int64) {
 	b.slots[b.slot%carriedSlots] += bytes
 }
 
-// turn begins the slot of now. b is locked.
+// turn advances to the slot of now. b is locked.
 func (b *budget) turn(now int64) {
 	slot := now / carriedSlot
 	for ; b.slot < slot; b.slot++ {
@@ -83,8 +82,9 @@ func (b *budget) limit(now int64) int64 {
 	return min(leastAskedBytes+2*carried, most)
 }
 
-// grant reserves room for up to n messages of size bytes each and returns for how
-// many. One alone is allowed while anything is, so that no message is too large.
+// grant reserves bytes for up to n messages of size bytes each and returns how many are
+// granted. The first one is granted while any byte is left, so that no message is too
+// large.
 func (b *budget) grant(now int64, n int, size int64, first bool) int {
 	if b == nil {
 		return n
@@ -108,9 +108,8 @@ func (b *budget) release(bytes int64) {
 	}
 }
 
-// disconnected lowers the cap: a connection that ends while much is on its way may
-// have ended because of that. The server closes a slow consumer without a word, and
-// its max_pending is not known.
+// disconnected lowers the cap if bytes were in transit, since they may be the cause: the
+// server closes a slow consumer without a reason, and its max_pending is not known.
 func (b *budget) disconnected(now int64) {
 	if b == nil {
 		return

@@ -29,7 +29,7 @@ func TestValidate(t *testing.T) {
 		inCore    = `natsx: route "orders.*": `
 		inBilling = `natsx: route "orders.*" durable "billing": `
 	)
-	long := strings.Repeat("x", MaxNameLength+1)
+	long := strings.Repeat("x", maxNameLength+1)
 	type fault struct {
 		line string
 		is   error
@@ -44,7 +44,8 @@ func TestValidate(t *testing.T) {
 		{"reply", core.Queue("g").Reply(noReply), nil},
 		{"durable", billing.Handle(nop), nil},
 		{"durable with all that fits", billing.Stream("ORDERS").DeliverFromSequence(1).Retry(0).Backoff(time.Second, time.Second).
-			Timeout(time.Minute).AckWait(MinAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").Handle(nop), nil},
+			Timeout(time.Minute).AckWait(minAckWait).Concurrency(8).MaxAckPending(8).ConfirmAcks().DLQ("dlq.orders").PinnedBy("a/B_=-9").
+			Also("returns.*").Also("stock.>").InactiveThreshold(minInactiveThreshold).AdoptChanges().Handle(nop), nil},
 		{"deliver new", billing.DeliverNew().Handle(nop), nil},
 		{"deliver last", billing.DeliverLast().Handle(nop), nil},
 		{"deliver last per subject", billing.DeliverLastPerSubject().Handle(nop), nil},
@@ -76,8 +77,8 @@ func TestValidate(t *testing.T) {
 		{"queue with a durable", billing.Queue("g").Handle(nop), []fault{{inBilling + `queue "g": does not fit with a durable, whose processes share messages anyway`, ErrOptionConflict}}},
 
 		{"empty durable", core.Durable("").Handle(nop), []fault{{inCore + `durable "": must not be empty`, ErrInvalidName}}},
-		{"durable with a dot", core.Durable("a.b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a.b": durable "a.b": must not hold any of . * > / \`, ErrInvalidName}}},
-		{"durable that does not print", core.Durable("a\u200b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a\u200b": durable "a\u200b": has a character that does not print`, ErrInvalidName}}},
+		{"durable with a dot", core.Durable("a.b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a.b": durable "a.b": must not contain any of . * > / \`, ErrInvalidName}}},
+		{"durable that does not print", core.Durable("a\u200b").Handle(nop), []fault{{`natsx: route "orders.*" durable "a\u200b": durable "a\u200b": has a character that is not printable`, ErrInvalidName}}},
 		{"reply with a durable", billing.Reply(noReply), []fault{{inBilling + `reply: does not fit with a durable: a requester waits on core NATS`, ErrOptionConflict}}},
 
 		{"empty stream", billing.Stream("").Handle(nop), []fault{{inBilling + `stream "": must not be empty`, ErrInvalidName}}},
@@ -93,8 +94,30 @@ func TestValidate(t *testing.T) {
 		{"no concurrency", core.Concurrency(0).Handle(nop), []fault{{inCore + `concurrency 0: must be at least 1`, ErrOutOfRange}}},
 		{"nothing pending", billing.MaxAckPending(0).Handle(nop), []fault{{inBilling + `maxAckPending 0: must be at least 1`, ErrOutOfRange}}},
 		{"pending below the concurrency", billing.Concurrency(8).MaxAckPending(7).Handle(nop), []fault{
-			{inBilling + `maxAckPending 7: is below the concurrency of 8, which it would cap`, ErrOptionConflict},
+			{inBilling + `maxAckPending 7: is below the concurrency of 8, which it would limit`, ErrOptionConflict},
 		}},
+
+		{"empty further filter", billing.Also("").Handle(nop), []fault{{inBilling + `also "": must not be empty`, ErrInvalidSubject}}},
+		{"two filters in one", billing.Also("a.* b.*").Handle(nop), []fault{{inBilling + `also "a.* b.*": has white space`, ErrInvalidSubject}}},
+		{"filters that overlap", billing.Also("a.b").Also("orders.new").Also("*.b").Also("orders.>").Handle(nop), []fault{
+			{inBilling + `also "orders.new": overlaps with "orders.*" of the same durable`, ErrOptionConflict},
+			{inBilling + `also "*.b": overlaps with "orders.*" of the same durable`, ErrOptionConflict},
+			{inBilling + `also "orders.>": overlaps with "orders.*" of the same durable`, ErrOptionConflict},
+		}},
+		{"filter twice", billing.Also("a.*").Also("a.*").Handle(nop), []fault{{inBilling + `also "a.*": overlaps with "a.*" of the same durable`, ErrOptionConflict}}},
+		{"further filter of a core route", core.Also("a.*").Also("b.*").Handle(nop), []fault{{inCore + `also ["a.*" "b.*"]: needs a durable`, ErrOptionConflict}}},
+		{"further filter of what is faulty", Route("a..b").Durable("d").Also("a.>").Handle(nop), []fault{{`natsx: route "a..b" durable "d": subject "a..b": has an empty token`, ErrInvalidSubject}}},
+		{"DLQ that comes back on a further filter", billing.Also("dlq.*").DLQ("dlq.x").Handle(nop), []fault{{inBilling + `dlq "dlq.x": is matched by the route's own filter: dead letters would come back`, ErrDLQLoop}}},
+		{"short inactive threshold", billing.InactiveThreshold(999 * time.Millisecond).Handle(nop), []fault{{inBilling + `inactiveThreshold 999ms: must be at least 1s`, ErrOutOfRange}}},
+		{"negative inactive threshold", billing.InactiveThreshold(-1).Handle(nop), []fault{{inBilling + `inactiveThreshold -1ns: must be at least 1s`, ErrOutOfRange}}},
+		{"options of a durable on a core route", core.InactiveThreshold(time.Hour).AdoptChanges().Handle(nop), []fault{
+			{inCore + `inactiveThreshold 1h0m0s: needs a durable`, ErrOptionConflict},
+			{inCore + `adoptChanges: needs a durable`, ErrOptionConflict},
+		}},
+		{"empty group", billing.PinnedBy("").Handle(nop), []fault{{inBilling + `pinnedBy "": must not be empty`, ErrInvalidName}}},
+		{"long group", billing.PinnedBy("12345678901234567").Handle(nop), []fault{{inBilling + `pinnedBy "12345678901234567": is longer than 16 bytes`, ErrInvalidName}}},
+		{"group with a dot", billing.PinnedBy("a.b").Handle(nop), []fault{{inBilling + `pinnedBy "a.b": must have only letters, digits and / _ = -`, ErrInvalidName}}},
+		{"group of a core route", core.PinnedBy("g").Handle(nop), []fault{{inCore + `pinnedBy "g": needs a durable`, ErrOptionConflict}}},
 
 		{"empty DLQ", billing.DLQ("").Handle(nop), []fault{{inBilling + `dlq "": must not be empty`, ErrInvalidSubject}}},
 		{"DLQ with a wildcard", billing.DLQ("dlq.>").Handle(nop), []fault{{inBilling + `dlq "dlq.>": has a wildcard`, ErrInvalidSubject}}},
@@ -117,7 +140,7 @@ func TestValidate(t *testing.T) {
 		{"no order key", billing.OrderedBy(OrderKey{}).Handle(nop), []fault{{inBilling + `orderedBy OrderKey{}: needs SubjectKey, SubjectToken or HeaderKey`, ErrOutOfRange}}},
 		{"order by a negative token", billing.OrderedBy(SubjectToken(-1)).Handle(nop), []fault{{inBilling + `orderedBy SubjectToken(-1): tokens are counted from 0`, ErrOutOfRange}}},
 		{"order by no header", billing.OrderedBy(HeaderKey("")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey(""): must not be empty`, ErrInvalidName}}},
-		{"order by a header with a colon", billing.OrderedBy(HeaderKey("a:b")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey("a:b"): must be an HTTP token: letters, digits, dashes and the like`, ErrInvalidName}}},
+		{"order by a header with a colon", billing.OrderedBy(HeaderKey("a:b")).Handle(nop), []fault{{inBilling + `orderedBy HeaderKey("a:b"): must be an HTTP token of letters, digits and characters such as -`, ErrInvalidName}}},
 		{"empty batch", billing.Batch(0, time.Second).HandleBatch(nopBatch), []fault{{inBilling + `batch 0 within 1s: needs at least 1 message`, ErrOutOfRange}}},
 		{"batch that does not wait", billing.Batch(1, 0).HandleBatch(nopBatch), []fault{{inBilling + `batch 1 within 0s: the wait must be above zero`, ErrOutOfRange}}},
 		{"batch for a single handler", billing.Batch(1, time.Second).Handle(nop), []fault{{inBilling + `batch 1 within 1s: needs HandleBatch`, ErrOptionConflict}}},
@@ -149,26 +172,21 @@ func TestValidate(t *testing.T) {
 	}
 }
 
-// TestValidateUnsupported holds each option without an engine to be refused
-// rather than ignored.
-func TestValidateUnsupported(t *testing.T) {
+// Every option of a route is taken, alone and with the others that it fits with.
+func TestValidateTakesEveryOption(t *testing.T) {
 	t.Parallel()
 	billing := Route("orders.*").Durable("billing")
-	for _, tc := range []struct {
-		field string
-		spec  Spec
-	}{
-		{"orderedBy", billing.OrderedBy(SubjectKey()).Handle(nop)},
-		{"orderedBy", billing.OrderedBy(SubjectToken(0)).Handle(nop)},
-		{"orderedBy", billing.OrderedBy(HeaderKey("Customer")).Handle(nop)},
-		{"batch", billing.Batch(1, time.Second).HandleBatch(nopBatch)},
-		{"rate", billing.Rate(0.5).Handle(nop)},
-		{"breaker", billing.Breaker(1, time.Second).Handle(nop)},
+	for _, spec := range []Spec{
+		billing.OrderedBy(SubjectKey()).Handle(nop),
+		billing.OrderedBy(SubjectToken(0)).Rate(0.5).Breaker(1, time.Second).PinnedBy("g").Handle(nop),
+		billing.OrderedBy(HeaderKey("Customer")).Handle(nop),
+		billing.Batch(1, time.Second).Rate(10).Breaker(1, time.Second).HandleBatch(nopBatch),
+		billing.Batch(MaxBatch, time.Second).MaxAckPending(MaxBatch).HandleBatch(nopBatch),
+		Route("orders.*").Rate(1e6).Handle(nop),
+		Route("orders.*").Rate(1).Reply(func(context.Context, *Msg) ([]byte, error) { return nil, nil }),
 	} {
-		var fault *RouteError
-		err := tc.spec.Validate()
-		if !errors.As(err, &fault) || fault.Field != tc.field || fault.Err != ErrNotSupported || len(lines(err)) != 1 {
-			t.Errorf("Validate of %s = %v, want ErrNotSupported alone", tc.field, err)
+		if err := spec.Validate(); err != nil {
+			t.Errorf("Validate of %s: %v", spec, err)
 		}
 	}
 }
@@ -191,6 +209,8 @@ func TestValidateAcrossRoutes(t *testing.T) {
 			[]string{`natsx: route "*.b" durable "d": durable "d": is already used by route "a.*" of the same stream`}},
 		{"one named stream", []Spec{route("a.*", "d").Stream("S").Handle(nop), route("b.*", "d").Stream("S").Handle(nop)},
 			[]string{`natsx: route "b.*" durable "d": durable "d": is already used by route "a.*" of the same stream`}},
+		{"overlap by a further filter", []Spec{route("a.*", "d").Also("b.*").Handle(nop), route("c", "d").Also("*.x").Handle(nop), route("c.x.y", "d").Handle(nop)},
+			[]string{`natsx: route "c" durable "d": durable "d": is already used by route "a.*" of the same stream`}},
 		{"three of one durable", []Spec{route("a", "d").Handle(nop), route(">", "d").Handle(nop), route("*", "d").Handle(nop)},
 			[]string{
 				`natsx: route ">" durable "d": durable "d": is already used by route "a" of the same stream`,
@@ -391,7 +411,7 @@ func TestNamesAreTaken(t *testing.T) {
 	nc := connect(t, startServer(t).ClientURL())
 	js := jetStream(t, nc)
 	for i, name := range []string{
-		"a", "A-b_c", "ünïcode", "日本", "$x", `quo"te's`, "{}", "#1", "a:b", "%2e", strings.Repeat("x", MaxNameLength),
+		"a", "A-b_c", "ünïcode", "日本", "$x", `quo"te's`, "{}", "#1", "a:b", "%2e", strings.Repeat("x", maxNameLength),
 	} {
 		if reason := nameFault(name); reason != "" {
 			t.Errorf("nameFault(%q) = %s, want none", name, reason)

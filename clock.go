@@ -8,14 +8,14 @@ import (
 
 var processStart = time.Now()
 
-// processTime is the clock of all that natsx measures and plans: nanoseconds since the
-// start of the process, monotonic and never 0.
+// processTime is the monotonic clock for all of natsx: nanoseconds since the start of the
+// process, never 0.
 func processTime() int64 { return int64(time.Since(processStart)) + 1 }
 
-// atProcessTime is the time at a process time.
+// atProcessTime returns the time at a process time.
 func atProcessTime(at int64) time.Time { return processStart.Add(time.Duration(at - 1)) }
 
-// wait pauses and reports whether ctx still lives.
+// wait pauses for d, or until ctx ends, and reports whether ctx has not ended.
 func wait(ctx context.Context, d time.Duration) bool {
 	if d <= 0 {
 		return ctx.Err() == nil
@@ -30,8 +30,7 @@ func wait(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// backoff is the pause between the tries of something that may fail for a while: first,
-// then twice as long each time, and at most most.
+// backoff is the pause between retries: first, then doubled each time, at most most.
 type backoff struct {
 	first, most time.Duration
 	tries       int
@@ -44,10 +43,10 @@ func (b *backoff) next() time.Duration {
 	return time.Duration(min(d, float64(b.most)))
 }
 
-// wait pauses and reports whether ctx still lives.
+// wait waits for the next pause, or until ctx ends, and reports whether ctx has not ended.
 func (b *backoff) wait(ctx context.Context) bool { return wait(ctx, b.next()) }
 
-// notify tells a channel of capacity 1 something, unless it was told already.
+// notify sends to a channel of capacity 1, unless that is full.
 func notify(ch chan struct{}) {
 	select {
 	case ch <- struct{}{}:

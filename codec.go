@@ -3,21 +3,22 @@ package natsx
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 )
 
-// Codec turns values into payloads and back. A codec is used by many goroutines
-// at once and must be safe for that.
+// Codec encodes values as payloads and decodes them. It must be safe for concurrent use.
 //
-// A typed handler decodes whatever comes, also when its Content-Type header is
-// another one or missing: nats.go and most other clients send none. A handler
-// that serves several types reads the header of [MsgFrom].
+// A typed handler decodes every message, even if its Content-Type header is missing or
+// different: nats.go and most other clients send none. A handler that accepts several
+// types reads the header of [MsgFrom].
 type Codec interface {
 	// Marshal encodes v.
 	Marshal(v any) ([]byte, error)
 	// Unmarshal decodes data into v, which is a pointer.
 	Unmarshal(data []byte, v any) error
-	// ContentType is the media type that a publisher puts into the
-	// Content-Type header, such as "application/json".
+	// ContentType returns the media type for the Content-Type header, such as
+	// "application/json".
 	ContentType() string
 }
 
@@ -33,11 +34,11 @@ func (JSONCodec) Unmarshal(data []byte, v any) error { return json.Unmarshal(dat
 // ContentType is "application/json".
 func (JSONCodec) ContentType() string { return "application/json" }
 
-// LimitCodec is codec for payloads of up to most bytes. A larger one is not decoded:
-// it is a [*DecodeError] that wraps [ErrTooLarge], and a request with it is answered
-// with code 413. Without it the server's max payload, 1 MiB by default, is the
-// limit. Encoding is not limited. It returns nil, which a route's validation refuses
-// as [ErrNoHandler], when codec is nil or most below 1.
+// LimitCodec returns codec with a limit of most bytes for payloads to decode. A larger
+// one is a [*DecodeError] that wraps [ErrTooLarge], and a request with it is answered with
+// code 413. Without LimitCodec the limit is the server's max payload, 1 MiB by default.
+// Encoding is not limited. It returns nil, which a route's validation reports as
+// [ErrNoHandler], if codec is nil or most is below 1.
 func LimitCodec(codec Codec, most int) Codec {
 	if codec == nil || most < 1 {
 		return nil
@@ -57,18 +58,17 @@ func (c limitedCodec) Unmarshal(data []byte, v any) error {
 	return c.Codec.Unmarshal(data, v)
 }
 
-// JSON adapts a typed function to a [Handler]. A payload that is not JSON of T, an
-// empty one included, is a permanent failure ([*DecodeError]): retrying cannot mend
-// it. What [json.Unmarshal] lets pass, such as unknown fields, passes. fn's error is
-// the handler's. The message itself is found with [MsgFrom]. Of a nil fn it returns
-// nil; see [Decode].
+// JSON adapts a typed function to a [Handler]. A payload that [json.Unmarshal] cannot
+// decode into a T, also an empty one, is a permanent failure ([*DecodeError]); unknown
+// fields are ignored. fn's error is the handler's. [MsgFrom] returns the message. If fn is
+// nil, JSON returns nil; see [Decode].
 func JSON[T any](fn func(context.Context, T) error) Handler {
 	return Decode(JSONCodec{}, fn)
 }
 
-// Decode is [JSON] with another codec: what its Unmarshal refuses is a
-// [*DecodeError]. It returns nil, which the validation of a route or replay refuses
-// as [ErrNoHandler], when codec or fn is nil.
+// Decode is [JSON] with another codec: an error of its Unmarshal becomes a
+// [*DecodeError]. It returns nil, which the validation of a route or replay reports as
+// [ErrNoHandler], if codec or fn is nil.
 func Decode[T any](codec Codec, fn func(context.Context, T) error) Handler {
 	if codec == nil || fn == nil {
 		return nil
@@ -82,18 +82,61 @@ func Decode[T any](codec Codec, fn func(context.Context, T) error) Handler {
 	}
 }
 
-// JSONReply adapts a typed function to a [Responder]. A request that is not JSON
-// of Req, an empty one included, is answered with code 400, and an answer that json
-// cannot encode with 500. fn's error is the responder's: see [Fail]. An answer has
-// the Content-Type application/json. Of a nil fn it returns nil; see [DecodeReply].
+// JSONBatch adapts a typed function to a [BatchHandler]. A payload that [json.Unmarshal]
+// cannot decode into a T is a permanent failure of its message only. The function gets the
+// other values in order, and is not called if there are none. The indexes of its
+// [BatchError] are those of the values that it got. If fn is nil, JSONBatch returns nil;
+// see [DecodeBatch].
+func JSONBatch[T any](fn func(context.Context, []T) error) BatchHandler {
+	return DecodeBatch(JSONCodec{}, fn)
+}
+
+// DecodeBatch is [JSONBatch] with another codec. It returns nil, which a route's
+// validation reports as [ErrNoHandler], if codec or fn is nil.
+func DecodeBatch[T any](codec Codec, fn func(context.Context, []T) error) BatchHandler {
+	if codec == nil || fn == nil {
+		return nil
+	}
+	return func(ctx context.Context, ms []*Msg) error {
+		results := BatchError{}
+		values := make([]T, 0, len(ms))
+		from := make([]int, 0, len(ms)) // of each value: the index of its message
+		for i, m := range ms {
+			v, err := decode[T](codec, m)
+			if err != nil {
+				results[i] = err
+				continue
+			}
+			values, from = append(values, v), append(from, i)
+		}
+		if len(values) == 0 {
+			return results
+		}
+		err := fn(ctx, values)
+		if len(results) == 0 {
+			return err
+		}
+		each, _ := batchResults(err, len(values))
+		for k, err := range each {
+			results[from[k]] = err
+		}
+		return results
+	}
+}
+
+// JSONReply adapts a typed function to a [Responder]. A request that [json.Unmarshal]
+// cannot decode into a Req, also an empty one, is answered with code 400, and a result
+// that cannot be encoded with 500. fn's error is the responder's: see [Fail]. An answer
+// has the Content-Type application/json. If fn is nil, JSONReply returns nil; see
+// [DecodeReply].
 func JSONReply[Req, Resp any](fn func(context.Context, Req) (Resp, error)) Responder {
 	return DecodeReply(JSONCodec{}, fn)
 }
 
-// DecodeReply is [JSONReply] with another codec, used for both directions; the
-// answer's Content-Type header is the codec's. A request beyond the limit of a
-// [LimitCodec] is answered with code 413. It returns nil, which a route's validation
-// refuses as [ErrNoHandler], when codec or fn is nil.
+// DecodeReply is [JSONReply] with another codec for both directions; the answer's
+// Content-Type header is the codec's. A request above the limit of a [LimitCodec] is
+// answered with code 413. It returns nil, which a route's validation reports as
+// [ErrNoHandler], if codec or fn is nil.
 func DecodeReply[Req, Resp any](codec Codec, fn func(context.Context, Req) (Resp, error)) Responder {
 	if codec == nil || fn == nil {
 		return nil
@@ -118,8 +161,44 @@ func DecodeReply[Req, Resp any](codec Codec, fn func(context.Context, Req) (Resp
 
 func decode[T any](codec Codec, m *Msg) (T, error) {
 	var v T
+	if m == nil { // as in a unit test
+		m = &Msg{}
+	}
 	if err := codec.Unmarshal(m.Data, &v); err != nil {
 		return v, &DecodeError{Subject: m.Subject, ContentType: codec.ContentType(), Err: err}
 	}
 	return v, nil
+}
+
+// batchResults is the result of each of n messages of a batch whose handler returned err,
+// nil when all succeeded, and the result of the whole: nil when any succeeded.
+func batchResults(err error, n int) (each []error, whole error) {
+	if err == nil {
+		return nil, nil
+	}
+	each = make([]error, n)
+	one, ok := errors.AsType[BatchError](err)
+	for i := range one {
+		if i < 0 || i >= n {
+			err = failure(fmt.Sprintf("BatchError has an index %d in a batch of %d: %s", i, n, cause(err)), err)
+			ok = false
+			break
+		}
+	}
+	if !ok {
+		for i := range each {
+			each[i] = err
+		}
+		return each, err
+	}
+	failed := 0
+	for i, err := range one {
+		if each[i] = err; err != nil {
+			failed++
+		}
+	}
+	if failed < n {
+		err = nil
+	}
+	return each, err
 }

@@ -16,24 +16,22 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// flusherTimeout bounds how long nats.go writes with the connection locked.
+// flusherTimeout is how long nats.go may hold the connection's lock for a write.
 const flusherTimeout = 5 * time.Second
 
-// Connect is [nats.Connect] with defaults for production ahead of opts: the
+// Connect is [nats.Connect] with defaults for production before opts: the
 // executable's name as connection name, reconnecting for ever with a wait of
 // 500 ms and a jitter of up to 500 ms (TLS: 2 s), a retry when the first connect
 // fails, a drain timeout of 30 s, a write timeout of 5 s, and asynchronous errors,
 // disconnects, reconnects and failures to connect logged to [slog.Default]. Every
-// default can be overridden by opts. The url may be several with commas between
-// them, which are tried in random order; an empty one is [nats.DefaultURL],
-// nats://127.0.0.1:4222.
+// default can be overridden by opts. url may be several URLs separated by commas, which
+// are tried in random order; an empty one is [nats.DefaultURL], nats://127.0.0.1:4222.
 //
-// Since a failed first connect is retried in the background, Connect returns
-// before the connection is up when no server answers; [Broker.Run] waits for it.
-// Credentials that are wrong or expired are tried again as well, since they may be
-// mended: the log, [Broker.Health] and Run name the cause. What is wrong with url
-// (then an [ErrInvalidURL] without its password) or opts is an error at once. The
-// caller closes the connection.
+// A failed first connect is retried in the background, so Connect may return before the
+// connection is up; [Broker.Run] waits for it. Wrong or expired credentials are retried
+// too, since they may be corrected: the log, [Broker.Health] and Run report the cause. An
+// invalid url is [ErrInvalidURL], with a text without the password. The caller closes the
+// connection.
 func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 	if err := checkURLs(url); err != nil {
 		return nil, err
@@ -65,9 +63,9 @@ func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 			slog.Info("natsx: reconnected", "url", nc.ConnectedUrlRedacted(), "connection", nc.Opts.Name)
 		}),
 		nats.ReconnectErrHandler(func(nc *nats.Conn, err error) {
-			noteCause(nc, err)
+			setCause(nc, err)
 			if failures.worth(err) {
-				slog.Warn("natsx: cannot connect, trying on", "url", redacted(strings.Join(nc.Opts.Servers, ",")), "error", err, "connection", nc.Opts.Name)
+				slog.Warn("natsx: cannot connect, trying again", "url", redacted(strings.Join(nc.Opts.Servers, ",")), "error", err, "connection", nc.Opts.Name)
 			}
 		}),
 	}
@@ -77,31 +75,45 @@ func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 // connectLogEvery is how often the same failure to connect is logged.
 const connectLogEvery = time.Minute
 
-// connectLog decides which failures to connect are logged: those with another cause
-// than the one before, and one a minute.
+// connectLog decides which failures to connect are logged: each cause once a minute.
+// Causes that differ by numbers, such as ports, are the same.
 type connectLog struct {
-	mu   sync.Mutex
-	last string
-	at   time.Time
+	mu sync.Mutex
+	at map[string]time.Time // when a cause was logged
 }
 
 func (l *connectLog) worth(err error) bool {
+	cause := ""
+	if err != nil {
+		cause = strings.Map(func(c rune) rune {
+			if '0' <= c && c <= '9' {
+				return -1
+			}
+			return c
+		}, err.Error())
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err.Error() == l.last && time.Since(l.at) < connectLogEvery {
+	if at, logged := l.at[cause]; logged && time.Since(at) < connectLogEvery {
 		return false
 	}
-	l.last, l.at = err.Error(), time.Now()
+	if l.at == nil || len(l.at) >= mostCauses {
+		l.at = map[string]time.Time{}
+	}
+	l.at[cause] = time.Now()
 	return true
 }
+
+// mostCauses bounds what a connectLog remembers.
+const mostCauses = 100
 
 func (l *connectLog) end() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.last = ""
+	l.at = nil
 }
 
-// checkURLs judges what nats.go would take and then try for ever.
+// checkURLs reports invalid URLs that nats.go would accept and retry for ever.
 func checkURLs(urls string) error {
 	var faults []error
 	for one := range strings.SplitSeq(cmp.Or(urls, nats.DefaultURL), ",") {
@@ -116,7 +128,7 @@ func checkURLs(urls string) error {
 		u, err := url.Parse(full)
 		if err != nil {
 			var parse *url.Error
-			reason := "cannot be read"
+			reason := "cannot be parsed"
 			if errors.As(err, &parse) && !strings.Contains(parse.Err.Error(), one) {
 				reason = parse.Err.Error()
 			}
@@ -130,7 +142,7 @@ func checkURLs(urls string) error {
 			continue
 		}
 		if u.Hostname() == "" {
-			bad("names no host")
+			bad("has no host")
 		}
 		if port := u.Port(); port != "" {
 			if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
@@ -141,7 +153,7 @@ func checkURLs(urls string) error {
 	return errors.Join(faults...)
 }
 
-// redacted is a list of URLs without passwords and tokens.
+// redacted returns a list of URLs without passwords and tokens.
 func redacted(urls string) string {
 	var list []string
 	for one := range strings.SplitSeq(urls, ",") {

@@ -13,23 +13,23 @@ import (
 )
 
 const (
-	// coreQueue is how many messages of a core route may wait for a worker. When
-	// they do, the rest waits in the subscription, up to its pending limits.
+	// coreQueue is how many messages of a core route may wait for a worker. The rest
+	// waits in the subscription, up to its pending limits.
 	coreQueue = 1024
-	// WaitingRequestsPerHandler is how many requests may wait for each handler
-	// that a reply route runs at once; MinWaitingRequests may in any case. One
-	// more is answered with code 503 at once.
-	WaitingRequestsPerHandler = 16
-	MinWaitingRequests        = 128
+	// waitingRequestsPerHandler is how many requests may wait for each handler that a
+	// reply route may run at once, and minWaitingRequests how many may wait in any case.
+	// Further ones are answered with code 503 at once. RouteBuilder.Reply documents both.
+	waitingRequestsPerHandler = 16
+	minWaitingRequests        = 128
 )
 
 var (
 	errBusy         = Fail(http.StatusServiceUnavailable, "service is busy")
 	errShuttingDown = Fail(http.StatusServiceUnavailable, "service is shutting down")
-	// errGone is a request whose requester waits no more.
+	// errGone is a request whose requester no longer waits.
 	errGone = fmt.Errorf("natsx: the requester's deadline passed before a worker was free: %w", context.DeadlineExceeded)
-	// errLate is a result that came after the request was answered without it.
-	errLate = fmt.Errorf("natsx: responder was too late: %w", context.DeadlineExceeded)
+	// errLate is a result that came after the request had been answered with a timeout.
+	errLate = fmt.Errorf("natsx: responder returned too late: %w", context.DeadlineExceeded)
 )
 
 // coreRoute consumes one route from a core NATS subscription: messages, or requests
@@ -39,14 +39,14 @@ type coreRoute struct {
 
 	// Guarded by the pool's mutex.
 	full      bool          // the callback waits for room
-	room      chan struct{} // told when there is room again; capacity 1
-	dropped   uint64        // by the client as a slow consumer, when last asked
+	room      chan struct{} // notified when there is room again; capacity 1
+	dropped   uint64        // by the client as a slow consumer, at the last check
 	lastError error         // of a request
 	open      leases        // requests that wait or run, in the order of their arrival
-	free      []*work       // of messages, to be used again
-	seconds   float64       // mean time of a handler in ns
+	free      []*work       // of messages, for reuse
+	mean      float64       // handler time in ns
 
-	alarm alarm // looks for what the client dropped
+	alarm alarm // for the check of dropped messages
 }
 
 func newCoreRoute(e *env, spec Spec) *coreRoute {
@@ -56,8 +56,8 @@ func newCoreRoute(e *env, spec Spec) *coreRoute {
 	return r
 }
 
-// receive is the subscription's callback. It blocks while the route has enough to
-// do, so that what comes meanwhile waits in the subscription.
+// receive is the subscription's callback. It blocks while coreQueue messages wait, so
+// that further ones wait in the subscription.
 func (r *coreRoute) receive(m *nats.Msg) {
 	if r.isReply() {
 		q := &request{delivery: delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}}
@@ -65,6 +65,7 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		return
 	}
 	d := &delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}
+	arrived := r.arrival()
 	p := r.env.pool
 	p.mu.Lock()
 	r.stats.Received++
@@ -74,12 +75,12 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		<-r.room
 		p.mu.Lock()
 	}
-	p.put(&r.lane, r.newWork(d, m))
+	p.put(&r.lane, r.newWork(d, m, arrived))
 	p.mu.Unlock()
 }
 
 // newWork returns a work for a delivery. The pool is locked.
-func (r *coreRoute) newWork(d *delivery, m *nats.Msg) *work {
+func (r *coreRoute) newWork(d *delivery, m *nats.Msg, arrived int64) *work {
 	var w *work
 	if n := len(r.free); n > 0 {
 		w, r.free = r.free[n-1], r.free[:n-1]
@@ -87,6 +88,7 @@ func (r *coreRoute) newWork(d *delivery, m *nats.Msg) *work {
 		w = &work{}
 	}
 	w.delivery, w.raw = d, m
+	w.arrived = arrived
 	d.work = w
 	return w
 }
@@ -106,9 +108,17 @@ func (r *coreRoute) recycle(w *work) {
 	}
 }
 
+// arrival is the time for those who observe it, and else 0: the clock is not free.
+func (r *coreRoute) arrival() int64 {
+	if len(r.env.observers) == 0 {
+		return 0
+	}
+	return processTime()
+}
+
 // admit queues a request, or refuses it while too many wait.
 func (r *coreRoute) admit(q *request, m *nats.Msg) {
-	due := int64(0)
+	due, arrived := int64(0), r.arrival()
 	if patience, ok := requestTimeout(m); ok {
 		due = processTime() + int64(min(patience, math.MaxInt64/2))
 	}
@@ -116,12 +126,12 @@ func (r *coreRoute) admit(q *request, m *nats.Msg) {
 	var refusal error
 	p.mu.Lock()
 	r.stats.Received++
-	w := r.newWork(&q.delivery, m)
+	w := r.newWork(&q.delivery, m, arrived)
 	w.timed, w.due = &q.timed, due
 	switch {
 	case p.closed:
 		refusal = errShuttingDown
-	case r.lane.waiting() >= max(MinWaitingRequests, WaitingRequestsPerHandler*r.limit):
+	case r.lane.waiting() >= max(minWaitingRequests, waitingRequestsPerHandler*r.limit):
 		refusal = errBusy
 	default:
 		r.open.append(w)
@@ -133,7 +143,7 @@ func (r *coreRoute) admit(q *request, m *nats.Msg) {
 	}
 }
 
-// refuse answers and books a request that no worker takes.
+// refuse answers a request that no worker takes, and books it.
 func (r *coreRoute) refuse(w *work, err error) {
 	r.conclude(w, err)
 	r.env.pool.mu.Lock()
@@ -141,7 +151,7 @@ func (r *coreRoute) refuse(w *work, err error) {
 	r.env.pool.mu.Unlock()
 }
 
-// giveUp lets go of what no worker will take any more, after the pool was closed.
+// giveUp refuses the requests that wait, after the pool was closed.
 func (r *coreRoute) giveUp() {
 	p := r.env.pool
 	p.mu.Lock()
@@ -159,7 +169,7 @@ func (r *coreRoute) giveUp() {
 	}
 }
 
-// abandon answers the requests whose responders did not return in time.
+// abandon answers the requests whose responders have not returned.
 func (r *coreRoute) abandon() {
 	p := r.env.pool
 	p.mu.Lock()
@@ -190,12 +200,12 @@ func (r *coreRoute) run(w *work) {
 		}
 	}
 	if timeout == 0 || patience < timeout {
-		// Nobody waits for an answer at the end of the requester's patience.
+		// The requester gives up first, so no answer is needed at the timeout.
 		attempt(r.owner, r.handler, w, patience)
 		return
 	}
-	// The requester is answered when the time is up, whatever the responder does
-	// with the end of its context.
+	// The requester is answered at the timeout, even if the responder ignores its
+	// context.
 	answered := make(chan struct{})
 	late := time.AfterFunc(timeout, func() {
 		defer close(answered)
@@ -209,67 +219,73 @@ func (r *coreRoute) run(w *work) {
 	attempt(r.owner, r.handler, w, timeout)
 }
 
-// conclude books the result of a message, and answers a request.
+// conclude records the result of a message, and answers a request.
 func (r *coreRoute) conclude(w *work, err error) {
 	j, err := judge(err)
 	w.err = err
 	if r.isReply() {
 		w.err = r.respond(w, err)
 	} else if err != nil {
-		r.env.log.Error("natsx: handler failed, core message is gone", r.about(w, "error", err)...)
+		r.env.log.Error("natsx: handler failed, core message is lost", r.about(w, "error", err)...)
 	}
-	switch {
-	case w.err == nil:
-		w.outcome = OutcomeSucceeded
-		w.swift = r.env.observer == nil && !r.isReply()
-	case j.verdict == verdictDiscard && !r.isReply():
-		w.outcome = OutcomeDiscarded
-	default:
-		w.outcome = OutcomeFailed
+	if w.err != nil && j.verdict == verdictSuccess {
+		j.verdict = verdictRetry // the answer was not sent as it is
 	}
+	w.outcome = coreOutcome(r.spec.kind, j)
+	w.swift = w.outcome == OutcomeSucceeded && len(r.env.observers) == 0 && !r.isReply()
 	r.observe(w)
 }
 
-// respond answers a request with the result of its responder, unless it was
-// answered without it, and returns the error that counts.
+// coreOutcome is the outcome of a message that no server keeps.
+func coreOutcome(kind specKind, j judgement) Outcome {
+	switch {
+	case j.verdict == verdictSuccess:
+		return OutcomeSucceeded
+	case j.verdict == verdictDiscard && kind != kindReply:
+		return OutcomeDiscarded
+	}
+	return OutcomeFailed
+}
+
+// respond answers a request with the result of its responder, unless it was already
+// answered, and returns the error to record.
 func (r *coreRoute) respond(w *work, err error) error {
 	if w.answered.Swap(true) {
 		if err == nil {
 			err = errLate
 		}
-		r.env.log.Warn("natsx: responder was too late, its result is dropped", r.about(w, "error", err, "took", w.took())...)
+		r.env.log.Warn("natsx: responder returned too late, its result is dropped", r.about(w, "error", err, "took", w.took())...)
 		return err
 	}
 	if err != nil && r.env.handlers.Err() != nil && errors.Is(err, context.Canceled) {
-		err = fmt.Errorf("%w: %w", errShuttingDown, err)
+		err = failure(cause(errShuttingDown)+": "+cause(err), errShuttingDown, err)
 	}
 	if err != nil {
 		if _, internal := replyFor(err); internal {
 			r.env.log.Error("natsx: request failed", r.about(w, "error", err)...)
 		}
 	}
-	told, failed := r.answer(w, w.answer, w.msg.answer, err)
+	sent, failed := r.answer(w, w.answer, w.msg.answer, err)
 	if failed != nil {
-		r.env.log.Error("natsx: answer not sent as it is", r.about(w, "error", failed)...)
+		r.env.log.Error("natsx: answer could not be sent", r.about(w, "error", failed)...)
 	}
-	return told
+	return sent
 }
 
-// respondFor answers a request while its responder is still at work: it may be
-// changing everything else of the delivery.
+// respondFor answers a request while its responder still runs, and so may change
+// everything else of the delivery.
 func (r *coreRoute) respondFor(w *work, err error) {
 	if w.answered.Swap(true) {
 		return
 	}
 	if _, failed := r.answer(w, nil, nil, err); failed != nil {
-		r.env.log.Error("natsx: answer not sent", r.names("error", failed)...)
+		r.env.log.Error("natsx: answer could not be sent", r.names("error", failed)...)
 	}
 }
 
-// answer publishes the answer that data, header and err make. What cannot be sent is
-// replaced by an error. It returns the error that the requester was told, and what
-// failed.
-func (r *coreRoute) answer(w *work, data []byte, header nats.Header, err error) (told, failed error) {
+// answer publishes the answer made of data, header and err. An answer that cannot be
+// sent is replaced by an error. It returns the error that was sent, and what failed.
+func (r *coreRoute) answer(w *work, data []byte, header nats.Header, err error) (sent, failed error) {
 	if w.raw.Reply == "" {
 		return err, nil
 	}
@@ -291,10 +307,10 @@ func (r *coreRoute) answer(w *work, data []byte, header nats.Header, err error) 
 	return err, errors.Join(failure(instead+": "+cause(failed), failed), nc.PublishMsg(reply))
 }
 
-// finish books what a worker is done with. The pool is locked.
-func (r *coreRoute) finish(done []*work) pullRequest {
+// bookAll books finished works. The pool is locked.
+func (r *coreRoute) bookAll(done []*work) pullRequest {
 	for _, w := range done {
-		r.seconds += (float64(w.took()) - r.seconds) / 16
+		r.mean += (float64(w.took()) - r.mean) / 16
 		if r.isReply() {
 			r.open.unlist(w)
 		}
@@ -302,7 +318,7 @@ func (r *coreRoute) finish(done []*work) pullRequest {
 		r.recycle(w)
 	}
 	if !r.isReply() {
-		r.burst = int(min(float64(burstTurn)/2/max(r.seconds, 1), maxBurst))
+		r.burst = int(min(float64(burstTurn)/2/max(r.mean, 1), maxBurst))
 	}
 	if r.full && r.lane.waiting() <= coreQueue/2 {
 		r.makeRoom()
@@ -318,14 +334,14 @@ func (r *coreRoute) book(w *work) {
 	}
 }
 
-// makeRoom lets a waiting callback go on. The pool is locked.
+// makeRoom wakes a callback that waits for room. The pool is locked.
 func (r *coreRoute) makeRoom() {
 	r.full = false
 	notify(r.room)
 }
 
 // A core route does not pull.
-func (r *coreRoute) feed()            {}
+func (r *coreRoute) workerFree()      {}
 func (r *coreRoute) send(pullRequest) {}
 
 func (r *coreRoute) locate(context.Context) error { return nil }
@@ -352,11 +368,10 @@ func (r *coreRoute) denied(e *PermissionError) bool {
 	return e.Operation == "subscribe" && e.Subject == r.spec.route.filter
 }
 
-// droppedEvery is how often a route that has received something looks for what the
-// client dropped.
+// droppedEvery is how often a route checks for messages that the client dropped.
 const droppedEvery = time.Second
 
-// tick notices what the client dropped.
+// tick counts and logs messages that the client dropped.
 func (r *coreRoute) tick(now int64) {
 	p := r.env.pool
 	p.mu.Lock()

@@ -16,10 +16,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// OnDeadLetter adapts a function to a [Handler] for a route on a DLQ subject, for
-// alerts or repair. A message that is no dead letter is a permanent failure
-// ([*DecodeError] with [ErrNotALetter]). A nil fn is a nil Handler, which
-// validation refuses.
+// OnDeadLetter adapts a function to a [Handler] for a route on a DLQ subject, for alerts
+// or repair. A message that is not a dead letter is a permanent failure ([*DecodeError]
+// with [ErrNotALetter]). If fn is nil, it returns nil, which validation reports as
+// [ErrNoHandler].
 //
 // The route's acknowledgements do not remove letters from a DLQ stream with limits
 // retention, so that they can still be listed and redriven.
@@ -28,6 +28,9 @@ func OnDeadLetter(fn func(ctx context.Context, l DeadLetter) error) Handler {
 		return nil
 	}
 	return func(ctx context.Context, m *Msg) error {
+		if m == nil { // as in a unit test
+			m = &Msg{}
+		}
 		l, err := parseLetter(m.Stream(), &storedMsg{subject: m.Subject, seq: m.Sequence(), time: m.Time(), header: m.Header, data: m.Data})
 		if err != nil {
 			return &DecodeError{Subject: m.Subject, ContentType: "dead letter", Err: err}
@@ -36,7 +39,7 @@ func OnDeadLetter(fn func(ctx context.Context, l DeadLetter) error) Handler {
 	}
 }
 
-// DefaultMaxRedrives is how often one message is redriven at most.
+// DefaultMaxRedrives is the default of [DeadLetterQuery.MaxRedrives].
 const DefaultMaxRedrives = 3
 
 // letterOption is one bit for each setter, as option is for routes.
@@ -53,27 +56,25 @@ const (
 	optLetterLimit
 	optLetterRate
 	optLetterMaxRedrives
-	optLetterDomain
-	optLetterAPIPrefix
 )
 
-// DeadLetterQuery selects dead letters of one DLQ: all of them, and every filter
-// narrows it. Like a route's builder it is a small comparable value whose setters
-// return changed copies and never fail, and of a setter called twice the last call
-// holds. The terminals ([DeadLetterQuery.List], [DeadLetterQuery.Count],
-// [DeadLetterQuery.Redrive], [DeadLetterQuery.Purge]) report every fault before they
-// ask the server anything: [ErrInvalidSubject], [ErrInvalidName], [ErrOutOfRange] or
-// [ErrOptionConflict].
+// DeadLetterQuery selects dead letters of one DLQ: by default all, and every filter narrows
+// it. Like [RouteBuilder] it is a small comparable value whose setters return changed
+// copies and never fail; if a setter is called twice, the last call wins. The terminals
+// ([DeadLetterQuery.List], [DeadLetterQuery.Count], [DeadLetterQuery.Redrive],
+// [DeadLetterQuery.Purge]) report every fault before the first request:
+// [ErrInvalidSubject], [ErrInvalidName], [ErrOutOfRange] or [ErrOptionConflict].
 //
-// They also return [ErrNoStream] and [ErrAmbiguousStream] when not exactly one stream
-// has the DLQ subject, [ErrPermission], ctx's error, and errors of the server or the
-// connection. What is transient is tried again for half a minute.
+// They also return [ErrNoStream] or [ErrAmbiguousStream] if not exactly one stream captures
+// the DLQ subject, [ErrPermission], ctx's error, and errors of the server or the
+// connection. Transient failures are retried for 30 s.
 //
-// A message that is no dead letter passes a filter only by what is known of it.
+// A filter selects a message that is not a dead letter only if the message has the field
+// that it compares.
 //
-// A terminal sees what was stored when it began, in the order of the DLQ.
-// Nothing is left at the server, but for what a killed process was reading with,
-// which goes by itself within a minute.
+// A terminal processes the messages that were stored when it began, in the order of the
+// DLQ. It leaves nothing at the server; the server removes the consumer of a killed process
+// within a minute.
 type DeadLetterQuery struct {
 	set letterOption
 
@@ -92,32 +93,30 @@ type DeadLetterQuery struct {
 	dryRun      bool
 	maxRedrives int
 
-	domain string
-	prefix string
+	js apiChoice
 }
 
-// DeadLetters starts a query for the letters on a DLQ subject, which may hold
-// wildcards; exactly one stream must have it, else it is [ErrNoStream] or
-// [ErrAmbiguousStream].
+// DeadLetters starts a query for the letters on a DLQ subject, which may have wildcards.
+// Exactly one stream must capture it, else it is [ErrNoStream] or [ErrAmbiguousStream].
 func DeadLetters(subject string) DeadLetterQuery { return DeadLetterQuery{subject: subject} }
 
-// Durable selects the letters of one durable. Default is all.
+// Durable selects the letters of one durable. The default is all.
 func (q DeadLetterQuery) Durable(name string) DeadLetterQuery {
 	q.set |= optLetterDurable
 	q.durable = name
 	return q
 }
 
-// Reason selects the letters with one reason, which is one of the Reason constants, else
-// [ErrOutOfRange]. Default is all.
+// Reason selects the letters with one reason. One that is not among the Reason constants is
+// [ErrOutOfRange]. The default is all.
 func (q DeadLetterQuery) Reason(r Reason) DeadLetterQuery {
 	q.set |= optLetterReason
 	q.reason = r
 	return q
 }
 
-// Subject selects by the original's subject with a filter that may hold wildcards.
-// Default is all.
+// Subject selects by the original's subject, with a filter that may have wildcards. The
+// default is all.
 func (q DeadLetterQuery) Subject(filter string) DeadLetterQuery {
 	q.set |= optLetterSubject
 	q.original = filter
@@ -126,7 +125,7 @@ func (q DeadLetterQuery) Subject(filter string) DeadLetterQuery {
 
 // Sequence selects the letters with these sequences in the DLQ's stream
 // ([DeadLetter.DLQSequence]), and reads no others. No sequence, and 0, are
-// [ErrOutOfRange]. Default is all.
+// [ErrOutOfRange]. The default is all.
 func (q DeadLetterQuery) Sequence(n ...uint64) DeadLetterQuery {
 	q.set |= optLetterSequence
 	seqs := slices.Compact(slices.Sorted(slices.Values(n)))
@@ -152,60 +151,58 @@ func (q DeadLetterQuery) Since(t time.Time) DeadLetterQuery {
 	return q
 }
 
-// Until selects what died before t, by the same clock as Since. The zero time is
-// [ErrOutOfRange], and a t that is not after Since [ErrOptionConflict]; default is no
-// bound.
+// Until selects letters with a [DeadLetter.Time] before t. The zero time is
+// [ErrOutOfRange], and a t that is not after Since is [ErrOptionConflict]; the default is
+// no bound.
 func (q DeadLetterQuery) Until(t time.Time) DeadLetterQuery {
 	q.set |= optLetterUntil
 	q.until = instantOf(t)
 	return q
 }
 
-// Limit ends the query after n selected letters, at least 1; messages that are no
-// letters do not count. Of Redrive and Purge it counts what was redriven or deleted: a
-// letter that cannot be, or is gone, does not use it up. Default is all.
+// Limit ends the query after n selected letters, at least 1; messages that are not letters
+// do not count. Redrive and Purge count the letters that they redrive or delete: skipped
+// letters and failures do not count. The default is no limit.
 func (q DeadLetterQuery) Limit(n int) DeadLetterQuery {
 	q.set |= optLetterLimit
 	q.limit = n
 	return q
 }
 
-// Rate limits Redrive and Purge to so many letters a second, above zero. Default
-// is as fast as possible.
+// Rate limits Redrive and Purge to this number of letters per second, above zero. The
+// default is no limit.
 func (q DeadLetterQuery) Rate(perSecond float64) DeadLetterQuery {
 	q.set |= optLetterRate
 	q.rate = perSecond
 	return q
 }
 
-// DryRun has Redrive and Purge report what they would do, at full speed, and change
-// nothing. Default is to do it.
+// DryRun makes Redrive and Purge report what they would do, at full speed, without changing
+// anything.
 func (q DeadLetterQuery) DryRun() DeadLetterQuery {
 	q.dryRun = true
 	return q
 }
 
-// MaxRedrives is how often one message may be redriven, at least 1, so that one
-// which cannot be handled does not go in circles. Default is [DefaultMaxRedrives].
+// MaxRedrives limits how many times one message is redriven, at least 1, so that a message
+// which always fails is not redriven for ever. The default is [DefaultMaxRedrives], 3.
 func (q DeadLetterQuery) MaxRedrives(n int) DeadLetterQuery {
 	q.set |= optLetterMaxRedrives
 	q.maxRedrives = n
 	return q
 }
 
-// Domain asks the JetStream of another domain. It excludes APIPrefix; default is the
-// one that the connection's account has.
+// Domain queries the JetStream of this domain. It excludes APIPrefix. The default is the
+// JetStream of the connection's account.
 func (q DeadLetterQuery) Domain(name string) DeadLetterQuery {
-	q.set |= optLetterDomain
-	q.domain = name
+	q.js.hasDomain, q.js.domain = true, name
 	return q
 }
 
-// APIPrefix asks a JetStream whose API another account exports under a prefix,
-// such as "JS.ops.API". It excludes Domain.
+// APIPrefix queries a JetStream whose API another account exports with a prefix, such as
+// "JS.ops.API". It excludes Domain.
 func (q DeadLetterQuery) APIPrefix(prefix string) DeadLetterQuery {
-	q.set |= optLetterAPIPrefix
-	q.prefix = prefix
+	q.js.hasPrefix, q.js.prefix = true, prefix
 	return q
 }
 
@@ -250,20 +247,12 @@ func (q DeadLetterQuery) validate() error {
 	if has(optLetterMaxRedrives) && q.maxRedrives < 1 {
 		add("maxRedrives", strconv.Itoa(q.maxRedrives), "must be at least 1", ErrOutOfRange)
 	}
-	if reason := groupFault(q.domain); has(optLetterDomain) && reason != "" {
-		add("domain", strconv.Quote(q.domain), reason, ErrInvalidName)
-	}
-	if reason := subjectFault(strings.TrimSuffix(q.prefix, ".")); has(optLetterAPIPrefix) && reason != "" {
-		add("apiPrefix", strconv.Quote(q.prefix), reason, ErrInvalidName)
-	}
-	if has(optLetterDomain) && has(optLetterAPIPrefix) {
-		add("apiPrefix", strconv.Quote(q.prefix), "does not fit with a domain", ErrOptionConflict)
-	}
+	q.js.faults(add)
 	return errors.Join(faults...)
 }
 
-// selects reports whether the filters take l. Of what is no letter, nothing is known
-// that a filter could take.
+// selects reports whether the filters match l. An unset field of a message that is not a
+// letter matches no filter.
 func (q DeadLetterQuery) selects(l *DeadLetter) bool {
 	has := func(o letterOption) bool { return q.set&o != 0 }
 	switch {
@@ -286,21 +275,12 @@ type deadLetters struct {
 	dlq *jetstream.StreamInfo
 }
 
-// open judges the query and finds the DLQ's stream.
+// open validates the query and finds the DLQ's stream.
 func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters, error) {
 	if err := q.validate(); err != nil {
 		return nil, err
 	}
-	var js jetstream.JetStream
-	var err error
-	switch {
-	case q.set&optLetterDomain != 0:
-		js, err = jetstream.NewWithDomain(nc, q.domain)
-	case q.set&optLetterAPIPrefix != 0:
-		js, err = jetstream.NewWithAPIPrefix(nc, strings.TrimSuffix(q.prefix, "."))
-	default:
-		js, err = jetstream.New(nc)
-	}
+	js, err := q.js.jetStream(nc)
 	fail := func(what string, causes ...error) (*deadLetters, error) {
 		return nil, failure(fmt.Sprintf("dead letters of %q: %s", q.subject, what), causes...)
 	}
@@ -327,8 +307,8 @@ func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters,
 	return d, nil
 }
 
-// all yields what the query selects, whatever its limit. A [*LetterError] concerns one
-// message; any other error is the last thing yielded.
+// all yields the selected messages, without the limit. A [*LetterError] concerns one
+// message; any other error is yielded last.
 func (d *deadLetters) all(ctx context.Context, headersOnly bool) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
 		messages := d.named(ctx)
@@ -387,12 +367,12 @@ func (d *deadLetters) limited(ctx context.Context, headersOnly bool) iter.Seq2[D
 // enough reports whether so many letters are the limit.
 func (d *deadLetters) enough(letters int) bool { return d.limit > 0 && letters >= d.limit }
 
-// List yields the selected letters in the order of the DLQ, in constant memory.
-// Each use of the sequence reads anew; a break ends it at once.
+// List yields the selected letters in the order of the DLQ, in constant memory. Each use
+// of the sequence reads the DLQ again; a break ends it at once.
 //
-// A message that is no dead letter is yielded with what is known of it and a
-// [*LetterError], which is [ErrNotALetter], and the sequence goes on. Any other
-// error is the last thing yielded.
+// A message that is not a dead letter is yielded with the known fields and a
+// [*LetterError], which matches [ErrNotALetter], and the sequence goes on. Any other error
+// is yielded last.
 func (q DeadLetterQuery) List(ctx context.Context, nc *nats.Conn) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
 		d, err := q.open(ctx, nc)
@@ -404,18 +384,18 @@ func (q DeadLetterQuery) List(ctx context.Context, nc *nats.Conn) iter.Seq2[Dead
 	}
 }
 
-// LetterCounts is what [DeadLetterQuery.Count] found.
+// LetterCounts is the result of [DeadLetterQuery.Count].
 type LetterCounts struct {
 	Total   int           // letters
-	Foreign int           // messages that are no letters, not in Total
+	Foreign int           // messages that are not letters, not in Total
 	Groups  []LetterGroup // ordered by durable, then reason
 }
 
 // LetterGroup is the letters of one durable with one reason.
 type LetterGroup struct {
-	Durable string
-	Reason  Reason
-	Count   int
+	Durable string // that gave them up
+	Reason  Reason // why
+	Count   int    // how many letters
 }
 
 // Count counts the selected letters by durable and reason, without their payloads.
@@ -447,18 +427,16 @@ func (q DeadLetterQuery) Count(ctx context.Context, nc *nats.Conn) (LetterCounts
 	return counts, nil
 }
 
-// Purge deletes the selected letters and returns how many it deleted itself: what
-// another purge or a redrive removes meanwhile is not counted. Messages that are no
-// letters stay. With a letter that is a pointer goes its original, when that only
-// waits in its stream for the letter's sake: on a work queue it is deleted, on a
-// stream with interest retention settled for the durable that failed, so that it
-// stays for as long as another durable needs it. The latter asks for the permission
-// to publish to $JS.ACK.<stream>.<durable>.>.
+// Purge deletes the selected letters and returns how many it deleted. Letters that another
+// purge or a redrive removes do not count. Messages that are not letters
+// stay. For a pointer letter it also releases the original, if that was left unsettled for
+// the letter: on a work queue it is deleted; on a stream with interest retention it is
+// acknowledged for the durable that failed, so that it stays while another durable needs
+// it. That needs the permission to publish to $JS.ACK.<stream>.<durable>.>.
 //
-// When it ends early, by ctx or an error, what it deleted is gone, and the rest
-// untouched. A letter is known by its sequence and time: a DLQ that was recreated
-// meanwhile is [ErrStreamDeleted], and nothing of it is deleted. A DLQ stream that
-// refuses deletion is [ErrBadDLQ].
+// If it ends early, by ctx or an error, the letters deleted until then are gone. If the DLQ
+// stream was recreated meanwhile, the error is [ErrStreamDeleted], and none of its letters
+// are deleted. A DLQ stream with DenyDelete is [ErrBadDLQ].
 func (q DeadLetterQuery) Purge(ctx context.Context, nc *nats.Conn) (int, error) {
 	d, err := q.open(ctx, nc)
 	if err != nil {
@@ -478,7 +456,7 @@ func (q DeadLetterQuery) Purge(ctx context.Context, nc *nats.Conn) (int, error) 
 		}
 		if !d.dryRun {
 			if err := pace.wait(ctx); err != nil {
-				return purged, failure(fmt.Sprintf("dead letters of %q: purge: %v", q.subject, err), err)
+				return purged, failure(fmt.Sprintf("dead letters of %q: purge: %s", q.subject, cause(err)), err)
 			}
 			deleted, err := discardLetter(ctx, d.api, &l)
 			if err != nil {
@@ -495,16 +473,16 @@ func (q DeadLetterQuery) Purge(ctx context.Context, nc *nats.Conn) (int, error) 
 	return purged, nil
 }
 
-// removable refuses a DLQ that keeps its letters for ever.
+// removable returns an error if the DLQ denies deletion.
 func (d *deadLetters) removable() error {
 	c := d.dlq.Config
 	if c.DenyDelete || c.Sealed || c.Mirror != nil {
-		return failure(fmt.Sprintf("dead letters of %q: stream %q does not allow to delete messages", d.subject, c.Name), ErrBadDLQ)
+		return failure(fmt.Sprintf("dead letters of %q: stream %q denies the deletion of messages", d.subject, c.Name), ErrBadDLQ)
 	}
 	return nil
 }
 
-// pacer spaces events evenly at a rate a second, 0 for no limit.
+// pacer spaces events evenly at a rate per second, 0 for no limit.
 type pacer struct {
 	rate float64
 	next time.Time

@@ -148,24 +148,27 @@ func TestRedriveKeepsTheFirstErrors(t *testing.T) {
 	}
 }
 
+// hubAndLeaf starts two servers with JetStream, each with a domain of its own, and returns
+// a connection to each.
+func hubAndLeaf(t *testing.T) (hub, leaf *nats.Conn) {
+	port := fixedPort(t)
+	h := startServer(t, func(o *server.Options) {
+		o.JetStreamDomain = "hub"
+		o.LeafNode.Host, o.LeafNode.Port = "127.0.0.1", port
+	})
+	l := startServer(t, func(o *server.Options) {
+		o.JetStreamDomain = "leaf"
+		o.LeafNode.Remotes = []*server.RemoteLeafOpts{{URLs: []*url.URL{{Scheme: "nats-leaf", Host: fmt.Sprintf("127.0.0.1:%d", port)}}}}
+	})
+	hub, leaf = connect(t, h.ClientURL()), connect(t, l.ClientURL())
+	eventually(t, "the leaf is connected", func() bool { return h.NumLeafNodes() == 1 })
+	return hub, leaf
+}
+
 // Letters of a JetStream that does not answer on $JS.API: of the domain that a leaf
 // node belongs to, and of an account that exports it.
 func TestDeadLettersOfAnotherJetStream(t *testing.T) {
 	t.Parallel()
-	domain := func(t *testing.T) (owner, operator *nats.Conn) {
-		port := fixedPort(t)
-		hub := startServer(t, func(o *server.Options) {
-			o.JetStreamDomain = "hub"
-			o.LeafNode.Host, o.LeafNode.Port = "127.0.0.1", port
-		})
-		leaf := startServer(t, func(o *server.Options) {
-			o.JetStreamDomain = "leaf"
-			o.LeafNode.Remotes = []*server.RemoteLeafOpts{{URLs: []*url.URL{{Scheme: "nats-leaf", Host: fmt.Sprintf("127.0.0.1:%d", port)}}}}
-		})
-		owner, operator = connect(t, hub.ClientURL()), connect(t, leaf.ClientURL())
-		eventually(t, "the leaf is connected", func() bool { return hub.NumLeafNodes() == 1 })
-		return owner, operator
-	}
 	account := func(t *testing.T) (owner, operator *nats.Conn) {
 		file := filepath.Join(t.TempDir(), "accounts.conf")
 		if err := os.WriteFile(file, []byte(`accounts {
@@ -195,7 +198,7 @@ func TestDeadLettersOfAnotherJetStream(t *testing.T) {
 		start func(t *testing.T) (owner, operator *nats.Conn)
 		query DeadLetterQuery
 	}{
-		"domain":  {domain, DeadLetters("dlq.orders").Domain("hub")},
+		"domain":  {hubAndLeaf, DeadLetters("dlq.orders").Domain("hub")},
 		"account": {account, DeadLetters("dlq.orders").APIPrefix("JS.shop.API")},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -10,17 +11,16 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// deadlineContext is a delivery's context with a deadline. It is
-// [context.WithDeadline] but for its cost, which is a timer and four objects: they
-// are made when somebody first asks for the channel, and a handler that is done
-// soon never does.
+// deadlineContext is a delivery's context with a deadline. It avoids the cost of
+// [context.WithDeadline], a timer and four objects, which it makes only when Done is
+// first called: a fast handler never does.
 type deadlineContext struct {
 	*delivery
 	at time.Time
 
 	mu     sync.Mutex
 	ended  bool            // the handler has returned
-	timed  context.Context // the real one, nil until it is needed
+	timed  context.Context // nil until it is needed
 	cancel context.CancelFunc
 }
 
@@ -43,7 +43,7 @@ func (c *deadlineContext) end() {
 	}
 }
 
-// real returns the real context. c is locked.
+// real returns the context of [context.WithDeadline]. c is locked.
 func (c *deadlineContext) real() context.Context {
 	if c.timed == nil {
 		c.timed, c.cancel = context.WithDeadline(c.delivery, c.at)
@@ -62,8 +62,8 @@ func (c *deadlineContext) Done() <-chan struct{} {
 	return c.real().Done()
 }
 
-// Err makes the real context as soon as there is an error, so that it stays the
-// same from then on.
+// Err makes the real context as soon as there is an error, so that the error stays the
+// same.
 func (c *deadlineContext) Err() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -83,8 +83,8 @@ func (c *deadlineContext) passed(now time.Time) bool {
 	return c.timed.Err() == context.DeadlineExceeded
 }
 
-// Value passes on to the real context, so that contexts derived from c are linked
-// to it without a goroutine.
+// Value asks the real context, so that contexts derived from c need no goroutine to
+// follow it.
 func (c *deadlineContext) Value(key any) any {
 	c.mu.Lock()
 	timed := c.timed
@@ -96,64 +96,79 @@ func (c *deadlineContext) Value(key any) any {
 }
 
 // delivery is a message and the context of its handler in one object, which saves an
-// allocation for each message. The handler may keep it; the engine does not touch it
-// once the handler has returned, except through its work.
+// allocation per message. The handler may keep it; the engine does not use it after the
+// handler has returned, except through its work.
 type delivery struct {
-	msg  Msg                  // the handler's, who may change it
-	work *work                // of the engine; only for the time that the handler runs
-	made atomic.Pointer[made] // owned by publishing: what was published with this context
+	msg       Msg                       // owned by the handler, which may change it
+	work      *work                     // of the engine; only while the handler runs
+	numbering atomic.Pointer[numbering] // owned by publishing: what was published with this context
 }
 
-// Deadline, Done and Err are those of the context that handlers run under.
+// Deadline, Done and Err are those of the broker's context for handlers.
 func (d *delivery) Deadline() (time.Time, bool) { return d.msg.origin().ctx.Deadline() }
 func (d *delivery) Done() <-chan struct{}       { return d.msg.origin().ctx.Done() }
 func (d *delivery) Err() error                  { return d.msg.origin().ctx.Err() }
 
-// Value finds the delivery itself and else asks the parent.
+// Value returns the delivery itself or its message for their keys, and else asks the parent.
 func (d *delivery) Value(key any) any {
-	if key == (deliveryKey{}) {
+	switch key.(type) {
+	case deliveryKey:
 		return d
+	case msgKey:
+		return &d.msg
 	}
 	return d.msg.origin().ctx.Value(key)
 }
 
-type deliveryKey struct{}
+type (
+	deliveryKey struct{}
+	msgKey      struct{}
+)
 
 func deliveryFrom(ctx context.Context) *delivery {
 	d, _ := ctx.Value(deliveryKey{}).(*delivery)
 	return d
 }
 
-// work is a delivery on its way through the engine, from its arrival until it is
-// settled. It is the worker's while it runs, else its lane's, under the pool's lock;
-// what other goroutines touch is atomic. A pool uses it again for another delivery.
+// work is a delivery from its arrival until it is settled. While it runs its worker owns
+// it, else its lane does, under the pool's lock; what other goroutines use is atomic. It
+// is reused for later deliveries.
 type work struct {
 	*delivery
-	raw   *nats.Msg // as it came, for its acknowledgement and its dead letter
-	id    messageID
-	count uint64 // how often the server has delivered it
-	key   string // of its order; see keyedQueue
+	raw   *nats.Msg // as received, for its acknowledgement and its dead letter
+	id    messageID // where it came from
+	count uint64    // the server's delivery count
+	lost  uint64    // earlier deliveries of which it is not known what they ran
+	copied
+	key string // its order key; see keyedQueue
 
-	alone     bool // it is to run with nothing else of its route in hand
-	marked    bool // and that was written down; see alone.go
+	first     bool // it is the one of its key that may run; see sequencer
+	alone     bool // it is to run in isolation
+	marked    bool // and that was recorded; see alone.go
 	confirmed bool // its acknowledgement was confirmed
 
 	leased // owned by lease.go
 
 	// The attempt, written by the worker that runs it.
 	outcome  Outcome
-	reason   Reason // of a dead one
-	began    int64  // when it was started or given up
-	ended    int64  // when the handler had returned
-	swift    bool   // nothing that takes time was done after that
+	reason   Reason  // of a dead message
+	members  []*work // of a batch, which has no delivery of its own
+	shared   bool    // it is one of a batch, whose time is counted once
+	peers    int     // messages of the batch that were handled together, 0 for none
+	arrived  int64   // 0 if it is not measured
+	began    int64   // when it was started or given up
+	ended    int64   // when the handler returned
+	swift    bool    // ended is still the current time: nothing slow was done since
 	err      error
-	due      int64            // of its retry or of its replay, or when a requester waits no more
-	timed    *deadlineContext // to be used for the handler's deadline, or nil
+	due      int64            // when its retry or replay is due, or its requester gives up
+	timed    *deadlineContext // for the handler's deadline, or nil
 	answer   []byte           // of a responder
-	answered atomic.Bool      // the request was replied to
+	answered atomic.Bool      // the request was answered
 
-	redrive *redriveCopy // proven to be one for this durable; owned by passover.go
+	redrive *redriveCopy // a proven redrive for this durable; owned by passover.go
 	letter  *heldLetter  // on its way to the DLQ; owned by dlq.go
+	copy    *heldCopy    // on its way to the retry stream; owned by retrystream.go
+	again   bool         // it was delivered before, and is to be moved to the retry stream
 }
 
 // request is what a responder may keep of a request, in one allocation.
@@ -162,15 +177,58 @@ type request struct {
 	timed    deadlineContext
 }
 
+// copied is which message a work is, which may have come as a copy of a retry stream.
+type copied struct {
+	source messageID // in its own stream
+	token  string    // of its life, empty for the first
+	number uint64    // of the copy, 0 for the message itself
+	from   string    // ack subject of the message that the copy was made of
+}
+
+// life identifies a message of a durable: each redrive begins another life. It is one
+// token of a subject.
+func (c *copied) life() string {
+	if c.token != "" {
+		return c.token
+	}
+	return fmt.Sprintf("%d@%d", c.source.seq, c.source.time)
+}
+
+// held reports whether the letter box or the mover has w and books it.
+func (w *work) held() bool {
+	return w.letter != nil && w.letter.held || w.copy != nil && w.copy.held
+}
+
 // took is how long the handler ran.
 func (w *work) took() time.Duration { return time.Duration(w.ended - w.began) }
 
-// leased is the lease on a message of a durable: the server's AckWait, counted from
-// the arrival and then from each renewal that the server has confirmed. Past its end
-// the message may be somebody else's.
+// event is what observers get for it.
+func (w *work) event(filter, durable string) Event {
+	e := Event{
+		Route: filter, Durable: durable, Msg: &w.msg, Outcome: w.outcome, Err: w.err,
+		Duration: w.took(),
+	}
+	if w.began > 0 {
+		e.Started = time.Now().Add(time.Duration(w.began - processTime()))
+		if w.arrived > 0 {
+			e.Waited = time.Duration(w.began - w.arrived)
+		}
+	}
+	switch w.outcome {
+	case OutcomeDead:
+		e.Reason = w.reason
+	case OutcomeRetried:
+		e.Delay = time.Duration(w.due - w.ended)
+	}
+	return e
+}
+
+// leased is the lease on a message of a durable: the server's AckWait, counted from the
+// arrival and then from each renewal that the server has confirmed. After its end the
+// server may deliver the message to another process.
 type leased struct {
-	ends  atomic.Int64  // only ever moved to later, but by a nak
-	state atomic.Uint64 // the use of the work, times leaseStates, and one of these
+	ends  atomic.Int64  // only a nak makes it earlier
+	state atomic.Uint64 // number of the use of the work times leaseStates, plus one of these
 
 	// Guarded by the pool's mutex.
 	renew      int64 // when it is to be renewed
@@ -182,19 +240,19 @@ type leased struct {
 const (
 	leaseHeld    uint64 = iota
 	leaseRenewed        // an in-progress ack is being written
-	leaseSettled        // the settling has begun: nothing is renewed any more
+	leaseSettled        // settling has begun: no more renewals
 	leaseStates
 )
 
-// begin makes a work that was used before hold a new lease.
+// begin starts a new lease on a work that may have been used before.
 func (l *leased) begin(ends, renew int64) {
 	l.state.Store((l.state.Load()/leaseStates + 1) * leaseStates)
 	l.ends.Store(ends)
 	l.renew = renew
 }
 
-// claim ends the renewals. It waits for one that is being written: the server would
-// take an in-progress ack behind a nak for a new lease and forget the nak's delay.
+// claim ends the renewals. It waits for one that is being written: an in-progress ack
+// after a nak would start a new ack wait and cancel the nak's delay.
 func (l *leased) claim() {
 	for {
 		s := l.state.Load()
@@ -211,15 +269,23 @@ func (l *leased) claim() {
 	}
 }
 
-// settling reports whether the settling has begun.
+// settling reports whether settling has begun.
 func (l *leased) settling() bool { return l.state.Load()%leaseStates == leaseSettled }
 
-// MsgFrom returns the message that is handled with ctx, or nil when ctx is not,
-// and does not derive from, a handler's context. A typed handler finds subject,
-// headers and attempt this way.
+// MsgFrom returns the message that is handled with ctx, or nil if ctx is neither a
+// handler's context nor derived from one. A typed handler gets subject, headers and
+// attempt this way.
 func MsgFrom(ctx context.Context) *Msg {
-	if d := deliveryFrom(ctx); d != nil {
-		return &d.msg
+	m, _ := ctx.Value(msgKey{}).(*Msg)
+	return m
+}
+
+// contextOf is a context under which m is handled, as far as a handler can tell, without
+// an engine.
+func contextOf(ctx context.Context, m *Msg) context.Context {
+	d := &delivery{}
+	if m != nil {
+		d.msg = *m
 	}
-	return nil
+	return context.WithValue(context.WithValue(ctx, deliveryKey{}, d), msgKey{}, m)
 }

@@ -11,26 +11,26 @@ import (
 // maxDenials bounds how many refused subjects are remembered.
 const maxDenials = 1000
 
-// denials are the permissions that the server refused a connection's user. The server
-// tells the connection, and names the subject, but not the message. It is safe for
-// concurrent use, and watches the connection from its first use until stop.
+// denials records the permission violations of a connection. The server reports them
+// asynchronously with the subject, but without the message. It is safe for concurrent
+// use, and watches the connection from its first use until stop.
 type denials struct {
 	nc       *nats.Conn
 	watching atomic.Bool
-	count    atomic.Uint64 // of refusals
+	count    atomic.Uint64 // of violations
 
 	mu      sync.Mutex
 	watch   *asyncWatch
 	publish map[string]denial // by subject
-	inbox   denial            // where answers would come
+	inbox   denial            // of a subscription for answers
 }
 
 type denial struct {
 	err    *PermissionError
-	number uint64 // it was the count then
+	number uint64 // value of count after it
 }
 
-// mark is what of is told later, for what is refused from now on.
+// mark returns the argument of a later call of since, for violations from now on.
 func (d *denials) mark() uint64 {
 	if !d.watching.Load() {
 		d.start()
@@ -38,8 +38,8 @@ func (d *denials) mark() uint64 {
 	return d.count.Load()
 }
 
-// renew is for who got no answer: the application may have set another error handler
-// since start.
+// renew restarts the watch if the application has set another error handler since start.
+// It is called after a missing answer.
 func (d *denials) renew() {
 	if !isHub(d.nc.ErrorHandler()) {
 		d.start()
@@ -73,12 +73,12 @@ func (d *denials) note(_ *nats.Subscription, err error) {
 	case strings.HasPrefix(e.Subject, inboxPrefix(d.nc)):
 		d.inbox = denial{e, number}
 	}
-	d.count.Store(number) // when of finds it
+	d.count.Store(number) // last, so that since finds the entry
 }
 
-// of is the refusal since mark that keeps subject from being published to, or the
-// answer from coming, or nil.
-func (d *denials) of(subject string, mark uint64) error {
+// since returns the violation since mark that prevents a publish to subject, or its
+// answer, or nil.
+func (d *denials) since(subject string, mark uint64) error {
 	if d.count.Load() == mark {
 		return nil
 	}
@@ -92,7 +92,7 @@ func (d *denials) of(subject string, mark uint64) error {
 	return nil
 }
 
-// stop is harmless when nothing was watched.
+// stop ends the watch, if there is one.
 func (d *denials) stop() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

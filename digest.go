@@ -7,10 +7,10 @@ import (
 	"strings"
 )
 
-// digest covers what a stream stores of an envelope: subject, headers, payload, TTL
-// and schedule, the delay of After rather than the time that it makes. It leaves out
-// what is not of the envelope, or differs when the same is published again: carried
-// headers, the trace context, and expected streams and sequences.
+// digest covers what a stream stores of an envelope: subject, headers, payload, TTL and
+// schedule, with After as its delay rather than as a time. It leaves out what may differ
+// when the same envelope is published again: carried headers, the trace context, and
+// expected streams and sequences.
 func (e *Envelope) digest() digest {
 	fields := make([]field, 0, len(e.headers)+1)
 	for _, f := range e.headers {
@@ -21,7 +21,7 @@ func (e *Envelope) digest() digest {
 	if e.contentType != "" && !e.hasHeader("Content-Type") {
 		fields = append(fields, field{"Content-Type", e.contentType})
 	}
-	// They are stored by name, the values of one name in order.
+	// Only the order of values with the same name matters.
 	slices.SortStableFunc(fields, func(a, b field) int { return strings.Compare(a.name, b.name) })
 	var text []byte
 	add := func(s string) { text = append(binary.AppendUvarint(text, uint64(len(s))), s...) }
@@ -51,7 +51,7 @@ func (e *Envelope) digest() digest {
 // batchDigest covers the envelopes of an atomic batch in their order.
 func batchDigest(es []Envelope) digest {
 	h := sha256.New()
-	h.Write([]byte{0}) // which no envelope begins with
+	h.Write([]byte{0}) // no envelope begins with it
 	for i := range es {
 		of := es[i].digest()
 		h.Write(of[:])

@@ -14,19 +14,19 @@ import (
 )
 
 const (
-	letterTry     = 2 * time.Second        // for one try to publish a letter
+	letterTry     = 2 * time.Second        // timeout of one try to publish a letter
 	letterPause   = 250 * time.Millisecond // before the first retry, then doubled
-	letterPauseUp = 5 * time.Second        // at most
-	// lettersNight is the shortest MaxAge of a DLQ that nobody is warned of: time for
-	// somebody to see a letter.
+	letterPauseUp = 5 * time.Second        // the longest pause
+	// lettersNight is the shortest MaxAge of a DLQ without a warning: an operator needs
+	// time to see a letter.
 	lettersNight = 24 * time.Hour
-	// unsettledRest is how long a dead message stays unsettled that has no letter
-	// with its payload, on a stream that would delete it when it is settled.
+	// unsettledRest is the nak delay of a dead message that must stay unsettled, since its
+	// payload is in no letter and its stream would delete it.
 	unsettledRest = 10 * 365 * 24 * time.Hour
 )
 
-// letterBox moves the dead messages of one route to its DLQ, and holds those that the
-// DLQ did not take yet.
+// letterBox moves the dead messages of one route to its DLQ, and holds those that the DLQ
+// has not accepted yet.
 type letterBox struct {
 	route   *route
 	owner   letterOwner
@@ -42,32 +42,32 @@ type letterBox struct {
 
 // letterOwner settles the messages whose letters are stored.
 type letterOwner interface {
-	// confirm settles a message until the server confirms that, and reports whether it did.
+	// confirm settles a message, and reports whether the server has confirmed it.
 	confirm(ctx context.Context, w *work, ack []byte) bool
-	// lapse leaves a message to its next delivery.
+	// lapse leaves a message for redelivery.
 	lapse(w *work)
-	// keepsTerminated reports whether a message stays in its stream when it is terminated.
+	// keepsTerminated reports whether terminated messages stay in the stream.
 	keepsTerminated() bool
-	// source is the configuration of the route's stream, nil when it is not known.
+	// source is the configuration of the route's stream, nil if unknown.
 	source() *jetstream.StreamConfig
-	// consumerCreated is when the durable was made, as far as known. The pool is locked.
+	// consumerCreated is when the durable was created, as far as known. The pool is locked.
 	consumerCreated() time.Time
-	// book ends the engine's part in a message whose letter was held. The pool is locked.
+	// book records the outcome of a message whose letter was held. The pool is locked.
 	book(w *work)
-	// flow plans the next pull when no letter is held any more.
+	// flow plans the next pull once no letter is held.
 	flow()
 }
 
 // letterTarget is the stream that captures a route's DLQ subject, as far as the
 // user may know it. Guarded by the pool's mutex once the route runs.
 type letterTarget struct {
-	stream     string        // empty when it may not be asked for
-	maxMsgSize int64         // 0 unlimited
-	window     time.Duration // in which it knows an id again, 0 when that is unknown
-	fault      error         // why the stream that was made anew would not keep letters
+	stream     string        // empty without the permission to read it
+	maxMsgSize int64         // 0 for unlimited
+	window     time.Duration // its duplicate window, 0 if unknown
+	fault      error         // why the recreated stream could not keep letters
 }
 
-// check makes sure that letters can be kept, and remembers where.
+// check verifies that letters can be kept, and sets the target.
 func (b *letterBox) check(ctx context.Context) error {
 	r := b.route
 	subject := r.spec.route.dlq
@@ -86,7 +86,7 @@ func (b *letterBox) check(ctx context.Context) error {
 	case err != nil:
 		return r.spec.fault("dlq", strconv.Quote(subject), "could not be looked up: "+cause(err), err)
 	case len(names) == 0:
-		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it", fmt.Errorf("%w: %w", ErrBadDLQ, ErrNoStream))
+		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it; "+r.env.api.nearStreams(ctx, "", subject), failure("dead letters would not be kept: no stream", ErrBadDLQ, ErrNoStream))
 	case len(names) > 1:
 		return bad("several streams capture it: %q", names)
 	}
@@ -102,6 +102,7 @@ func (b *letterBox) check(ctx context.Context) error {
 	if reason := letterFault(&info.Config, b.owner.source(), subject); reason != "" {
 		return bad("stream %q %s", names[0], reason)
 	}
+	r.env.foundStream(info)
 	c := info.Config
 	warn := func(what string, args ...any) {
 		r.env.log.Warn("natsx: the DLQ's stream "+what, r.names(append(args, "stream", c.Name)...)...)
@@ -110,20 +111,20 @@ func (b *letterBox) check(ctx context.Context) error {
 		warn("discards old letters when it is full; DiscardNew keeps them")
 	}
 	if c.MaxAge > 0 && c.MaxAge < lettersNight {
-		warn("deletes letters before somebody may have seen them", "max_age", c.MaxAge)
+		warn("may delete letters before an operator has seen them", "max_age", c.MaxAge)
 	}
 	if c.Duplicates < 2*r.spec.route.lease() {
-		warn("has a duplicate window shorter than two ack waits: a process that dies while it writes a letter may leave it twice", "window", c.Duplicates)
+		warn("has a duplicate window shorter than two ack waits: a letter may be stored twice if the process crashes while it publishes it", "window", c.Duplicates)
 	}
 	if source := b.owner.source(); c.Storage == jetstream.MemoryStorage && source != nil && source.Storage == jetstream.FileStorage {
-		warn("keeps letters in memory, which ends with its server")
+		warn("keeps letters in memory, so that they are lost when its server stops")
 	}
 	b.target = letterTarget{stream: names[0], maxMsgSize: max(int64(c.MaxMsgSize), 0), window: c.Duplicates}
 	return nil
 }
 
-// letterFault is why a stream cannot keep the letters of a source on a subject, or
-// nothing. The source is nil when it is not known.
+// letterFault returns why a stream cannot keep the letters of a source on a subject, or
+// "". The source is nil if unknown.
 func letterFault(c, source *jetstream.StreamConfig, subject string) string {
 	switch {
 	case c.NoAck:
@@ -154,8 +155,8 @@ func letterFault(c, source *jetstream.StreamConfig, subject string) string {
 	return ""
 }
 
-// transformed is the subject on which a stream stores what is published to subject; a
-// transform that it does not work out it names by its destination.
+// transformed is the subject under which a stream stores a message on subject, or the
+// destination of a transform that it does not evaluate.
 func transformed(c *jetstream.StreamConfig, subject string) string {
 	t := c.SubjectTransform
 	if t == nil || t.Source == t.Destination || t.Source != "" && !subjectMatches(t.Source, subject) {
@@ -164,10 +165,10 @@ func transformed(c *jetstream.StreamConfig, subject string) string {
 	return t.Destination
 }
 
-// bury moves a dead message to the DLQ, on the worker while the DLQ takes
-// letters, and returns true. Else the message is held, its lease kept, the route
-// stops pulling, and one goroutine tries until the DLQ takes it: an
-// acknowledgement without a stored letter would lose the message.
+// bury moves a dead message to the DLQ on the worker and returns true. If the DLQ does not
+// accept it, bury returns false: the message is held with its lease, the route stops
+// pulling, and one goroutine retries until the DLQ accepts it. An acknowledgement without
+// a stored letter would lose the message.
 func (b *letterBox) bury(w *work) bool {
 	r, p := b.route, b.route.env.pool
 	w.letter = &heldLetter{text: r.env.textOf(w.err)}
@@ -221,20 +222,20 @@ func (b *letterBox) writeLetters() {
 			}
 			b.refreshDLQ()
 		}
-		if r.env.observer != nil {
-			r.env.visitApart(r.observing(), func() { r.tellObserver(w) })
+		for _, o := range r.env.observers {
+			r.env.callUserApart(r.observing(), func() { o.Observe(w.delivery, r.event(w)) })
 		}
 		p.mu.Lock()
 		p.held--
 		b.owner.book(w)
-		p.checkQuiet()
+		p.checkDrained()
 		p.mu.Unlock()
 	}
 }
 
-// moveLetter publishes the letter of w and settles w once it is stored. Nil means
-// that nothing is left to do, also since the lease is lost or the route is over:
-// the next delivery brings the same letter again, under the same id.
+// moveLetter publishes the letter of w and settles w once it is stored. It also returns nil
+// if the lease is lost or the route is over: the redelivery makes the same letter with the
+// same id.
 func (b *letterBox) moveLetter(ctx context.Context, w *work) error {
 	r := b.route
 	if processTime() >= w.ends.Load() || r.over.Load() {
@@ -293,9 +294,9 @@ func (b *letterBox) storeLetter(ctx context.Context, w *work) error {
 	if err != nil || !ack.Duplicate || time.Since(created) > target.window {
 		return err
 	}
-	// A durable of the same name may have written the letter, and been deleted with
-	// the letter gone since. That of this durable is in the DLQ, as far as anybody
-	// can tell who may not look there.
+	// A deleted durable of the same name may have published a letter with the same id,
+	// which may be removed since. Without the permission to read the DLQ, assume that the
+	// letter is this durable's.
 	earlier, err := r.env.api.get(ctx, ack.Stream, getRequest{Seq: ack.Sequence})
 	if earlier != nil || errors.Is(err, ErrPermission) {
 		return nil
@@ -307,8 +308,8 @@ func (b *letterBox) storeLetter(ctx context.Context, w *work) error {
 	return err
 }
 
-// refreshDLQ looks the DLQ's stream up again, which may have been recreated, with
-// another name or as one that would not keep letters.
+// refreshDLQ looks up the DLQ's stream again: it may have been recreated with another
+// name, or so that it cannot keep letters.
 func (b *letterBox) refreshDLQ() {
 	r := b.route
 	ctx, cancel := context.WithTimeout(r.env.closing, apiTimeout)
@@ -333,33 +334,33 @@ func (b *letterBox) refreshDLQ() {
 	p.mu.Unlock()
 }
 
-// maxHeader is the size of a message's headers from which on no stream stores it.
+// maxHeader is the size of headers from which on no stream stores a message.
 const maxHeader = math.MaxUint16
 
-// letter makes the dead letter of w. One that would be too large loses its error
-// and stack, then the original's headers, then the payload. It is at least as
-// small as the form of w's letter, and sets that.
+// letter makes the dead letter of w. If it would be too large, it leaves out error and
+// stack, then the original's headers, then the payload. It starts with the form of w's
+// letter, and sets that.
 func (b *letterBox) letter(w *work) *nats.Msg {
 	r := b.route
 	l := w.letter
 	core := nats.Header{
-		nats.MsgIdHdr:      {deliveryID(b.stream, b.durable, w.id)},
+		nats.MsgIdHdr:      {b.stream + "/" + b.durable + "/" + w.life()},
 		HeaderDLQSubject:   {w.raw.Subject},
 		HeaderDLQStream:    {b.stream},
-		HeaderDLQSequence:  {strconv.FormatUint(w.id.seq, 10)},
+		HeaderDLQSequence:  {strconv.FormatUint(w.source.seq, 10)},
 		HeaderDLQDurable:   {b.durable},
 		HeaderDLQAttempts:  {strconv.Itoa(w.msg.Attempt())},
 		HeaderDLQReason:    {string(w.reason)},
 		HeaderDLQTime:      {time.Now().UTC().Format(time.RFC3339Nano)},
-		HeaderDLQPublished: {time.Unix(0, w.id.time).UTC().Format(time.RFC3339Nano)},
+		HeaderDLQPublished: {time.Unix(0, w.source.time).UTC().Format(time.RFC3339Nano)},
 		HeaderDLQHost:      {hostname},
 	}
 	if c := w.redrive; c != nil {
 		core[HeaderDLQRedrives], core[HeaderDLQOriginal] = []string{strconv.Itoa(c.count)}, []string{c.original.String()}
 	}
-	why := nats.Header{HeaderDLQError: {headerText(l.text, MaxLetterError)}}
+	why := nats.Header{HeaderDLQError: {headerText(l.text, maxLetterError)}}
 	if panicked, ok := errors.AsType[*PanicError](w.err); ok && len(panicked.Stack) > 0 {
-		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), MaxLetterStack))
+		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), maxLetterStack))
 	}
 	brief := nats.Header{HeaderDLQError: {headerText(l.text, 128)}}
 	pointer := nats.Header{HeaderDLQPointer: {"true"}}
@@ -387,18 +388,18 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 			}
 		}
 		// The expected stream is added when it is published.
-		size := messageSize(letter) + len(nats.ExpectedStreamHdr) + MaxNameLength + 4
+		size := messageSize(letter) + len(nats.ExpectedStreamHdr) + maxNameLength + 4
 		if l.form == letterForms-1 || size <= int(limit) && size-len(letter.Data) <= maxHeader {
 			return letter
 		}
 	}
 }
 
-// letterForms is how many forms a letter has, from the whole to the smallest.
+// letterForms is how many forms a letter has, from the complete to the smallest one.
 const letterForms = 5
 
-// tooLarge reports that a smaller form of the letter may be stored where this one was
-// not, as under a limit of the stream that the user may not ask for.
+// tooLarge reports that the letter was refused for its size and a smaller form may be
+// stored, as with a limit of the stream that the user may not read.
 func tooLarge(err error) bool {
 	return errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrBadHeaderMsg) ||
 		hasCode(err, codeMessageTooLarge) || hasCode(err, codeHeaderTooLarge)

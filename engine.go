@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -12,22 +13,23 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// startAtOnce bounds how many routes start at the same time.
+// startAtOnce is how many routes start at the same time.
 const startAtOnce = 16
 
-// engine is one Run of a broker: starting, running, draining, over. It alone knows the
-// routes.
+// engine is one Run of a broker, from start to drain. It alone knows the routes.
 type engine struct {
 	*env
 	service   *service // nil without WithService
 	streams   []StreamSpec
+	retry     *retryStream // nil for none
 	specs     []Spec
 	ready     chan struct{} // the broker's
 	routes    []runner      // all, in the order given to Run
 	durables  []*durableRoute
 	cores     []*coreRoute
-	discovery *discovery // nil until it answers, and without WithService
+	discovery *discovery // nil until it is started, and without WithService
 	hung      hungWatch
+	outages   connectLog // of the connection
 
 	replaying sync.WaitGroup // replays that use the pool
 
@@ -37,6 +39,9 @@ type engine struct {
 	replays   map[*replay]struct{}
 	noReplays bool // the drain has begun
 }
+
+// hasStopped is the state of an engine whose Run has returned.
+const hasStopped = "has stopped"
 
 // runner is a route that runs.
 type runner interface {
@@ -55,10 +60,10 @@ type runner interface {
 func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []Spec) *engine {
 	e := &engine{
 		env:     newEnv(ctx, &b.settings, b.nc, js, b.workers),
-		service: b.service, streams: b.streams, specs: specs, ready: b.ready,
+		service: b.service, streams: b.streams, retry: b.retry, specs: specs, ready: b.ready,
 		state: "is starting", claimed: map[string]Spec{}, replays: map[*replay]struct{}{},
 	}
-	e.claim = e.claimOnce
+	e.claim, e.claimFilter = e.claimOnce, e.claimFilterOnce
 	for _, spec := range specs {
 		if spec.route.durable == "" {
 			r := newCoreRoute(e.env, spec)
@@ -66,9 +71,18 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		} else {
 			r := newDurableRoute(e.env, spec)
 			e.durables, e.routes = append(e.durables, r), append(e.routes, r)
+			e.ownDurables = append(e.ownDurables, spec.route.durable)
+			if e.retry != nil && retried(spec) {
+				r.moveTo(e.retry)
+			}
 		}
 	}
-	e.env.routesLooking = len(e.durables)
+	for _, d := range e.durables {
+		e.env.durables++
+		if d.retries != nil {
+			e.env.durables++
+		}
+	}
 	e.hung.init(e)
 	return e
 }
@@ -92,20 +106,27 @@ func (e *engine) run() error {
 	e.link.unwatch(status)
 	async.stop()
 	e.close()
-	e.setState("has stopped")
+	e.setState(hasStopped)
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return errors.Join(append(e.failures, err)...)
 }
 
-// prepare makes the streams and finds or makes what every route needs. It reports
-// whether the routes can be opened.
+// prepare ensures the streams and locates all routes. It reports whether the routes can
+// be opened.
 func (e *engine) prepare() bool {
 	if !e.awaitConnection() {
 		return false
 	}
+	if e.retries() {
+		if err := e.retry.serverFault(e.api.nc.ConnectedServerVersion()); err != nil {
+			e.fail(err)
+			return false
+		}
+	}
 	for _, s := range e.streams {
+		e.markFound(s.name)
 		if err := s.forLetters(e.specs).ensure(e.intake, e.api, e.log); err != nil && e.intake.Err() == nil {
 			e.note(err)
 		}
@@ -114,10 +135,58 @@ func (e *engine) prepare() bool {
 		e.endIntake()
 		return false
 	}
-	return e.each(func(r runner) error { return r.locate(e.intake) })
+	if !e.each(func(r runner) error { return r.locate(e.intake) }) || !e.locateRetries() {
+		return false
+	}
+	e.spawn(e.warnOfLookAlikes)
+	return true
 }
 
-// open has every route receive, and reports whether all do.
+// warnOfLookAlikes warns of durables that were created beside one with nearly the same
+// name: a slip of the pen, which would have the new one handle the whole stream.
+func (e *engine) warnOfLookAlikes() {
+	names := map[string][]string{} // by stream
+	for _, d := range e.durables {
+		stream := d.target.stream
+		if !d.created || e.intake.Err() != nil {
+			continue
+		}
+		if _, asked := names[stream]; !asked {
+			names[stream], _ = e.api.consumerNames(e.intake, stream) // without the permission there is no warning
+			names[stream] = slices.DeleteFunc(names[stream], func(name string) bool { return slices.Contains(e.ownDurables, name) })
+		}
+		if other := lookAlike(d.target.consumer, names[stream]); other != "" {
+			e.log.Warn("natsx: the durable is new, and looks like one that exists: is its name spelled as intended?",
+				d.names("stream", stream, "existing", other)...)
+		}
+	}
+}
+
+// retries reports whether a route uses the retry stream.
+func (e *engine) retries() bool {
+	return slices.ContainsFunc(e.durables, func(d *durableRoute) bool { return d.retries != nil })
+}
+
+// locateRetries opens the retry stream and finds or makes its consumers.
+func (e *engine) locateRetries() bool {
+	if !e.retries() {
+		return true
+	}
+	if err := e.retry.open(e.intake, e.api, e.log, sources(e.durables)); err != nil {
+		if e.intake.Err() == nil {
+			e.fail(err)
+		}
+		return false
+	}
+	return e.each(func(r runner) error {
+		if d, ok := r.(*durableRoute); ok && d.retries != nil {
+			return d.retries.locateRetries(e.intake)
+		}
+		return nil
+	})
+}
+
+// open starts every route, and reports whether all receive.
 func (e *engine) open() bool {
 	if !e.each(runner.start) {
 		return false
@@ -137,18 +206,18 @@ func (e *engine) open() bool {
 	return e.intake.Err() == nil
 }
 
-// anchor keeps a message unread until the function that it returns is called. While it
-// is, an application's [nats.Conn.Drain] leaves the connection open, so that what runs can
-// still be settled and answered.
+// anchor keeps a message unread in a subscription until release is called. Meanwhile an
+// application's [nats.Conn.Drain] does not close the connection, so that running
+// messages can still be settled and answered.
 func (e *engine) anchor() (release func()) {
 	nc := e.api.nc
 	inbox := nc.NewInbox()
 	ask := func() error { return nil }
-	if len(e.responders()) > 0 { // they may publish to inboxes
+	if len(e.responders()) > 0 { // the user may publish to inboxes
 		ask = func() error { return nc.Publish(inbox, nil) }
 	}
 	for _, d := range e.durables {
-		if d.target.bells { // which takes nothing, and has an answer in any case
+		if d.target.canIdle { // such a pull takes nothing, and is always answered
 			ask = func() error {
 				return nc.PublishRequest(d.target.nextSubject, inbox, pullRequest{batch: 1, maxBytes: 1, expires: time.Millisecond}.body())
 			}
@@ -168,8 +237,8 @@ func (e *engine) anchor() (release func()) {
 	}
 }
 
-// each calls fn for every route, several at once, and reports all failures: one
-// does not stop the others from finding theirs.
+// each calls fn for every route, several at once, and records all failures. It reports
+// whether the broker can go on.
 func (e *engine) each(fn func(runner) error) bool {
 	slots := make(chan struct{}, startAtOnce)
 	var wg sync.WaitGroup
@@ -189,14 +258,14 @@ func (e *engine) each(fn func(runner) error) bool {
 	return e.intake.Err() == nil
 }
 
-// awaitConnection waits until the connection is up, which a first connect that is
-// retried in the background may take a while for.
+// awaitConnection waits until the connection is up: the first connect may be retried in
+// the background.
 func (e *engine) awaitConnection() bool {
 	logged := false
 	for !e.link.up() || !e.api.nc.IsConnected() {
 		if !logged {
 			logged = true
-			e.log.Warn("natsx: waiting for the connection", "status", e.link.is().String(), "error", e.api.nc.LastError())
+			e.log.Warn("natsx: waiting for the connection", "status", e.link.state().String(), "error", e.api.nc.LastError())
 		}
 		if !wait(e.intake, 50*time.Millisecond) {
 			return false
@@ -205,7 +274,7 @@ func (e *engine) awaitConnection() bool {
 	return e.intake.Err() == nil
 }
 
-// claimOnce makes a durable of a stream one route's own.
+// claimOnce reserves a durable of a stream for one route, or returns a fault.
 func (e *engine) claimOnce(stream string, s Spec) error {
 	key := stream + "\x00" + s.route.durable
 	e.stateMu.Lock()
@@ -217,10 +286,30 @@ func (e *engine) claimOnce(stream string, s Spec) error {
 	return nil
 }
 
+// claimFilterOnce refuses a route of a work-queue stream whose filter overlaps with that
+// of another durable.
+func (e *engine) claimFilterOnce(stream string, s Spec) error {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	for key, other := range e.claimed {
+		if of, _, _ := strings.Cut(key, "\x00"); of == stream && s.overlaps(other) {
+			return s.overlapWith(other, stream)
+		}
+	}
+	return nil
+}
+
 func (e *engine) setState(s string) {
 	e.stateMu.Lock()
 	defer e.stateMu.Unlock()
 	e.state = s
+}
+
+// stopped reports whether Run has returned, or is about to.
+func (e *engine) stopped() bool {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	return e.state == hasStopped
 }
 
 func (e *engine) isReady() bool {
@@ -249,25 +338,31 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 	}
 }
 
-// onStatus follows the connection.
+// onStatus handles a change of the connection's status.
 func (e *engine) onStatus(s nats.Status) {
 	switch s {
 	case nats.RECONNECTING, nats.DISCONNECTED:
-		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.why())
+		if why := e.link.lastCause(); e.outages.worth(why) { // each failed attempt has the same status
+			e.log.Warn("natsx: connection lost, routes wait for it", "error", why)
+		}
 	case nats.CONNECTED:
+		e.outages.end()
 		e.acks.connected()
 		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
 		for _, d := range e.durables {
 			d.verify(true, nil)
+			if d.retries != nil {
+				d.retries.verify(true, nil)
+			}
 		}
 	case nats.DRAINING_SUBS:
-		e.fail(fmt.Errorf("%w: the application drains it", ErrConnectionClosed))
+		e.fail(fmt.Errorf("%w: the application drained it", ErrConnectionClosed))
 	case nats.CLOSED:
-		e.fail(closedBy(e.link.why()))
+		e.fail(closedBy(e.link.lastCause()))
 	}
 }
 
-// closedBy is ErrConnectionClosed with what closed the connection, when that is known.
+// closedBy is ErrConnectionClosed with the cause, if that is known.
 func closedBy(why error) error {
 	if why == nil {
 		return ErrConnectionClosed
@@ -287,7 +382,7 @@ func (e *engine) admit(r *replay) bool {
 	return true
 }
 
-// leave is an admitted replay's end.
+// leave ends an admitted replay.
 func (e *engine) leave(r *replay) {
 	e.stateMu.Lock()
 	delete(e.replays, r)
@@ -295,8 +390,8 @@ func (e *engine) leave(r *replay) {
 	e.replaying.Done()
 }
 
-// haltReplays stops the replays and admits no more. What they give the pool after
-// it has returned is only what waits behind a running message of its key.
+// haltReplays stops the replays and admits no more. After that they queue only messages
+// that wait for a running one with the same key.
 func (e *engine) haltReplays() {
 	e.stateMu.Lock()
 	e.noReplays = true
@@ -310,7 +405,7 @@ func (e *engine) haltReplays() {
 	}
 }
 
-// drain ends the intake, waits for what is in hand, and ends the workers.
+// drain ends the intake, waits for the messages in hand, and ends the workers.
 func (e *engine) drain() error {
 	e.endIntake()
 	e.haltReplays()
@@ -330,6 +425,10 @@ func (e *engine) drain() error {
 		<-e.pool.gone
 		e.acks.stop()
 		err := e.flush(ctx)
+		for _, d := range e.durables {
+			stopping.Go(func() { d.unpin(ctx) })
+		}
+		stopping.Wait()
 		e.endServing(0)
 		return err
 	case <-ctx.Done():
@@ -345,7 +444,7 @@ func (e *engine) drain() error {
 	select {
 	case <-e.pool.gone:
 	case <-grace.C:
-		e.endClosing() // for workers that only wait for the server's answer
+		e.endClosing() // for workers that only wait for an answer of the server
 		select {
 		case <-e.pool.gone:
 		case <-time.After(100 * time.Millisecond):
@@ -358,12 +457,12 @@ func (e *engine) drain() error {
 	e.acks.stop()
 	e.api.nc.FlushTimeout(time.Second)
 	e.endServing(DrainGrace)
-	cut.Stuck = append(e.pool.stuck(), e.visiting()...)
+	cut.Stuck = append(e.pool.stuck(), e.openUserCalls()...)
 	return cut
 }
 
-// endServing ends what serves the routes beside the workers, and waits for it for grace
-// and a moment: users' code may hold it up for ever.
+// endServing ends the background goroutines and replays, and waits for them for grace
+// plus a second: users' code may block them for ever.
 func (e *engine) endServing(grace time.Duration) {
 	e.endClosing()
 	done := make(chan struct{})
@@ -378,12 +477,12 @@ func (e *engine) endServing(grace time.Duration) {
 	}
 }
 
-// flush makes sure that the server has the last acknowledgements. Without a connection
-// it waits for one, unless no acknowledgement does.
+// flush flushes pending acks. Without a connection it waits for one, unless no acks are
+// pending.
 func (e *engine) flush(ctx context.Context) error {
 	for {
-		if e.link.is() == nats.CLOSED || !e.link.up() && !e.acks.unsent.Load() {
-			return nil // what a closed one means is said elsewhere
+		if e.link.state() == nats.CLOSED || !e.link.up() && !e.acks.unsent.Load() {
+			return nil // onStatus reports a closed connection
 		}
 		try, cancel := context.WithTimeout(ctx, apiTimeout)
 		err := e.api.nc.FlushWithContext(try)
@@ -408,8 +507,8 @@ func (e *engine) health() error {
 	errs = append(errs, e.failures...)
 	e.mu.Unlock()
 	if !e.link.up() {
-		err := fmt.Errorf("natsx: connection is %s", strings.ToLower(e.link.is().String()))
-		if why := e.link.why(); why != nil {
+		err := fmt.Errorf("natsx: connection is %s", strings.ToLower(e.link.state().String()))
+		if why := e.link.lastCause(); why != nil {
 			err = fmt.Errorf("%w: %w", err, why)
 		}
 		errs = append(errs, err)
@@ -419,6 +518,11 @@ func (e *engine) health() error {
 	}
 	for _, r := range e.routes {
 		errs = append(errs, r.base().health()...)
+	}
+	for _, d := range e.durables {
+		if d.retries != nil {
+			errs = append(errs, d.retries.health()...)
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -431,8 +535,8 @@ func (e *engine) stats() Stats {
 	return s
 }
 
-// hungWatch looks whether all workers hang: every one at the same work since longer than
-// the Timeout of its route.
+// hungWatch detects that all workers hang: each runs the same work for longer than the
+// Timeout of its route.
 type hungWatch struct {
 	e     *engine
 	alarm alarm
@@ -447,7 +551,7 @@ type hungWork struct {
 	at   int64
 }
 
-// hungEvery is how often the workers are looked at while all are busy.
+// hungEvery is how often the workers are checked while all are busy.
 const hungEvery = time.Second
 
 func (h *hungWatch) init(e *engine) {
@@ -495,7 +599,7 @@ func (h *hungWatch) look(now int64) {
 	}
 }
 
-var errHung = errors.New("natsx: all workers are in handlers that have not returned within the Timeout of their route: nothing is handled")
+var errHung = errors.New("natsx: all workers are blocked by handlers that have not returned within the Timeout of their route")
 
 func (h *hungWatch) fault() error {
 	h.mu.Lock()

@@ -247,7 +247,7 @@ func TestExistingDurable(t *testing.T) {
 				t.Fatal(err)
 			}
 			b := NewBroker(nc)
-			route := Route("orders.*").Durable(tt.name).AckWait(5 * time.Second).Handle(succeed)
+			route := Route("orders.*").Durable(tt.name).Handle(succeed)
 			if tt.refused != "" {
 				err := b.Run(testContext(t), route)
 				var fault *RouteError
@@ -259,7 +259,7 @@ func TestExistingDurable(t *testing.T) {
 			runBroker(t, b, route)
 			info := consumerInfo(t, nc, "ORDERS", tt.name)
 			got := info.Config
-			if got.AckWait != 5*time.Second || got.MaxDeliver != -1 || got.MaxAckPending != DefaultMaxAckPending || got.Description != "kept" {
+			if got.AckWait != 7*time.Second || got.MaxDeliver != -1 || got.MaxAckPending != 10 || got.Description != "kept" {
 				t.Errorf("adopted as %+v", got)
 			}
 		})
@@ -449,7 +449,7 @@ func TestMiddlewareAndObserverSeeEveryKindOfRoute(t *testing.T) {
 		return func(next Handler) Handler {
 			return func(ctx context.Context, m *Msg) error {
 				mu.Lock()
-				trail = append(trail, name+" "+m.Subject)
+				trail = append(trail, name+" "+m.Route()+" "+m.Subject)
 				mu.Unlock()
 				return next(ctx, m)
 			}
@@ -471,14 +471,20 @@ func TestMiddlewareAndObserverSeeEveryKindOfRoute(t *testing.T) {
 		t.Fatalf("request: %v", err)
 	}
 	eventually(t, "the request is counted", func() bool { return b.Stats().Routes[2].Succeeded == 1 })
+	if report, err := b.Replay(testContext(t), Replay("orders.>").Handle(succeed)); err != nil || report.Handled != 1 {
+		t.Fatalf("replay: %+v %v", report, err)
+	}
 	mu.Lock()
 	defer mu.Unlock()
-	want := []string{"outer orders.new", "inner orders.new", "outer core", "inner core", "outer ask", "inner ask"}
+	want := []string{
+		"outer orders.* orders.new", "inner orders.* orders.new", "outer core core", "inner core core", "outer ask ask", "inner ask ask",
+		"outer orders.> orders.new", "inner orders.> orders.new",
+	}
 	if diff := cmp.Diff(want, trail); diff != "" {
 		t.Errorf("middleware (-want +got):\n%s", diff)
 	}
 	got := o.lines(func(e Event) string { return fmt.Sprintf("%s %s %s %v", e.Route, e.Durable, e.Outcome, e.Err) })
-	wantEvents := []string{"orders.* d discarded no", "core  failed lost", "ask  succeeded <nil>"}
+	wantEvents := []string{"orders.* d discarded no", "core  failed lost", "ask  succeeded <nil>", "orders.>  succeeded <nil>"}
 	if diff := cmp.Diff(wantEvents, got); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
 	}

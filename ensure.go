@@ -17,22 +17,22 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// StreamConflictError is an existing stream that cannot become what was
-// described; nothing of it was changed, unless a Reason tells that the server did not
-// take an option, as one that is too old for it does; with that it comes inside an
-// [ErrServerTooOld]. It matches [ErrStreamConflict].
+// StreamConflictError is an existing stream that cannot be changed to the description.
+// Nothing was changed, unless a Reason says that the server did not apply an option. If it
+// is too old for that, the error is also [ErrServerTooOld]. It matches
+// [ErrStreamConflict].
 type StreamConflictError struct {
-	Stream string
+	Stream string       // its name
 	Diffs  []StreamDiff // every difference at fault, in the order of the setters' declaration
-	Err    error        // the server's refusal, nil when natsx refused before it
+	Err    error        // the server's refusal, nil if natsx refused the change
 }
 
-// StreamDiff is one option of a stream that is not as it was described.
+// StreamDiff is one option of a stream that differs from the description.
 type StreamDiff struct {
 	Field  string // the option, by its setter's name in lower camel case
 	Have   string // its value in the existing stream
 	Want   string // its value as described
-	Reason string // why it is not changed, empty when the server's refusal tells
+	Reason string // why it is not changed, empty if the server's refusal says so
 }
 
 // Error lists the differences on one line.
@@ -62,31 +62,31 @@ func (e *StreamConflictError) Unwrap() []error {
 	return []error{ErrStreamConflict, e.Err}
 }
 
-// Ensure makes the stream exist as described. It creates what is missing, with
-// the defaults told at [Stream], and updates of an existing stream the options
-// that were set and differ; everything else stays as it is. It is idempotent,
-// and any number of processes may start with it at once.
+// Ensure creates the stream as described, or updates the options of an existing stream
+// that are set and differ; all others are unchanged. [Stream] documents the defaults. It
+// is idempotent, and several processes may call it at the same time.
 //
-// Processes that change one stream at the same time do so one after the other, each on
-// top of what the others made, so that no change is lost. For that Ensure makes and
-// deletes a consumer named natsx-ensure at the stream, which takes no messages. Where
-// there can be none, as on a work queue, or without the permission, it reads back instead,
-// for some tenths of a second, and tries again when its change is gone.
+// Processes that change a stream at the same time do so one after another, so that no
+// change is lost. To that end Ensure creates a consumer named natsx-ensure on the stream,
+// which receives no messages, and deletes it again. If that is not possible, as on a work
+// queue or without the permission, it reads the stream again for a few tenths of a second
+// and repeats a change that was lost.
 //
-// What the server cannot change, and a lower limit that would delete messages
-// that are stored now, is refused with a [*StreamConflictError], which matches
-// [ErrStreamConflict], and nothing is changed.
+// A change that the server does not allow, or a lower limit that would delete stored
+// messages, is refused with a [*StreamConflictError], which matches [ErrStreamConflict];
+// nothing is changed then.
 //
 // Every fault of the description is returned before the first request; see
-// [StreamSpec.Validate]. What passes by itself (a server that starts, an
-// election, a lost answer) is tried again until ctx ends, whose error is then in the
-// chain, and logged once to [slog.Default]: a server without JetStream looks the
-// same, so give ctx a deadline. A closed connection is [ErrConnectionClosed], a
-// missing permission [ErrPermission], and any other refusal of the server is returned
-// at once with its [*jetstream.APIError].
+// [StreamSpec.Validate]. Transient failures (a server restart, a leader election, a lost
+// answer) are retried until ctx ends, whose error is then in the chain, and logged once to
+// [slog.Default]. A server without JetStream cannot be distinguished from one that starts,
+// so give ctx a deadline. The error is [ErrConnectionClosed] if the connection was closed,
+// [ErrPermission] if a permission is missing; any other refusal of the server is returned
+// at once with its [*jetstream.APIError]. The stream is logged at info level: found,
+// created or changed.
 //
-// The stream is made in the JetStream that nc's account has without a domain. For a
-// domain or an API prefix, use [WithStreams] with [WithJetStream].
+// The stream is made in the JetStream of nc's account, unless [StreamSpec.Domain] or
+// [StreamSpec.APIPrefix] names another one.
 func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 	if err := s.Validate(); err != nil {
 		return err
@@ -98,13 +98,21 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 	return s.ensure(ctx, newAPI(nc, js), slog.Default())
 }
 
-// ensure is Ensure for a description that was validated, with another logger.
+// ensure is Ensure for a description that was validated, with another logger. a is used
+// unless the description names another JetStream.
 func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error {
+	if s.js != (apiChoice{}) {
+		js, err := s.js.jetStream(a.nc)
+		if err != nil {
+			return fmt.Errorf("natsx: stream %q: %w", s.name, err)
+		}
+		a = newAPI(a.nc, js)
+	}
 	e := &ensuring{StreamSpec: s, api: a, lock: streamLock{api: a, stream: s.name}}
 	tries := 0
 	policy := retry{told: func(err error) {
-		if tries++; tries == 3 { // not what a race of processes that start at once leaves behind
-			log.Warn("natsx: stream cannot be ensured yet, trying on", "stream", s.name, "error", err)
+		if tries++; tries == 3 { // earlier failures may be caused by other processes that start
+			log.Warn("natsx: stream cannot be ensured, trying again", "stream", s.name, "error", err)
 		}
 	}}
 	for unchanged := 0; ; {
@@ -119,17 +127,22 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 		if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
 			return fmt.Errorf("%w: %w", err, ctx.Err())
 		}
-		if err != nil || !e.unlocked {
+		if err != nil {
 			return err
+		}
+		if !e.unlocked {
+			break
 		}
 		// Another process may write over it what it has read before: see that it stays.
 		if unchanged++; e.changed {
 			unchanged = 0
 		}
 		if unchanged == settledLooks || !wait(ctx, settlePause/2+rand.N(settlePause)) {
-			return nil
+			break
 		}
 	}
+	e.report.log(log)
+	return nil
 }
 
 const (
@@ -147,6 +160,7 @@ type ensuring struct {
 	changed  bool                    // by the last attempt
 	unlocked bool                    // a change was made without the lock
 	before   *jetstream.StreamConfig // when a change was last refused
+	report   streamReport            // of what was done
 }
 
 // overtakenError is a change that was refused or did not come out as it was made,
@@ -172,7 +186,8 @@ func (e *ensuring) request(ctx context.Context, verb, operation string, do func(
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("natsx: %s stream %q: %w", verb, e.name, closedCause(err))
+		err = closedCause(err)
+		return nil, failure(fmt.Sprintf("%s stream %q: %s", verb, e.name, cause(err)), err)
 	}
 	return stream, nil
 }
@@ -234,6 +249,7 @@ func (e *ensuring) create(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	e.report = streamReport{did: "created", info: stream.CachedInfo()}
 	return e.verify(stream.CachedInfo().Config, e.api.nc.ConnectedServerVersion())
 }
 
@@ -245,6 +261,9 @@ func (e *ensuring) compare(ctx context.Context, stream jetstream.Stream) (differ
 	e.apply(&next)
 	diffs := e.differences(info.Config, next)
 	if len(diffs) == 0 {
+		if e.report.did == "" {
+			e.report = streamReport{did: "found", info: info}
+		}
 		return false, nil
 	}
 	if next.MaxMsgsPerSubject > 0 && slices.ContainsFunc(diffs, func(d StreamDiff) bool { return d.Field == "maxMsgsPerSubject" }) {
@@ -289,6 +308,7 @@ func (e *ensuring) update(ctx context.Context, stream jetstream.Stream, locked b
 		return err
 	}
 	e.changed, e.unlocked = true, e.unlocked || !locked
+	e.report = streamReport{did: "changed", info: stream.CachedInfo(), diffs: e.differences(have, next)}
 	return e.judge(&have, e.verify(stream.CachedInfo().Config, e.api.nc.ConnectedServerVersion()))
 }
 
@@ -338,8 +358,23 @@ func (e *ensuring) taken(ctx context.Context, subjects []string) string {
 	return ""
 }
 
-// verify compares what the server made of the stream with the description: an
-// older server drops the options that it does not know.
+// streamReport is what was done with a stream, for the log.
+type streamReport struct {
+	did   string
+	info  *jetstream.StreamInfo
+	diffs []StreamDiff // of one that was changed
+}
+
+func (r streamReport) log(log *slog.Logger) {
+	args := streamAttrs(&r.info.Config, "messages", r.info.State.Msgs)
+	if len(r.diffs) > 0 {
+		args = append(args, "changes", changes(r.diffs))
+	}
+	log.Info("natsx: stream "+r.did, args...)
+}
+
+// verify compares the server's result with the description: an older server ignores
+// options that it does not know.
 func (s StreamSpec) verify(got jetstream.StreamConfig, version string) error {
 	next := got
 	s.apply(&next)
@@ -350,7 +385,7 @@ func (s StreamSpec) verify(got jetstream.StreamConfig, version string) error {
 	var tooOld []string
 	for i := range diffs {
 		d := &diffs[i]
-		d.Reason = "the server did not take it"
+		d.Reason = "the server did not apply it"
 		minor := neededMinor[d.Field]
 		if minor == 0 {
 			continue
@@ -372,8 +407,8 @@ func (s StreamSpec) verify(got jetstream.StreamConfig, version string) error {
 // all do that natsx works with.
 var neededMinor = map[string]int{"allowMsgTTL": 11, "allowMsgSchedules": 12, "allowAtomicPublish": 12, "allowBatchPublish": 14}
 
-// refuse returns the diffs that the server cannot make, or that would delete
-// messages, each with its reason.
+// refuse returns the diffs that the server does not allow, or that would delete messages,
+// each with its reason.
 func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.StreamConfig) []StreamDiff {
 	have, state := info.Config, info.State
 	const fixed = "the server cannot change it"
@@ -399,14 +434,14 @@ func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.Strea
 				return fixed
 			}
 			if next.Retention == jetstream.InterestPolicy && state.Msgs > 0 {
-				return fmt.Sprintf("would delete those of %d messages that no consumer waits for", state.Msgs)
+				return fmt.Sprintf("would delete those of %d messages without interest", state.Msgs)
 			}
 		case "maxMsgs":
 			return overMsgs
 		case "maxBytes":
 			return overBytes
 		case "discard":
-			// A stream that refused new messages may be over a limit that was lowered.
+			// With DiscardNew the stream may be above a limit that was lowered.
 			return cmp.Or(overMsgs, overBytes)
 		case "maxMsgsPerSubject":
 			if next.MaxMsgsPerSubject <= 0 {
@@ -425,7 +460,7 @@ func refuse(diffs []StreamDiff, info *jetstream.StreamInfo, next jetstream.Strea
 			}
 		case "allowRollup", "allowMsgSchedules":
 			if have.DenyPurge {
-				return "the stream denies purges, which cannot be taken back"
+				return "the stream has DenyPurge, which cannot be disabled"
 			}
 		}
 		return ""
@@ -449,14 +484,14 @@ func (s StreamSpec) apply(cfg *jetstream.StreamConfig) {
 			f.write(s, cfg)
 		}
 	}
-	// The server shortens its default window to a new stream's MaxAge itself,
-	// and refuses an update that leaves it longer.
+	// The server shortens the default duplicate window to the MaxAge of a new stream, but
+	// refuses an update that leaves it longer.
 	if s.set&optMaxAge != 0 && s.set&optDedupWindow == 0 && s.maxAge > 0 {
 		cfg.Duplicates = min(cfg.Duplicates, s.maxAge)
 	}
 }
 
-// differences lists the options that were set and are not the same in both.
+// differences lists the options that are set and differ.
 func (s StreamSpec) differences(have, want jetstream.StreamConfig) []StreamDiff {
 	var diffs []StreamDiff
 	for _, f := range streamFields {
@@ -470,8 +505,8 @@ func (s StreamSpec) differences(have, want jetstream.StreamConfig) []StreamDiff 
 	return diffs
 }
 
-// streamField tells how an option is written into a configuration and how its
-// value reads there. Values that mean the same read the same.
+// streamField sets an option in a configuration, and formats its value. Equivalent values
+// have the same format.
 type streamField struct {
 	opt   streamOption
 	name  string
@@ -524,7 +559,7 @@ var streamFields = []streamField{
 	streamFlag(optDenyPurge, "denyPurge", func(c *jetstream.StreamConfig) *bool { return &c.DenyPurge }),
 }
 
-// streamFlag is an option that can only be switched on.
+// streamFlag is an option that can only be enabled.
 func streamFlag(opt streamOption, name string, at func(*jetstream.StreamConfig) *bool) streamField {
 	return streamField{opt, name, func(_ StreamSpec, c *jetstream.StreamConfig) { *at(c) = true },
 		func(c jetstream.StreamConfig) string { return strconv.FormatBool(*at(&c)) }}

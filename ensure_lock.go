@@ -78,6 +78,8 @@ func (l *streamLock) try(ctx context.Context, c *jetstream.StreamConfig) error {
 	// Two that a cluster made at the same time are one in the end.
 	info, err := l.api.consumerInfo(ctx, l.stream, lockConsumer)
 	if err != nil {
+		l.taken = began
+		l.release(ctx)
 		return err
 	}
 	if info.Config.Metadata[metadataID] != id {

@@ -174,7 +174,7 @@ func TestEnsureLimits(t *testing.T) {
 		{"age above", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.MaxAge(hour) }, nil},
 		{"message size below", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.MaxMsgSize(1) }, nil},
 		{"interest", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.Retention(jetstream.InterestPolicy) },
-			[]StreamDiff{{"retention", "Limits", "Interest", "would delete those of 10 messages that no consumer waits for"}}},
+			[]StreamDiff{{"retention", "Limits", "Interest", "would delete those of 10 messages without interest"}}},
 		{"other subjects", jetstream.StreamConfig{}, func(s StreamSpec) StreamSpec { return s.Subjects("moved." + s.name) }, nil},
 		{"storage, retention and a limit", jetstream.StreamConfig{},
 			func(s StreamSpec) StreamSpec {
@@ -188,8 +188,8 @@ func TestEnsureLimits(t *testing.T) {
 		{"rollup of what may not be purged", jetstream.StreamConfig{DenyPurge: true},
 			func(s StreamSpec) StreamSpec { return s.AllowRollup().AllowMsgSchedules() },
 			[]StreamDiff{
-				{"allowMsgSchedules", "false", "true", "the stream denies purges, which cannot be taken back"},
-				{"allowRollup", "false", "true", "the stream denies purges, which cannot be taken back"},
+				{"allowMsgSchedules", "false", "true", "the stream has DenyPurge, which cannot be disabled"},
+				{"allowRollup", "false", "true", "the stream has DenyPurge, which cannot be disabled"},
 			}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -241,9 +241,9 @@ func TestEnsureKeepsOldMessages(t *testing.T) {
 	publish(t, nc, nats.NewMsg("s"))
 	eventually(t, "the message is older than the shortest age", func() bool {
 		info, err := stream.Info(testContext(t))
-		return err == nil && info.TimeStamp.Sub(info.State.FirstTime) > MinStreamDuration
+		return err == nil && info.TimeStamp.Sub(info.State.FirstTime) > minStreamDuration
 	})
-	err := Stream("S").MaxAge(MinStreamDuration).Ensure(testContext(t), nc)
+	err := Stream("S").MaxAge(minStreamDuration).Ensure(testContext(t), nc)
 	var conflict *StreamConflictError
 	if !errors.As(err, &conflict) || len(conflict.Diffs) != 1 || conflict.Diffs[0].Field != "maxAge" ||
 		!strings.Contains(conflict.Diffs[0].Reason, "would delete messages: the oldest is ") {
@@ -500,7 +500,7 @@ func TestEnsureWaitsForJetStream(t *testing.T) {
 		t.Errorf("ensure: %v", err)
 	}
 	streamConfig(t, nc, "S")
-	if got := book.alarms("stream cannot be ensured yet"); len(got) != 1 {
+	if got := book.alarms("stream cannot be ensured, trying again"); len(got) != 1 {
 		t.Errorf("%d alarms %q, want 1", len(got), got)
 	}
 }
@@ -669,7 +669,7 @@ func TestStreamVerify(t *testing.T) {
 		}
 	}
 	got.AllowMsgTTL, got.AllowBatchPublish, got.MaxMsgs = true, true, 4
-	const want = `natsx: stream "S" exists with other settings: maxMsgs is 4, not 5: the server did not take it`
+	const want = `natsx: stream "S" exists with other settings: maxMsgs is 4, not 5: the server did not apply it`
 	if err := spec.verify(got, "2.15.2"); !errors.Is(err, ErrStreamConflict) || errors.Is(err, ErrServerTooOld) || err.Error() != want {
 		t.Errorf("verify = %v, want %s", err, want)
 	}
@@ -776,5 +776,31 @@ func TestStreamNamesPages(t *testing.T) {
 	}
 	if names[0] != "S0000" || names[count-1] != fmt.Sprintf("S%04d", count-1) {
 		t.Errorf("streamNames = %s to %s, want all in order", names[0], names[count-1])
+	}
+}
+
+// A stream is made in the JetStream that its description names, also by a broker whose
+// other streams are in its own.
+func TestEnsureInAnotherJetStream(t *testing.T) {
+	t.Parallel()
+	hub, leaf := hubAndLeaf(t)
+	if err := Stream("FAR").Domain("hub").Ensure(testContext(t), leaf); err != nil {
+		t.Fatalf("Ensure with a domain: %v", err)
+	}
+	if err := Stream("PREFIXED").APIPrefix("$JS.hub.API.").Ensure(testContext(t), leaf); err != nil {
+		t.Fatalf("Ensure with a prefix: %v", err)
+	}
+	b := NewBroker(leaf, WithStreams(Stream("S").Subjects("far.>").Domain("hub"), Stream("S").Subjects("near.>")))
+	runBroker(t, b, Route("near.a").Durable("d").Handle(func(context.Context, *Msg) error { return nil }))
+	for _, name := range []string{"FAR", "PREFIXED"} {
+		if _, err := jetStream(t, leaf).Stream(testContext(t), name); !errors.Is(err, jetstream.ErrStreamNotFound) {
+			t.Errorf("stream %s in the leaf's JetStream: got %v, want ErrStreamNotFound", name, err)
+		}
+		streamConfig(t, hub, name)
+	}
+	for nc, want := range map[*nats.Conn]string{hub: "far.>", leaf: "near.>"} {
+		if diff := cmp.Diff([]string{want}, streamConfig(t, nc, "S").Subjects); diff != "" {
+			t.Errorf("subjects of S (-want +got):\n%s", diff)
+		}
 	}
 }

@@ -14,23 +14,22 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// DrainGrace is how long handlers have to return after their contexts were cancelled at
-// the drain timeout.
+// DrainGrace is how long handlers may still run after the drain timeout has cancelled
+// their contexts.
 const DrainGrace = 2 * time.Second
 
-// settings are the options of a broker that its routes and replays go by.
+// settings are the options of a broker that its routes and replays use.
 type settings struct {
 	log          *slog.Logger
 	workers      int
 	drainTimeout time.Duration
 	middleware   []Middleware
-	observer     Observer
+	observers    []Observer
 	errorText    func(error) string
 }
 
-// env is what a route, a replay or a tool gets instead of the broker: the connection
-// and JetStream's API, the pool and what serves it, and the contexts of its life. It
-// does not know the routes.
+// env is what routes and replays get instead of the broker: the connection and the
+// JetStream API, the pool and its helpers, and the contexts. It does not know the routes.
 type env struct {
 	*settings
 	api    *api
@@ -40,9 +39,9 @@ type env struct {
 	keeper *keeper
 	acks   *acker
 
-	// intake ends when no more messages are wanted: the caller's context ended or
-	// something failed. handlers is what handlers run under; it ends at the drain
-	// timeout. closing bounds what is left to say to the server after that.
+	// intake ends when the caller's context ends or something failed: no more messages
+	// are accepted. handlers is the context of all handlers; it ends at the drain timeout.
+	// closing bounds the last requests to the server after that.
 	intake        context.Context
 	endIntake     context.CancelFunc
 	handlers      context.Context
@@ -50,27 +49,33 @@ type env struct {
 	closing       context.Context
 	endClosing    context.CancelFunc
 
-	background sync.WaitGroup // what serves the routes and ends after them
-	services   sync.WaitGroup // agenda, keeper, acker; they end last
+	background sync.WaitGroup // goroutines of spawn
+	services   sync.WaitGroup // agenda and keeper; they end last
 	endService context.CancelFunc
 	service    context.Context
 
-	routesLooking int // routes that share the looks at their consumers
+	durables int // routes that share the looks at their consumers
 
-	// claim makes a durable of a stream one route's own.
+	// claim reserves a durable of a stream for one route, or returns a fault.
 	claim func(stream string, s Spec) error
+	// claimFilter makes the filter one durable's own, on a work-queue stream that it
+	// has claimed.
+	claimFilter func(stream string, s Spec) error
 
-	mu       sync.Mutex
-	failures []error
-	inside   map[*visit]struct{} // calls of users' code that have not returned
+	ownDurables []string // of all routes
+
+	mu        sync.Mutex
+	found     map[string]bool // streams that were logged as found
+	failures  []error
+	userCalls map[*userCall]struct{} // that have not returned
 }
 
-// visit is a call of users' code.
-type visit struct{ what string }
+// userCall is a running call of users' code.
+type userCall struct{ what string }
 
-// newEnv makes an environment over a connection; close ends it.
+// newEnv returns an environment over a connection. close ends it.
 func newEnv(ctx context.Context, s *settings, nc *nats.Conn, js jetstream.JetStream, workers int) *env {
-	e := &env{settings: s, api: newAPI(nc, js), link: openLink(nc), pool: newPool(workers), agenda: newAgenda(), inside: map[*visit]struct{}{}}
+	e := &env{settings: s, api: newAPI(nc, js), link: openLink(nc), pool: newPool(workers), agenda: newAgenda(), userCalls: map[*userCall]struct{}{}}
 	e.intake, e.endIntake = context.WithCancel(ctx)
 	live := context.WithoutCancel(ctx)
 	e.handlers, e.abortHandlers = context.WithCancelCause(live)
@@ -83,7 +88,7 @@ func newEnv(ctx context.Context, s *settings, nc *nats.Conn, js jetstream.JetStr
 	return e
 }
 
-// start starts the workers and what serves them.
+// start starts the workers and their helpers.
 func (e *env) start() {
 	e.pool.start()
 	e.services.Go(func() { e.agenda.run(e.service) })
@@ -91,7 +96,7 @@ func (e *env) start() {
 	go e.acks.run()
 }
 
-// close ends what start has started, after the workers, and joins it.
+// close ends the helpers and waits for them, after the workers have ended.
 func (e *env) close() {
 	e.endIntake()
 	e.endService()
@@ -101,8 +106,29 @@ func (e *env) close() {
 	e.link.close()
 }
 
-// spawn starts a goroutine that the end of the environment waits for.
+// spawn starts a goroutine that a drain waits for.
 func (e *env) spawn(fn func()) { e.background.Go(fn) }
+
+// foundStream logs a stream that a route uses, once for all routes.
+func (e *env) foundStream(info *jetstream.StreamInfo) {
+	if e.markFound(info.Config.Name) {
+		streamReport{did: "found", info: info}.log(e.log)
+	}
+}
+
+// markFound notes that a stream is logged, and reports whether it was not before.
+func (e *env) markFound(stream string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.found[stream] {
+		return false
+	}
+	if e.found == nil {
+		e.found = map[string]bool{}
+	}
+	e.found[stream] = true
+	return true
+}
 
 // note records a failure; fail also ends the intake.
 func (e *env) note(err error) {
@@ -127,16 +153,16 @@ func (e *env) failed() bool {
 	return len(e.failures) > 0
 }
 
-// visit calls users' code, which may panic, block or end its goroutine, and logs a panic.
-// While it does not return, it is named by the end of the environment.
-func (e *env) visit(what string, fn func()) {
-	v := &visit{what}
+// callUser calls users' code, which may panic, block or end its goroutine, and logs a
+// panic. While the call has not returned, openUserCalls names it.
+func (e *env) callUser(what string, fn func()) {
+	v := &userCall{what}
 	e.mu.Lock()
-	e.inside[v] = struct{}{}
+	e.userCalls[v] = struct{}{}
 	e.mu.Unlock()
 	defer func() {
 		e.mu.Lock()
-		delete(e.inside, v)
+		delete(e.userCalls, v)
 		e.mu.Unlock()
 		if p := recover(); p != nil {
 			e.log.Error("natsx: "+what+" panicked", "panic", p, "stack", string(debug.Stack()))
@@ -145,13 +171,20 @@ func (e *env) visit(what string, fn func()) {
 	fn()
 }
 
-// visitApart is visit on a goroutine of its own, for callers that must go on whatever
-// the code does: it returns at the latest when the environment closes.
-func (e *env) visitApart(what string, fn func()) {
+// observe reports a finished attempt to every observer.
+func (e *env) observe(what string, ctx context.Context, ev Event) {
+	for _, o := range e.observers {
+		e.callUser(what, func() { o.Observe(ctx, ev) })
+	}
+}
+
+// callUserApart is callUser on a separate goroutine, for callers that must not be blocked
+// for ever: it returns when closing ends at the latest.
+func (e *env) callUserApart(what string, fn func()) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		e.visit(what, fn)
+		e.callUser(what, fn)
 	}()
 	select {
 	case <-done:
@@ -159,18 +192,18 @@ func (e *env) visitApart(what string, fn func()) {
 	}
 }
 
-// visiting names the users' code that has not returned.
-func (e *env) visiting() []string {
+// openUserCalls describes the calls of users' code that have not returned.
+func (e *env) openUserCalls() []string {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	count := map[string]int{}
-	for v := range e.inside {
+	for v := range e.userCalls {
 		count[v.what]++
 	}
 	return counted(count)
 }
 
-// counted lists names in order, with how often each occurs.
+// counted lists names in order, with how many times each occurs.
 func counted(count map[string]int) (list []string) {
 	for _, name := range slices.Sorted(maps.Keys(count)) {
 		if n := count[name]; n > 1 {
@@ -181,9 +214,9 @@ func counted(count map[string]int) (list []string) {
 	return list
 }
 
-// textOf is the text of err for a letter, by users' code.
+// textOf returns the text of err for a letter, from the user's WithErrorText.
 func (e *env) textOf(err error) string {
-	text := fmt.Sprintf("%T without a text", err) // when that ends its goroutine
+	text := fmt.Sprintf("%T without a text", err) // if that ends its goroutine
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

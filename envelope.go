@@ -11,8 +11,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// MinTTL is the shortest time to live that a stream takes.
-const MinTTL = time.Second
+// minTTL is the shortest time to live that a stream accepts.
+const minTTL = time.Second
 
 // envelopeOption is one bit for each setter; see [option].
 type envelopeOption uint16
@@ -30,15 +30,15 @@ const (
 // field is one header. A name may occur several times.
 type field struct{ name, value string }
 
-// Envelope is a message to be published. It is a value: each setter returns a
-// changed copy, so an envelope can be kept, shared between goroutines and forked.
-// Of a setter called twice the last call holds, but [Envelope.Header] adds.
-// Setters never fail; the publishing method reports every fault of an envelope,
-// before it is sent, as joined [*EnvelopeError]s: [ErrInvalidSubject],
-// [ErrInvalidName], [ErrOutOfRange], [ErrOptionConflict] or the codec's error.
+// Envelope is a message to be published. It is a value: each setter returns a changed
+// copy, so an envelope can be kept, shared between goroutines and forked. If a setter is
+// called twice, the last call wins, except that [Envelope.Header] adds. Setters never
+// fail; the publishing method reports every fault of an envelope, before it is sent, as
+// joined [*EnvelopeError]s: [ErrInvalidSubject], [ErrInvalidName], [ErrOutOfRange],
+// [ErrOptionConflict] or the codec's error.
 //
-// The payload is not copied: it must stay as it is until the publishing method
-// has returned.
+// The payload is not copied: it must not be changed before the publishing method has
+// returned.
 type Envelope struct {
 	set         envelopeOption
 	subject     string
@@ -56,14 +56,13 @@ type Envelope struct {
 	lastSubjectSequence uint64
 }
 
-// To starts an envelope with an empty payload. A subject with a wildcard, an
-// empty token, white space or a control character, or one that starts with $,
-// is [ErrInvalidSubject] when it is published; [EscapeToken] makes a safe token
-// of any text.
+// To starts an envelope with an empty payload. A subject with a wildcard, an empty token,
+// white space or a control character, or one that starts with $, is [ErrInvalidSubject]
+// when it is published; [EscapeToken] returns a safe token for any text.
 func To(subject string) Envelope { return Envelope{subject: subject} }
 
-// Data sets the payload, nil for an empty one, in place of what JSON or Encode set.
-// Default is an empty one.
+// Data sets the payload, nil for an empty one, and replaces that of JSON or Encode. The
+// default is an empty payload.
 func (e Envelope) Data(b []byte) Envelope {
 	e.data, e.contentType, e.encodeFault = b, "", nil
 	return e
@@ -73,10 +72,9 @@ func (e Envelope) Data(b []byte) Envelope {
 // nil, with the Content-Type application/json.
 func (e Envelope) JSON(v any) Envelope { return e.Encode(JSONCodec{}, v) }
 
-// Encode sets the payload to what codec makes of v, at once, and the header
-// Content-Type unless [Envelope.Header] sets it. What the codec refuses is an
-// [*EnvelopeError] of the publishing method with the codec's error in it, and so is a
-// codec that is nil.
+// Encode encodes v immediately as the payload, and sets the header Content-Type unless
+// [Envelope.Header] does. The publishing method returns an error of the codec, or of a nil
+// codec, as an [*EnvelopeError].
 func (e Envelope) Encode(codec Codec, v any) Envelope {
 	e.data, e.contentType = nil, ""
 	if codec == nil {
@@ -88,113 +86,107 @@ func (e Envelope) Encode(codec Codec, v any) Envelope {
 	return e
 }
 
-// Header adds a header; of one name there may be several, which are all sent. Names
-// are HTTP tokens (letters, digits, dashes and the like), else it is
-// [ErrInvalidName], and keep their case, which counts (ADR-4). Line ends in the value
-// become spaces and white space around it is lost, as nats.go has it.
+// Header adds a header; there may be several values for one name, which are all sent.
+// Names must be HTTP tokens (letters, digits and characters such as -), else it is
+// [ErrInvalidName]; they are case-sensitive (ADR-4). nats.go replaces line ends in the
+// value by spaces and removes white space around it.
 //
-// Headers that a setter of the envelope, or natsx itself, makes are
-// [ErrOptionConflict], whatever their case: Nats-Msg-Id, Nats-TTL, Nats-Expected-Stream,
-// Nats-Expected-Last-Sequence, Nats-Expected-Last-Subject-Sequence, Nats-Schedule,
-// Nats-Schedule-*, Nats-Scheduler, Nats-Batch-* and Natsx-Timeout. So is Status on a
-// message without payload, which clients take for a word of the server. Other
-// Nats-* headers, which NATS keeps for itself (docs.nats.io, JetStream headers), are
-// sent as they are: Nats-Rollup, for one, needs AllowRollup.
+// Headers that are set by a setter of the envelope or by natsx are [ErrOptionConflict], in
+// any case: Nats-Msg-Id, Nats-TTL, Nats-Expected-Stream, Nats-Expected-Last-Sequence,
+// Nats-Expected-Last-Subject-Sequence, Nats-Schedule, Nats-Schedule-*, Nats-Scheduler,
+// Nats-Batch-* and Natsx-Timeout. So is Status on a message without payload, which clients
+// treat as a status message of the server. Other Nats-* headers, which are reserved for
+// NATS (docs.nats.io, JetStream headers), are sent unchanged: Nats-Rollup, for example,
+// needs AllowRollup.
 func (e Envelope) Header(name, value string) Envelope {
-	// The clipped slice has no room, so that append copies it: a fork of e
-	// never sees what is added here.
+	// append copies a clipped slice, so that forks of e do not share the new header.
 	e.headers = append(slices.Clip(e.headers), field{name, value})
 	return e
 }
 
-// MsgID sets the id, the header Nats-Msg-Id, by which a stream knows a message that
-// it already has within its duplicate window ([StreamSpec.DedupWindow]): it stores
-// it once, and [Ack.Duplicate] tells. Default is an automatic one; see [Publisher]
-// and [WithoutMessageIDs]. An empty id, and one with a line end or with white space
-// around it, is [ErrOutOfRange].
+// MsgID sets the message id, the header Nats-Msg-Id. Within its duplicate window
+// ([StreamSpec.DedupWindow]) a stream stores only one message with the same id; for
+// another one [Ack.Duplicate] is set. The default is an automatic id; see [Publisher] and
+// [WithoutMessageIDs]. An id that is empty, has a line end, or has white space around it
+// is [ErrOutOfRange].
 func (e Envelope) MsgID(id string) Envelope {
 	e.set |= envMsgID
 	e.msgID = id
 	return e
 }
 
-// TTL has the stream delete the message after d, in whole seconds rounded up, with
-// the header Nats-TTL (ADR-43). It is at least [MinTTL], 1 s, else [ErrOutOfRange];
-// default is none, and the stream's MaxAge holds. The stream must have AllowMsgTTL
-// (nats-server 2.11), else it is [ErrTTLNotAllowed], and nothing is stored: since a server
-// may ignore a TTL, the stream is looked up, not more than once in ten seconds, and the
-// TTL refused where a server before 2.11 does not let it be looked up. The TTL of a
-// delayed message counts from its delivery to the stream.
+// TTL makes the stream delete the message after d, rounded up to seconds, with the header
+// Nats-TTL (ADR-43). Below 1 s it is [ErrOutOfRange]. The default is none: only the
+// stream's MaxAge applies. The stream must have AllowMsgTTL (nats-server 2.11), else it is
+// [ErrTTLNotAllowed] and nothing is stored. Since a server may ignore a TTL, the stream is
+// looked up, at most every ten seconds; if the user may not do that, a TTL is refused on a
+// server before 2.11. The TTL of a delayed message counts from its delivery to the stream.
 func (e Envelope) TTL(d time.Duration) Envelope {
 	e.set |= envTTL
 	e.ttl = d
 	return e
 }
 
-// At has the stream hold the message back until t (ADR-51, nats-server 2.12); a t in
-// the past is now. It comes within milliseconds of t, or up to 250 ms late when
-// another schedule of the stream was due shortly before: a server (as of 2.15) looks
-// at most that often. Until then it is a schedule, a message on the subject
+// At delays the message until t (ADR-51, nats-server 2.12); a t in the past is now. It is
+// published within milliseconds of t, or up to 250 ms late if another schedule of the
+// stream was due shortly before: a server (as of 2.15) checks at most that often. Until
+// then it is a schedule, a message on the subject
 //
 //	natsx-schedule.<unique token>.<subject>
 //
-// of the same stream. The stream must have AllowMsgSchedules and capture that
-// subject too, as natsx-schedule.*.orders.> beside orders.>, so that no consumer
-// of orders.> takes schedules for orders. A stream with limits retention that
-// does not is sent <subject>.natsx-schedule.<unique token> where it captures
-// this, or else the subject with natsx-schedule-<unique token> for a token that
-// the stream leaves open with *. A consumer that matches it sees the schedule
-// early, with the header Nats-Schedule; durable routes of natsx pass it over. Any
-// other stream, and one with interest retention, which drops schedules, is
-// [ErrSchedulesNotAllowed]. The stream is looked up for each call, as often as that has
-// no answer; that no stream captures the subject is [ErrNoStream]. In a durable's handler
-// the token is made of the message id, so that a repetition replaces its schedule.
+// of the same stream. The stream must have AllowMsgSchedules and should capture that
+// subject too, for example natsx-schedule.*.orders.> beside orders.>, so that consumers of
+// orders.> do not receive schedules. Otherwise, with limits retention, the subject is
+// <subject>.natsx-schedule.<unique token> if the stream captures that, or else the subject
+// with natsx-schedule-<unique token> in place of a token for which the stream has a *. A
+// consumer whose filter matches then receives the schedule early, with the header
+// Nats-Schedule; durable routes of natsx skip it. Any other stream, and one with interest
+// retention, which drops schedules, is [ErrSchedulesNotAllowed]. The stream is looked up
+// for each call; if none captures the subject, it is [ErrNoStream]. In a durable's handler
+// the token is derived from the message id, so that a repetition replaces its schedule.
 //
 // The zero time is [ErrOutOfRange]. At excludes [Envelope.After],
 // [Envelope.ExpectLastSubjectSequence], an atomic batch and core NATS
 // ([ErrOptionConflict]).
 //
-// What arrives at t has the headers of the envelope without Nats-Msg-Id, so that
-// MsgID deduplicates the schedule only, and Nats-Scheduler and Nats-Schedule-Next
-// beside them.
+// The message published at t has the headers of the envelope, plus Nats-Scheduler and
+// Nats-Schedule-Next, and without Nats-Msg-Id: MsgID deduplicates only the schedule.
 func (e Envelope) At(t time.Time) Envelope {
 	e.set |= envAt
 	e.at = t
 	return e
 }
 
-// After is [Envelope.At] with a delay from the time of publishing: that of the call
-// and not of the envelope. In a handler it is the better of the two: with At, a time that
-// differs from run to run makes another message of it, see [Publisher]. 0 comes at once, through a schedule nevertheless; below
-// zero is [ErrOutOfRange].
+// After is [Envelope.At] with a delay from the call of the publishing method. Prefer it in
+// a handler: with At, a time that differs from run to run makes a different message; see
+// [Publisher]. 0 is published at once, but as a schedule; a negative d is [ErrOutOfRange].
 func (e Envelope) After(d time.Duration) Envelope {
 	e.set |= envAfter
 	e.after = d
 	return e
 }
 
-// ExpectStream has the message stored in this stream, else it is [ErrWrongStream] and
-// not stored. A name that no stream can have is [ErrInvalidName]. Default is
-// whichever stream captures the subject.
+// ExpectStream requires that this stream stores the message, else it is [ErrWrongStream]
+// and not stored. An invalid name is [ErrInvalidName]. The default is any stream.
 func (e Envelope) ExpectStream(name string) Envelope {
 	e.set |= envStream
 	e.stream = name
 	return e
 }
 
-// ExpectLastSequence has the message stored only if the last sequence that the stream
-// gave out is n, 0 for one that never had a message; what was deleted since counts
-// too. Else it is a [*SequenceError], which is [ErrWrongSequence], and not stored. It
-// excludes ExpectLastSubjectSequence ([ErrOptionConflict]).
+// ExpectLastSequence requires that the stream's last sequence is n, 0 if it never had a
+// message; deleted messages count. Otherwise the error is a [*SequenceError], which
+// matches [ErrWrongSequence], and the message is not stored. It excludes
+// ExpectLastSubjectSequence ([ErrOptionConflict]).
 func (e Envelope) ExpectLastSequence(n uint64) Envelope {
 	e.set |= envLastSequence
 	e.lastSequence = n
 	return e
 }
 
-// ExpectLastSubjectSequence has the message stored only if the last message that the
-// stream holds on its subject has the stream sequence n, 0 for none. Else it is a
-// [*SequenceError], which is [ErrWrongSequence], and not stored. It excludes
+// ExpectLastSubjectSequence requires that the last stored message of the subject has the
+// stream sequence n, 0 if there is none. Otherwise the error is a [*SequenceError], which
+// matches [ErrWrongSequence], and the message is not stored. It excludes
 // ExpectLastSequence, At and After ([ErrOptionConflict]).
 func (e Envelope) ExpectLastSubjectSequence(n uint64) Envelope {
 	e.set |= envLastSubjectSequence
@@ -202,12 +194,21 @@ func (e Envelope) ExpectLastSubjectSequence(n uint64) Envelope {
 	return e
 }
 
+// Subject is what [To] was given.
+func (e Envelope) Subject() string { return e.subject }
+
+// Size is the number of bytes of the payload.
+func (e Envelope) Size() int { return len(e.data) }
+
+// ID is what [Envelope.MsgID] was given, empty for an automatic one.
+func (e Envelope) ID() string { return e.msgID }
+
 func (e *Envelope) delayed() bool { return e.set&(envAt|envAfter) != 0 }
 
-// expects tells whether the last sequence of the stream or the subject matters.
+// expects reports whether a last sequence is expected.
 func (e *Envelope) expects() bool { return e.set&(envLastSequence|envLastSubjectSequence) != 0 }
 
-// due is when a delayed envelope is to arrive.
+// due is when a delayed envelope is to be published.
 func (e *Envelope) due() time.Time {
 	if e.set&envAfter != 0 {
 		return time.Now().Add(e.after)
@@ -219,7 +220,7 @@ func (e *Envelope) ttlText() string {
 	return strconv.FormatInt(int64((e.ttl+time.Second-1)/time.Second), 10) + "s"
 }
 
-// check reports every fault that shows without a server.
+// check reports every fault that can be found without a server.
 func (e *Envelope) check() error {
 	var faults []error
 	add := func(name, value, reason string, err error) {
@@ -236,9 +237,9 @@ func (e *Envelope) check() error {
 		if reason := headerNameFault(h.name); reason != "" {
 			add("header", name, "the name "+reason, ErrInvalidName)
 		} else if setter := reservedHeader(h.name); setter != "" {
-			add("header", name, "is made by "+setter, ErrOptionConflict)
+			add("header", name, "is set by "+setter, ErrOptionConflict)
 		} else if len(e.data) == 0 && strings.EqualFold(h.name, "Status") {
-			add("header", name, "without a payload would be taken for a word of the server", ErrOptionConflict)
+			add("header", name, "without a payload would be treated as a status message of the server", ErrOptionConflict)
 		}
 	}
 	if e.set == 0 {
@@ -250,11 +251,11 @@ func (e *Envelope) check() error {
 		case e.msgID == "":
 			add("msgID", `""`, "must not be empty", ErrOutOfRange)
 		case strings.TrimSpace(e.msgID) != e.msgID || strings.ContainsAny(e.msgID, "\r\n"):
-			add("msgID", strconv.Quote(e.msgID), "would be changed: it has a line end, or white space around it", ErrOutOfRange)
+			add("msgID", strconv.Quote(e.msgID), "has a line end, or white space around it, which would be changed", ErrOutOfRange)
 		}
 	}
-	if has(envTTL) && e.ttl < MinTTL {
-		add("ttl", e.ttl.String(), "must be at least "+MinTTL.String(), ErrOutOfRange)
+	if has(envTTL) && e.ttl < minTTL {
+		add("ttl", e.ttl.String(), "must be at least "+minTTL.String(), ErrOutOfRange)
 	}
 	if has(envAt) && e.at.IsZero() {
 		add("at", "", "must not be the zero time", ErrOutOfRange)
@@ -281,7 +282,7 @@ func (e *Envelope) check() error {
 	return errors.Join(faults...)
 }
 
-// checkCore is check for core NATS, where no stream is asked for.
+// checkCore is check for core NATS, which excludes options that need a stream.
 func (e *Envelope) checkCore() error {
 	err := e.check()
 	for _, o := range []struct {
@@ -299,7 +300,8 @@ func (e *Envelope) checkCore() error {
 	return err
 }
 
-// reservedHeader names the maker of a header that may not be set by hand.
+// reservedHeader returns the setter or method of a header that may not be set directly, or
+// "".
 func reservedHeader(name string) string {
 	if len(name) < len("Nats-") || !strings.EqualFold(name[:4], "Nats") {
 		return ""
@@ -326,7 +328,7 @@ func reservedHeader(name string) string {
 	return ""
 }
 
-// fill adds the envelope's own headers and the carried ones to h.
+// fill adds the envelope's headers and the carried ones to h.
 func (e *Envelope) fill(h nats.Header, carried []field) {
 	for _, f := range e.headers {
 		h[f.name] = append(h[f.name], f.value)
@@ -345,7 +347,7 @@ func (e *Envelope) hasHeader(name string) bool {
 	return slices.ContainsFunc(e.headers, func(f field) bool { return strings.EqualFold(f.name, name) })
 }
 
-// carriedHeaders go from a handled message to what its handler publishes.
+// carriedHeaders are copied from a handled message to what its handler publishes.
 var carriedHeaders = []string{"traceparent", "tracestate", "baggage", "Correlation-Id"}
 
 // plain reports whether the envelope has a subject and a payload and no more.

@@ -12,64 +12,64 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Faults of what was described: a route, a replay, a stream, an envelope, a query
-// of dead letters, or a broker's options. Those of a route come inside a
-// [*RouteError], which names the route, the option and the value; in the same way
-// there are [*ReplayError], [*StreamError] and [*EnvelopeError].
+// Faults of a description: of a route, a replay, a stream, an envelope, a query of dead
+// letters, or a broker's options. A fault of a route is wrapped in a [*RouteError], which
+// names the route, the option and the value; there are also [*ReplayError],
+// [*StreamError] and [*EnvelopeError].
 var (
-	// ErrInvalidSubject is a subject that breaks the grammar of the package
-	// documentation, or one that may not be published to.
+	// ErrInvalidSubject is a subject that violates the grammar in the package
+	// documentation, or that may not be published to.
 	ErrInvalidSubject = errors.New("natsx: invalid subject")
-	// ErrInvalidName is the name of a durable, stream, queue, service, header or
-	// domain, or a service's version, that the server or other clients do not take.
+	// ErrInvalidName is the name of a durable, stream, queue group, service, header or
+	// domain, or a service's version, that the server or other clients do not accept.
 	ErrInvalidName = errors.New("natsx: invalid name")
-	// ErrInvalidURL is a URL of [Connect] that no server can have.
+	// ErrInvalidURL is an invalid URL passed to [Connect].
 	ErrInvalidURL = errors.New("natsx: invalid url")
 	// ErrOutOfRange is a number, duration or time outside its documented bounds, or
 	// a broker's option that is nil.
 	ErrOutOfRange = errors.New("natsx: value out of range")
-	// ErrNoHandler is a terminal that was given no function, or a middleware that
-	// returned none.
+	// ErrNoHandler is a nil function passed to a terminal, or returned by a middleware.
 	ErrNoHandler = errors.New("natsx: no handler")
 	// ErrNoRoutes is a call to [Validate] or [Broker.Run] without a route.
 	ErrNoRoutes = errors.New("natsx: no routes")
-	// ErrOptionConflict is an option that does not fit the others, or a
-	// [WithJetStream] of another connection than the broker's.
+	// ErrOptionConflict is an option that excludes another one, or a [WithJetStream] of
+	// another connection than the broker's.
 	ErrOptionConflict = errors.New("natsx: options do not fit together")
 	// ErrDuplicateDurable is one durable used by two routes of one stream.
-	// [Validate] sees it where both name the stream, or neither does and their
-	// filters overlap; else [Broker.Run] does.
+	// [Validate] finds it if both routes name the stream, or neither does and their
+	// filters overlap; otherwise [Broker.Run] does.
 	ErrDuplicateDurable = errors.New("natsx: durable used twice on one stream")
 	// ErrDLQLoop is a dead letter subject that the route itself consumes.
 	ErrDLQLoop = errors.New("natsx: dead letters would come back to their route")
-	// ErrNotSupported is an option that this version knows and cannot serve.
+	// ErrNotSupported is an option that this version does not implement yet.
 	ErrNotSupported = errors.New("natsx: not supported by this version")
 )
 
 // RouteError is one fault of one route. [Validate] joins all of them with
-// [errors.Join], each on a line of its own; [Broker.Run] and [Broker.Health] have
-// more of them.
+// [errors.Join], each on a separate line; [Broker.Run] and [Broker.Health] return more
+// of them.
 type RouteError struct {
 	Route   string // the filter subject given to [Route]
 	Durable string // the durable, empty for a core route
 	// Field is the option at fault, by its setter's name in lower camel case, such
 	// as "ackWait", or one of these:
 	//
-	//   - "subject", the filter, "handler", the function, and "deliver", a Deliver
-	//     option of a core route;
-	//   - of Run: "middleware", which returned no handler, and "publish" or
-	//     "subscribe", what the server does not permit;
-	//   - of Health: "start", JetStream does not let the route start yet; "consumer",
-	//     it cannot be verified; "pull", the server refuses pulls; "retries", they
-	//     fill MaxAckPending; "dlq", it takes no letter; "maxDeliver", somebody had the
-	//     server limit the attempts.
+	//   - "subject" for the filters, "handler" for the function, and "deliver" for a
+	//     Deliver option of a core route, or one that differs from the durable's;
+	//   - from Run: "middleware", which returned no handler; "publish" or "subscribe",
+	//     which the server does not permit; "maxDeliver", which was limited at the server;
+	//   - from Health: "start", the route waits for JetStream; "consumer", it cannot be
+	//     verified; "pull", the server refuses pulls or none serves them; "paused", the
+	//     consumer is paused at the server; "retries", they fill MaxAckPending; "subject",
+	//     the stream no longer captures it; "dlq", it accepts no letter;
+	//     "retryStream", it accepts no retry.
 	Field  string
 	Value  string // the value as it was given, quoted when it is a string; empty when there is none
 	Reason string // what is wrong with it
 	Err    error  // the sentinel or the cause
 }
 
-// Error gives the fault on one line that names route, durable and option.
+// Error returns the fault on one line that names route, durable and option.
 func (e *RouteError) Error() string {
 	where := fmt.Sprintf("route %q", e.Route)
 	if e.Durable != "" {
@@ -82,8 +82,8 @@ func (e *RouteError) Error() string {
 	return faultLine(where, e.Field, e.Value, reason)
 }
 
-// faultLine is the text of a fault: where it is, the option and its value when
-// there is one, and what is wrong.
+// faultLine is the text of a fault: where it is, the option and its value if there is
+// one, and what is wrong.
 func faultLine(where, field, value, reason string) string {
 	line := "natsx: " + where
 	if field != "" {
@@ -123,33 +123,32 @@ func text(err error, none string) string {
 	return err.Error()
 }
 
-// RetryAfter returns an error that asks for the next attempt after d instead of
-// the route's backoff. It counts as an attempt. A d below zero counts as zero.
-// The chain of err stays visible to [errors.Is] and [errors.As]; err may be nil.
+// RetryAfter returns an error that requests the next attempt after d instead of the
+// route's backoff. It counts as an attempt. A negative d is zero. It wraps err, which may
+// be nil.
 func RetryAfter(d time.Duration, err error) error {
 	return &retryAfterError{delay: max(d, 0), err: err}
 }
 
-// Permanent returns an error that no retry can mend: the message is dead at
-// once. The chain of err stays visible; err may be nil.
+// Permanent returns an error after which a retry would not help: the message is dead at
+// once. It wraps err, which may be nil.
 func Permanent(err error) error { return &permanentError{err} }
 
-// Discard returns an error that drops the message on purpose: it is terminated
-// and logged, without a retry and without a dead letter. The chain of err stays
-// visible; err may be nil.
+// Discard returns an error that drops the message: it is terminated and logged, without
+// a retry and without a dead letter. It wraps err, which may be nil.
 func Discard(err error) error { return &discardError{err} }
 
-// PanicError is what a handler's panic becomes: a failed attempt like any other
-// error. Its stack goes to the log and into the dead letter.
+// PanicError is a panic of a handler, which is a failed attempt like any other error. Its
+// stack is logged and added to the dead letter.
 type PanicError struct {
 	Value any    // what the handler panicked with
 	Stack []byte // the goroutine's stack at that moment
 }
 
-// Error gives the panic's value without the stack.
-func (e *PanicError) Error() string { return fmt.Sprintf("natsx: handler panicked: %v", e.Value) }
+// Error returns the panic's value without the stack.
+func (e *PanicError) Error() string { return "natsx: handler panicked: " + cause(e.Value) }
 
-// Unwrap returns the panic's value when that is an error, else nil.
+// Unwrap returns the panic's value if that is an error, else nil.
 func (e *PanicError) Unwrap() error {
 	err, _ := e.Value.(error)
 	return err
@@ -160,87 +159,91 @@ func (e *PanicError) Unwrap() error {
 type DecodeError struct {
 	Subject     string // of the message
 	ContentType string // of the codec
-	Err         error  // what the codec said
+	Err         error  // the codec's error
 }
 
 // Error names the subject and the codec.
 func (e *DecodeError) Error() string {
-	return fmt.Sprintf("natsx: decode %s from %q: %v", e.ContentType, e.Subject, e.Err)
+	return fmt.Sprintf("natsx: decode %s from %q: %s", e.ContentType, e.Subject, cause(e.Err))
 }
 
 // Unwrap returns the codec's error.
 func (e *DecodeError) Unwrap() error { return e.Err }
 
-// ErrTooLarge is a payload beyond the limit of a [LimitCodec]. It comes inside a
+// ErrTooLarge is a payload above the limit of a [LimitCodec]. It is wrapped in a
 // [*DecodeError].
 var ErrTooLarge = errors.New("natsx: payload is too large")
 
 // Failures of a request, of publishing and of a running broker.
 var (
-	// ErrNoStream is a subject or filter of which no stream has a subject, a named
-	// stream that does not exist, or one that has none of the filter's subjects. It is
-	// JetStream's answer: a JetStream that does not answer is no reason for it.
+	// ErrNoStream is a subject or filter that no stream captures, a named stream that does
+	// not exist, or one that captures no subject of the filter. It is returned only when
+	// JetStream has answered so.
 	ErrNoStream = errors.New("natsx: no stream")
-	// ErrAmbiguousStream is a filter of which several streams have subjects. A route
-	// or a replay then names one with Stream.
+	// ErrAmbiguousStream is a filter that several streams capture. Name one of them with
+	// the Stream method of the route or replay.
 	ErrAmbiguousStream = errors.New("natsx: several streams match")
-	// ErrNoResponders is a request to a subject that nobody listens on.
+	// ErrNoResponders is a request to a subject without subscribers.
 	ErrNoResponders = errors.New("natsx: no responders")
 	// ErrTimeout is a request that was not answered, or a publish that was not
-	// acknowledged, in time. It comes together with [context.DeadlineExceeded], but for a
-	// request of which the responder says so, with a [*ReplyError] of code 504.
+	// acknowledged, in time. The error is also [context.DeadlineExceeded], unless the
+	// responder of a request answered with code 504: then it is a [*ReplyError].
 	ErrTimeout = errors.New("natsx: timeout")
 	// ErrWouldLose is a route whose dead messages would be deleted: it has Retry
 	// and no DLQ on a work-queue or interest stream.
 	ErrWouldLose = errors.New("natsx: dead messages would be lost")
-	// ErrBadDLQ is a dead letter subject that no stream captures (then it is an
-	// [ErrNoStream] too), or several, or one that cannot keep letters; see
-	// [RouteBuilder.DLQ]. Of a purge it is a DLQ that refuses deletion.
+	// ErrBadDLQ is a dead letter subject that no stream captures (the error is then also
+	// [ErrNoStream]), or several do, or whose stream cannot keep letters; see
+	// [RouteBuilder.DLQ]. From a redrive or purge it is a DLQ that denies deletion.
 	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
-	// ErrWouldEvict is a letter whose redrive would have its stream delete a newer message.
+	// ErrWouldEvict is a letter that is not redriven, since the stream would delete a newer
+	// message for the copy.
 	ErrWouldEvict = errors.New("natsx: would evict a newer message")
-	// ErrConsumerConflict is an existing durable that the route cannot adopt; see
-	// [RouteBuilder.Durable].
+	// ErrBadRetryStream is a stream in which the retries of [WithRetryStream] could be lost;
+	// the [*StreamError] around it names the setting.
+	ErrBadRetryStream = errors.New("natsx: retries would not be kept")
+	// ErrConsumerConflict is an existing durable that is not what the route says, or was
+	// changed while the route ran; see [RouteBuilder.Durable] and
+	// [RouteBuilder.AdoptChanges].
 	ErrConsumerConflict = errors.New("natsx: durable exists with other settings")
-	// ErrStreamConflict is an existing stream that cannot become what was
-	// described; see [StreamConflictError].
+	// ErrStreamConflict is an existing stream that cannot be changed to the description;
+	// see [StreamConflictError].
 	ErrStreamConflict = errors.New("natsx: stream exists with other settings")
-	// ErrConsumerDeleted is a durable that was deleted while its route ran, also when
-	// it was made anew or went with its stream, which was made anew. Of a redrive it
-	// is a letter whose durable is gone.
+	// ErrConsumerDeleted is a durable that was deleted while its route ran, even if it,
+	// or its stream, was recreated. From a redrive it is a letter whose durable no longer
+	// exists.
 	ErrConsumerDeleted = errors.New("natsx: consumer deleted")
 	// ErrStreamDeleted is a stream that was deleted while its route or replay ran, or a
 	// DLQ's while its letters were redriven or purged, also when it was recreated.
 	ErrStreamDeleted = errors.New("natsx: stream deleted")
-	// ErrPermission is a permission of the server that the connection's user lacks:
-	// for what a route needs, a publish, a stream, a replay or dead letters. Of all but
-	// streams it comes as a [*PermissionError], which tells the subject.
+	// ErrPermission is a permission that the connection's user lacks at the server. The
+	// error is a [*PermissionError], which names the subject, except for streams.
 	ErrPermission = errors.New("natsx: permission denied")
-	// ErrConnectionClosed is a connection that was closed for good; of a [Publisher],
+	// ErrConnectionClosed is a connection that was closed for good; from a [Publisher]
 	// also one that is draining.
 	ErrConnectionClosed = errors.New("natsx: connection closed")
-	// ErrDrainTimeout is a shutdown that did not end in time, as a [*DrainError]; or,
-	// without one, that everything was handled and the last acknowledgements could
-	// not be flushed to the server. It is also the cause of the handlers' contexts
-	// that the drain timeout ends; see [context.Cause].
+	// ErrDrainTimeout is a shutdown that exceeded the drain timeout, as a [*DrainError].
+	// Without one everything was handled, but the last acknowledgements could not be
+	// flushed. It is also the [context.Cause] of handlers' contexts that the drain timeout
+	// cancels.
 	ErrDrainTimeout = errors.New("natsx: drain timeout")
 	// ErrUnknownDurable is a durable that no running route of the broker has.
 	ErrUnknownDurable = errors.New("natsx: no running route has the durable")
-	// ErrServerTooOld is a server that lacks what was asked for; the text names the version
-	// that it needs.
+	// ErrServerTooOld is a server without a feature that is needed; the text names the
+	// version that has it.
 	ErrServerTooOld = errors.New("natsx: server is too old")
 	// ErrNoJetStream is a server on which JetStream is not enabled, or does not answer.
 	ErrNoJetStream = errors.New("natsx: JetStream is not enabled")
-	// ErrAlreadyRun is a second Run of one broker.
+	// ErrAlreadyRun is a second [Broker.Run] of one broker.
 	ErrAlreadyRun = errors.New("natsx: broker was already run")
 )
 
-// PermissionError is a publish or a subscription that the server refused the
-// connection's user. It is an [ErrPermission].
+// PermissionError is a publish or a subscription that the server does not permit to the
+// connection's user. It matches [ErrPermission].
 type PermissionError struct {
 	Operation string // "publish" or "subscribe"
 	Subject   string // as the server named it
-	Err       error  // what nats.go reported
+	Err       error  // the error of nats.go
 }
 
 // Error names the operation and the subject.
@@ -248,20 +251,20 @@ func (e *PermissionError) Error() string {
 	return fmt.Sprintf("natsx: permission denied: %s %q", e.Operation, e.Subject)
 }
 
-// Unwrap gives [ErrPermission] and the error of nats.go.
+// Unwrap returns [ErrPermission] and the error of nats.go.
 func (e *PermissionError) Unwrap() []error { return []error{ErrPermission, e.Err} }
 
-// Ends of a replay that is not complete.
+// Errors of an incomplete replay.
 var (
-	// ErrNotReplayable is a stream that cannot be read without taking from it: one
-	// with work-queue retention.
+	// ErrNotReplayable is a stream with work-queue retention: reading it would remove
+	// messages.
 	ErrNotReplayable = errors.New("natsx: stream cannot be replayed")
-	// ErrBrokerStopped is a replay that ended because the broker's Run did.
+	// ErrBrokerStopped is a replay that ended because the broker's Run ended.
 	ErrBrokerStopped = errors.New("natsx: broker was stopped")
 )
 
-// ReplayError is a fault of a replay or what ended it. [ReplaySpec.Validate] joins
-// all faults with [errors.Join], each on a line of its own.
+// ReplayError is a fault of a replay, or the error that ended it. [ReplaySpec.Validate]
+// joins all faults with [errors.Join], each on a separate line.
 type ReplayError struct {
 	Replay string // the filter
 	Field  string // the option at fault, by its setter's name in lower camel case; empty for none
@@ -270,7 +273,7 @@ type ReplayError struct {
 	Err    error  // the sentinel or the cause
 }
 
-// Error gives the fault on one line that names replay and option.
+// Error returns the fault on one line that names replay and option.
 func (e *ReplayError) Error() string {
 	return faultLine(fmt.Sprintf("replay %q", e.Replay), e.Field, e.Value, e.Reason)
 }
@@ -278,8 +281,9 @@ func (e *ReplayError) Error() string {
 // Unwrap returns the sentinel or cause in Err.
 func (e *ReplayError) Unwrap() error { return e.Err }
 
-// StreamError is one fault of one stream's description. [StreamSpec.Validate]
-// joins all of them with [errors.Join], each on a line of its own.
+// StreamError is one fault of one stream's description, or of the stream of
+// [WithRetryStream]. [StreamSpec.Validate] joins all of them with [errors.Join], each on a
+// separate line.
 type StreamError struct {
 	Stream string // the name given to [Stream]
 	Field  string // the option at fault, by its setter's name in lower camel case
@@ -288,7 +292,7 @@ type StreamError struct {
 	Err    error  // the sentinel
 }
 
-// Error gives the fault on one line that names the stream and the option.
+// Error returns the fault on one line that names stream and option.
 func (e *StreamError) Error() string {
 	return faultLine(fmt.Sprintf("stream %q", e.Stream), e.Field, e.Value, e.Reason)
 }
@@ -296,7 +300,7 @@ func (e *StreamError) Error() string {
 // Unwrap returns the sentinel in Err.
 func (e *StreamError) Unwrap() error { return e.Err }
 
-// EnvelopeError is one fault of an envelope, found before it was sent.
+// EnvelopeError is one fault of an envelope, found before it is sent.
 type EnvelopeError struct {
 	Subject string // given to [To]
 	Field   string // the setter at fault in lower camel case, or subject
@@ -305,11 +309,11 @@ type EnvelopeError struct {
 	Err     error  // the sentinel or the cause
 }
 
-// Error gives the fault on one line that names subject, setter and value.
+// Error returns the fault on one line that names subject, setter and value.
 func (e *EnvelopeError) Error() string {
 	field := e.Field
 	if field == "subject" {
-		field = "" // it is named anyway
+		field = "" // the line names it anyway
 	}
 	return faultLine(fmt.Sprintf("publish to %q", e.Subject), field, e.Value, e.Reason)
 }
@@ -317,12 +321,11 @@ func (e *EnvelopeError) Error() string {
 // Unwrap returns the sentinel or cause in Err.
 func (e *EnvelopeError) Unwrap() error { return e.Err }
 
-// ErrNotALetter is a message on a DLQ subject that is no dead letter of natsx;
-// see [LetterError].
+// ErrNotALetter is a message on a DLQ subject that is not a dead letter of natsx; see
+// [LetterError].
 var ErrNotALetter = errors.New("natsx: not a dead letter")
 
-// LetterError is what is wrong with one message of a DLQ. The others are not
-// concerned by it.
+// LetterError is an error of one message of a DLQ. It does not affect the others.
 type LetterError struct {
 	Subject  string // of the message in the DLQ
 	Stream   string // of the DLQ
@@ -338,22 +341,22 @@ func (e *LetterError) Error() string {
 // Unwrap returns the cause.
 func (e *LetterError) Unwrap() error { return e.Err }
 
-// DrainError is a shutdown of [Broker.Run], or of a [Broker.Replay] that was stopped,
-// which took longer than the drain timeout. It is an [ErrDrainTimeout].
+// DrainError is a shutdown of [Broker.Run], or of a stopped [Broker.Replay], that exceeded
+// the drain timeout. It matches [ErrDrainTimeout].
 type DrainError struct {
 	Timeout time.Duration // the drain timeout
-	// Abandoned counts the messages that waited, ran or were on their way to the DLQ
-	// at the timeout. What a handler returned within [DrainGrace] holds. Of the others
-	// those of durables are delivered again, those of core routes are gone, requests
-	// were answered with code 503, and those of a replay are not in its report.
+	// Abandoned counts the messages that waited, ran or were being moved to the DLQ at
+	// the timeout. The result of a handler that returned within [DrainGrace] still counts.
+	// Other messages of durables are redelivered, those of core routes are lost, requests
+	// are answered with code 503, and those of a replay are not in its report.
 	Abandoned int
-	Running   int // of those, handlers that still ran when Run or Replay returned
-	// Stuck names the code that had not returned: handlers by their route, observers and
-	// progress functions. It is nil when all had.
+	Running   int // those of them whose handlers still ran when Run or Replay returned
+	// Stuck names the code that has not returned: handlers by their route, observers and
+	// progress functions. It is nil if all have returned.
 	Stuck []string
 }
 
-// Error gives the counts.
+// Error returns the counts.
 func (e *DrainError) Error() string {
 	text := fmt.Sprintf("natsx: drain timeout: %d messages were not finished within %s, %d handlers still run",
 		e.Abandoned, e.Timeout, e.Running)
@@ -363,29 +366,30 @@ func (e *DrainError) Error() string {
 	return text
 }
 
-// Unwrap gives [ErrDrainTimeout].
+// Unwrap returns [ErrDrainTimeout].
 func (e *DrainError) Unwrap() error { return ErrDrainTimeout }
 
 // ReplyError is an error that a responder answered with, in the headers of NATS
 // micro (ADR-32): Nats-Service-Error-Code and Nats-Service-Error.
 type ReplyError struct {
-	Code    int    // such as 404; 0 when the code is not a number
-	Message string // what the responder said
-	RawCode string // the code as it was sent; of a foreign service it may be any text
+	Code    int    // such as 404; 0 if the code is not a number
+	Message string // the responder's message
+	RawCode string // the code as it was sent; other services may send any text
 
-	// Data and Header are sent with the error, in place of and in addition to what the
-	// responder returns and [Msg.ReplyHeader]. Of an error that was received, they are in
-	// the message that comes with it; [RequestJSON], which returns none, has them here.
+	// Data and Header are the body and headers that a responder sends with the error, in
+	// place of the data that it returns and in addition to [Msg.ReplyHeader]. In a received
+	// error they are empty, since they are in the message that is returned with it, except
+	// for [RequestJSON], which returns no message.
 	Data   []byte
 	Header nats.Header
 }
 
-// Is reports that a responder which was not done in time (code 504) is an [ErrTimeout].
+// Is reports that a responder that exceeded its deadline (code 504) is an [ErrTimeout].
 func (e *ReplyError) Is(target error) bool {
 	return target == ErrTimeout && e.Code == http.StatusGatewayTimeout
 }
 
-// Error gives code and message.
+// Error returns code and message.
 func (e *ReplyError) Error() string {
 	return fmt.Sprintf("natsx: reply error %s: %s", e.code(), e.Message)
 }
@@ -398,15 +402,15 @@ func (e *ReplyError) code() string {
 }
 
 // Fail returns an error that a [Responder] answers with: the requester gets it as
-// [*ReplyError], and a client of NATS micro in the headers that it knows. Codes
-// are the application's own; those of HTTP are what most readers expect. An empty
-// message is sent as "error". Every other error of a responder is answered as 500
-// "internal error", but a payload that does not decode as 400, one beyond the limit of
-// a [LimitCodec] as 413 and a passed deadline as 504. A [*ReplyError] of your own, which
-// is the same, may have a body and headers too.
+// [*ReplyError], and a client of NATS micro in the headers of its services. Codes are
+// defined by the application; HTTP status codes are usual. An empty message is sent as
+// "error". Every other error of a responder is answered as 500 "internal error", except
+// a payload that does not decode as 400, one above the limit of a [LimitCodec] as 413,
+// and an exceeded deadline as 504. A [*ReplyError] made by the application may also have
+// a body and headers.
 func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
 
-// failedError is a sentence with the errors that callers branch on.
+// failedError is a text with the errors that callers branch on.
 type failedError struct {
 	text   string
 	causes []error
@@ -416,8 +420,8 @@ func (e *failedError) Error() string { return "natsx: " + e.text }
 
 func (e *failedError) Unwrap() []error { return e.causes }
 
-// endFailure is [failure] for what the end of a context or a connection has ended:
-// a deadline is an [ErrTimeout] too.
+// endFailure is [failure] for the end of a context or a connection: an exceeded deadline
+// is also an [ErrTimeout].
 func endFailure(text string, cause error) error {
 	if errors.Is(cause, context.DeadlineExceeded) {
 		return failure(text, ErrTimeout, cause)
@@ -425,7 +429,7 @@ func endFailure(text string, cause error) error {
 	return failure(text, cause)
 }
 
-// failure makes an error of a sentence; causes may have nils.
+// failure returns an error with a text and its causes, of which nil ones are left out.
 func failure(text string, causes ...error) error {
 	e := &failedError{text: text}
 	for _, c := range causes {
@@ -436,16 +440,17 @@ func failure(text string, causes ...error) error {
 	return e
 }
 
-// is tells whether err's chain has an error of type E.
+// is reports whether err's chain has an error of type E.
 func is[E error](err error) bool {
 	_, ok := errors.AsType[E](err)
 	return ok
 }
 
-// cause is the text of err for the reason of a RouteError.
-func cause(err error) string { return strings.TrimPrefix(err.Error(), "natsx: ") }
+// cause is the text of an error, or of a panic's value, as a part of another error's text,
+// which has the prefix "natsx: " already.
+func cause(v any) string { return strings.TrimPrefix(fmt.Sprint(v), "natsx: ") }
 
-// joined is errors.Join that leaves a single error as it is.
+// joined is errors.Join, except that it returns a single error unchanged.
 func joined(errs []error) error {
 	var only error
 	for _, err := range errs {
@@ -460,7 +465,7 @@ func joined(errs []error) error {
 	return only
 }
 
-// tooLargeError is an ErrTooLarge.
+// tooLargeError is an ErrTooLarge with its numbers.
 type tooLargeError struct{ size, most int }
 
 func (e *tooLargeError) Error() string {
@@ -479,29 +484,30 @@ var (
 	// ErrSchedulesNotAllowed is a delayed envelope for a stream that cannot
 	// keep message schedules.
 	ErrSchedulesNotAllowed = errors.New("natsx: message schedules are not allowed")
-	// ErrTTLNotAllowed is an envelope with a TTL for a stream without AllowMsgTTL, which
-	// all streams of a server before 2.11 are. The message was not stored.
+	// ErrTTLNotAllowed is an envelope with a TTL for a stream without AllowMsgTTL, such as
+	// any stream of a server before 2.11. The message was not stored.
 	ErrTTLNotAllowed = errors.New("natsx: message TTL is not allowed")
-	// ErrNoAck is an envelope for a stream that acknowledges nothing (NoAck). It was sent
-	// once, and may be stored, unless the error says that it was not sent.
-	// [Publisher.Send] stores in such a stream without an ack.
+	// ErrNoAck is an envelope for a stream without acks (NoAck). It was sent once and may
+	// be stored, unless the error says that it was not sent. Use [Publisher.Send] for such
+	// a stream.
 	ErrNoAck = errors.New("natsx: the stream does not acknowledge")
-	// ErrBadAck is an answer to a publish that no stream gave: a subscriber of
-	// the subject replied instead. Whether the message is stored is unknown.
+	// ErrBadAck is an answer to a publish that is not from a stream: a subscriber of the
+	// subject replied instead. Whether the message is stored is unknown.
 	ErrBadAck = errors.New("natsx: not an ack of a stream")
 )
 
-// SequenceError is a failed expectation. The message was not stored, unless the error
-// around it says that this is unknown: the server may have it from an earlier try, and
-// neither traces messages (from 2.11 on, for a user who may publish to inboxes) nor
-// lets them be read. Of an atomic batch in which several may have failed, which the
-// server does not tell, it names the first. [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
+// SequenceError is an expected last sequence that is not the actual one. The message was
+// not stored, unless the error around it says that this is unknown: then an earlier try
+// may have stored it, and the server neither traces messages (which needs 2.11 and the
+// permission to publish to inboxes) nor lets them be read. In an atomic batch with several
+// expectations the server does not say which one failed; the error names the first.
+// [errors.Is] finds [ErrWrongSequence] and [errors.As] the server's
 // [*jetstream.APIError].
 type SequenceError struct {
 	Subject string // of the message
 	Want    uint64 // the expected sequence
-	Have    uint64 // the actual one, when Known
-	Known   bool   // whether the server told the actual sequence
+	Have    uint64 // the actual one, if Known
+	Known   bool   // whether the actual sequence is known
 	Err     error  // the server's answer
 }
 

@@ -1,6 +1,7 @@
 package natsx
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -88,6 +89,35 @@ func TestErrorTexts(t *testing.T) {
 		}
 		if strings.Count(tc.err.Error(), "natsx:") != 1 {
 			t.Errorf("%v does not name natsx once", tc.err)
+		}
+	}
+}
+
+// An error that wraps another one of natsx names the package once.
+func TestErrorsNameThePackageOnce(t *testing.T) {
+	t.Parallel()
+	expired, cancel := context.WithDeadline(context.Background(), time.Now())
+	defer cancel()
+	_, batch := batchResults(BatchError{7: ErrNoStream}, 2)
+	nc := connect(t, startServer(t).ClientURL())
+	for name, err := range map[string]error{
+		"panic":        &PanicError{Value: ErrNoStream},
+		"decode":       &DecodeError{Subject: "a", ContentType: "dead letter", Err: ErrNotALetter},
+		"letter":       &LetterError{Stream: "DLQ", Sequence: 1, Err: failure("x", ErrNoStream)},
+		"publish":      &PublishError{Errors: []error{ErrNoStream}},
+		"replay":       &ReplayFailure{Replay: "a", Err: &PanicError{Value: "x"}},
+		"late handler": lateness(expired, time.Second, &PanicError{Value: "x"}),
+		"batch":        batch,
+		"workers":      NewBroker(nc, WithWorkers(0)).Run(t.Context(), Route("a").Handle(func(context.Context, *Msg) error { return nil })),
+		"service":      NewBroker(nc, WithService("a b", "1.0.0", "")).Run(t.Context(), Route("a").Handle(func(context.Context, *Msg) error { return nil })),
+		"no stream":    NewBroker(nc).Run(t.Context(), Route("a").Durable("d").Handle(func(context.Context, *Msg) error { return nil })),
+	} {
+		if err == nil {
+			t.Errorf("%s: got no error", name)
+			continue
+		}
+		if n := strings.Count(err.Error(), "natsx:"); n != 1 {
+			t.Errorf("%s: %q names natsx %d times, want once", name, err, n)
 		}
 	}
 }

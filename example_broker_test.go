@@ -13,7 +13,7 @@ import (
 	"github.com/natsx/natsx/internal/embedded"
 )
 
-// exampleServer gives an example a nats-server of its own and a connection to it.
+// exampleServer starts a nats-server for an example and connects to it.
 func exampleServer() (nc *nats.Conn, stop func()) {
 	url, stopServer, err := embedded.Run()
 	if err != nil {
@@ -29,7 +29,7 @@ func exampleServer() (nc *nats.Conn, stop func()) {
 	}
 }
 
-// quiet keeps the failures that the examples are about out of the tests' output.
+// quiet drops the expected failures from the tests' output.
 var quiet = natsx.WithLogger(slog.New(slog.DiscardHandler))
 
 type Order struct {
@@ -72,8 +72,8 @@ func Example() {
 	// stopped: <nil>
 }
 
-// A message that fails is tried again after a delay. When its retries are used up
-// it goes to the dead letter queue, which is a stream like any other.
+// A message that fails is retried after a delay. When its retries are used up, it is moved
+// to the dead letter queue, which is a stream like any other.
 func ExampleRouteBuilder_DLQ() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -114,7 +114,7 @@ func ExampleRouteBuilder_DLQ() {
 	// stopped: <nil>
 }
 
-// A typed handler gets its payload decoded, and finds the message in its context.
+// A typed handler gets the decoded payload, and the message from its context.
 func ExampleJSON() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -139,7 +139,7 @@ func ExampleJSON() {
 	// stopped: <nil>
 }
 
-// outcomes prints what became of each attempt.
+// outcomes prints the outcome of each attempt.
 type outcomes struct {
 	last string
 	done func()
@@ -152,7 +152,7 @@ func (o outcomes) Observe(ctx context.Context, e natsx.Event) {
 	}
 }
 
-// What a handler returns decides what becomes of a message.
+// The result of a handler decides how its message is settled.
 func ExampleHandler() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -199,8 +199,8 @@ type (
 	Price        struct{ Cents int }
 )
 
-// A responder's error reaches the requester with its code; nobody there is an
-// error at once, not a timeout.
+// A responder's error reaches the requester with its code. Without responders a request
+// fails at once, not with a timeout.
 func ExampleRequestJSON() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -242,8 +242,8 @@ func ExampleRequestJSON() {
 	// stopped: <nil>
 }
 
-// When Run's context ends, what runs goes on with a live context and is settled
-// before Run returns.
+// When Run's context ends, running handlers go on with a live context, and their messages
+// are settled before Run returns.
 func ExampleBroker_Run_gracefulShutdown() {
 	nc, stop := exampleServer()
 	defer stop()

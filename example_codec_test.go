@@ -27,7 +27,7 @@ func (gobCodec) Unmarshal(data []byte, v any) error {
 
 func (gobCodec) ContentType() string { return "application/x-gob" }
 
-// A codec of one's own serves both directions, here with at most 1 KiB to decode.
+// An own codec serves both directions, here with a limit of 1 KiB for decoding.
 func ExampleCodec() {
 	nc, stop := exampleServer()
 	defer stop()

@@ -12,13 +12,12 @@ import (
 	"github.com/natsx/natsx"
 )
 
-// makeLetters publishes an order of each payload and has billing give them up.
+// makeLetters publishes an order for each payload and runs billing until they are dead.
 func makeLetters(ctx context.Context, nc *nats.Conn, payloads ...string) {
 	giveUp(ctx, nc, len(payloads), payloads...)
 }
 
-// giveUp runs billing until it has given up so many orders, of which it publishes
-// those of payloads itself.
+// giveUp runs billing until a number of orders are dead. It publishes those of payloads.
 func giveUp(ctx context.Context, nc *nats.Conn, n int, payloads ...string) {
 	ctx, cancel := context.WithCancel(ctx)
 	broker := natsx.NewBroker(nc, quiet, natsx.WithStreams(
@@ -48,7 +47,7 @@ func giveUp(ctx context.Context, nc *nats.Conn, n int, payloads ...string) {
 	}
 }
 
-// Letters are listed in the order of their death, and nothing of them changes.
+// Listing yields letters in the order of the DLQ and changes nothing.
 func ExampleDeadLetterQuery_List() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -60,7 +59,7 @@ func ExampleDeadLetterQuery_List() {
 		Since(time.Now().Add(-24 * time.Hour)).Limit(100)
 	for l, err := range letters.List(ctx, nc) {
 		if errors.Is(err, natsx.ErrNotALetter) {
-			continue // somebody else's message
+			continue // not a dead letter
 		}
 		if err != nil {
 			fmt.Println("stopped:", err)
@@ -103,7 +102,7 @@ func ExampleDeadLetterQuery_List_outage() {
 	// 0 of invoices <nil>
 }
 
-// Counting gives the overview, and does not fetch payloads.
+// Counting gives an overview without fetching payloads.
 func ExampleDeadLetterQuery_Count() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -162,8 +161,8 @@ func ExampleDeadLetterQuery_Redrive() {
 	// stopped: <nil>
 }
 
-// A dry run tells what a redrive would do. Here billing fails once more, and what was
-// redriven before is left alone.
+// A dry run reports what a redrive would do. Here billing fails again, and messages that
+// were redriven before are skipped.
 func ExampleDeadLetterQuery_Redrive_dryRun() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -188,7 +187,7 @@ func ExampleDeadLetterQuery_Redrive_dryRun() {
 	// 1 redriven 2 had their turn 0 failed <nil>
 }
 
-// A purge deletes the letters that it selects, and a dry run says how many.
+// A purge deletes the selected letters, and a dry run reports how many.
 func ExampleDeadLetterQuery_Purge() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -207,7 +206,7 @@ func ExampleDeadLetterQuery_Purge() {
 	// 0 <nil>
 }
 
-// A DLQ is a stream like any other: a route handles letters as they come.
+// A DLQ is a stream like any other: a route handles letters as they arrive.
 func ExampleOnDeadLetter() {
 	nc, stop := exampleServer()
 	defer stop()

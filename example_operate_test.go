@@ -13,7 +13,7 @@ import (
 	"github.com/natsx/natsx"
 )
 
-// A paused durable keeps its place: what comes meanwhile waits in the stream.
+// A paused durable keeps its position: new messages wait in the stream.
 func ExampleBroker_Pause() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -61,7 +61,7 @@ func ExampleBroker_Pause() {
 	// stopped: <nil>
 }
 
-// A readiness probe asks Health, which asks no server; metrics come from Stats.
+// A readiness probe calls Health, which makes no network call; metrics come from Stats.
 func ExampleBroker_Health() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -99,8 +99,8 @@ func ExampleBroker_Health() {
 	// orders.* billing ORDERS 1 1
 }
 
-// A stream is made as it is described. What may be changed later is, what would lose
-// data or cannot be changed is refused with the difference.
+// Ensure creates a stream as described, and updates it later. Changes that would lose data,
+// or that the server does not allow, are refused with the difference.
 func ExampleStreamSpec_Ensure() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -126,8 +126,8 @@ func ExampleStreamSpec_Ensure() {
 	// storage is File, not Memory: the server cannot change it
 }
 
-// A broker makes its streams before its routes start. The one for dead letters
-// refuses new ones when it is full, and drops no old ones.
+// A broker ensures its streams before its routes start. The stream for dead letters refuses
+// new letters when it is full, instead of dropping old ones.
 func ExampleWithStreams() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -167,8 +167,7 @@ func ExampleWithStreams() {
 	// DLQ [dlq.*] DiscardNew
 }
 
-// Tools that speak NATS micro, such as the nats CLI, find the service and read what
-// its routes did.
+// Tools for NATS micro, such as the nats CLI, find the service and its statistics.
 func ExampleWithService() {
 	nc, stop := exampleServer()
 	defer stop()

@@ -396,3 +396,24 @@ func ExampleEscapeToken() {
 	fmt.Println("users." + natsx.EscapeToken("ann@example.com"))
 	// Output: users.ann=40example=2Ecom
 }
+
+// A middleware sees what a publisher is asked for and what comes of it, and adds a header
+// that an envelope may overrule.
+func ExampleWithPublishMiddleware() {
+	nc, stop := ordersServer()
+	defer stop()
+	pub := natsx.NewPublisher(nc, natsx.WithPublishMiddleware(func(next natsx.PublishFunc) natsx.PublishFunc {
+		return func(ctx context.Context, c *natsx.PublishCall) error {
+			c.Carried["Tenant"] = []string{"acme"}
+			err := next(ctx, c)
+			fmt.Println(c.Operation, c.Envelopes[0].Subject(), c.Acks, err)
+			return err
+		}
+	}))
+	pub.Publish(context.Background(), natsx.To("orders.created").JSON(order{ID: "o-1"}))
+	pub.Send(context.Background(), natsx.To("news"))
+
+	// Output:
+	// publish orders.created [{ORDERS 1 false}] <nil>
+	// send news [] <nil>
+}

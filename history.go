@@ -3,43 +3,42 @@ package natsx
 import "time"
 
 const (
-	// mostRemembered bounds what a history remembers of deliveries, and leastRemembered
-	// is how many handled messages it remembers in any case.
+	// mostRemembered is the most messages that a history remembers, and leastRemembered
+	// how many handled ones it remembers in any case.
 	mostRemembered  = 1 << 16
 	leastRemembered = 256
-	// ackFlight is for how long an acknowledgement may be on its way to the server while
-	// nothing casts doubt on the connection.
+	// ackFlight is how long an acknowledgement may be in transit on a healthy connection.
 	ackFlight = int64(time.Second)
-	// doubtWaits is for how many ack waits the messages are remembered that were handled
-	// before something did.
+	// doubtWaits is for how many ack waits messages are remembered whose acknowledgements
+	// may be lost.
 	doubtWaits = 3
-	// indexFor is for how many handled messages an index outlives the last question.
+	// indexFor is for how many handled messages an unused index is kept.
 	indexFor = 1 << 14
 )
 
-// history is what a route of this process knows of deliveries that are over: which
-// messages were handled, though the acknowledgement may have been lost, and which
-// deliveries ran nothing. The server counts deliveries; attempts are those of them
-// that ran. Guarded by the pool's mutex.
+// history is what a route of this process remembers of past deliveries: which messages
+// were handled, in case their acknowledgement was lost, and which deliveries ran nothing.
+// The server counts deliveries; attempts are only those that ran. Guarded by the pool's
+// mutex.
 type history struct {
-	// Handled within the last moment and the one before.
+	// Handled lately, in two generations.
 	recent, earlier handled
 	since           int64 // when recent was begun
 
-	kept      map[messageID]struct{} // handled before something cast doubt on their acknowledgements
+	kept      map[messageID]struct{} // handled, but their acknowledgements may be lost
 	keptUntil int64
 
-	idle  map[messageID]uint32 // deliveries that ran nothing
+	idle  map[messageID]uint32 // how many deliveries ran nothing
 	order fifo[messageID]      // of idle, the oldest first
 
-	lost int // messages asked for that never came, whose deliveries are not known
+	lost int // messages requested that never arrived; which ones is unknown
 }
 
-// handled is a set of messages that is searched only when something went wrong.
+// handled is a set of messages, optimised for adding: it is rarely searched.
 type handled struct {
 	ids     []messageID
-	index   map[messageID]struct{} // nil while nobody asks
-	unasked int                    // messages added since somebody asked
+	index   map[messageID]struct{} // nil while it is not searched
+	unasked int                    // messages added since the last search
 }
 
 func (s *handled) add(id messageID) {
@@ -66,9 +65,8 @@ func (s *handled) has(id messageID) bool {
 	return yes
 }
 
-// handle remembers a handled message, for as long as the acknowledgement may be on its
-// way.
-func (h *history) handle(now int64, id messageID) {
+// addHandled remembers a handled message while its acknowledgement may be in transit.
+func (h *history) addHandled(now int64, id messageID) {
 	if n := len(h.recent.ids); n >= mostRemembered/2 || n >= leastRemembered && now-h.since > ackFlight {
 		spare := h.earlier.ids[:0]
 		if cap(spare) > 4*n {
@@ -83,8 +81,8 @@ func (h *history) handle(now int64, id messageID) {
 	h.recent.add(id)
 }
 
-// doubt keeps what was handled so far for longer: acknowledgements of it may be lost,
-// and the messages come again after ackWait.
+// doubt remembers for longer what was handled lately: if the acknowledgements were lost,
+// the messages are redelivered after ackWait.
 func (h *history) doubt(now int64, ackWait time.Duration) {
 	if h.kept == nil || now > h.keptUntil {
 		h.kept = make(map[messageID]struct{}, len(h.recent.ids)+len(h.earlier.ids))
@@ -99,7 +97,7 @@ func (h *history) doubt(now int64, ackWait time.Duration) {
 	}
 }
 
-// wasHandled reports whether a message was handled here.
+// wasHandled reports whether this process has handled a message.
 func (h *history) wasHandled(id messageID) bool {
 	if _, yes := h.kept[id]; yes {
 		return true
@@ -107,7 +105,7 @@ func (h *history) wasHandled(id messageID) bool {
 	return h.recent.has(id) || h.earlier.has(id)
 }
 
-// ranNothing remembers that a delivery of the message was no attempt.
+// ranNothing records that a delivery of the message was no attempt.
 func (h *history) ranNothing(id messageID) {
 	if h.idle == nil {
 		h.idle = map[messageID]uint32{}
@@ -121,12 +119,12 @@ func (h *history) ranNothing(id messageID) {
 	}
 }
 
-// lose remembers that n messages were asked for and may have been lost on their way.
-func (h *history) lose(n int) { h.lost = min(h.lost+n, mostRemembered) }
+// addLost records that n messages were requested and may have been lost in transit.
+func (h *history) addLost(n int) { h.lost = min(h.lost+n, mostRemembered) }
 
-// attempt is which attempt a delivery is, when the server has counted so many: 1 for
-// the first. Deliveries that are known to have run nothing do not count, and one that
-// is not known here is taken for one of those that were lost.
+// attempt is the number of an attempt, from 1, given the server's delivery count.
+// Deliveries that ran nothing do not count. A message that is not remembered is assumed
+// to be one of the lost ones.
 func (h *history) attempt(id messageID, delivered uint64) uint64 {
 	if delivered <= 1 {
 		return 1

@@ -9,48 +9,50 @@ import (
 )
 
 const (
-	// maxExactNumbers is how many different envelopes of one handler have their
-	// equals counted one by one, in about 5 MB.
+	// maxExactNumbers is how many different envelopes of one handler call are counted
+	// exactly, which takes about 5 MB.
 	maxExactNumbers = 1 << 17
-	// numberBuckets is how many counters the further ones share.
+	// numberBuckets is how many counters further envelopes share.
 	numberBuckets = 1 << 16
 )
 
-// digest identifies what an envelope or an atomic batch says.
+// digest identifies the content of an envelope or an atomic batch.
 type digest [18]byte
 
 func (d digest) String() string { return base64.RawURLEncoding.EncodeToString(d[:]) }
 
-// number tells an envelope, or a batch, from its equals in one handler; n is 0 for
-// one that needs no number.
+// number distinguishes equal envelopes, or batches, of one handler call. n is 0 for an
+// envelope that needs no number.
 type number struct {
 	of digest
 	n  uint32
 }
 
-// made is what a handler has stored: for each envelope how many equal ones, so that
-// when its message is handled again they get the same message ids. It is safe for
+// numbering counts what a handler call has stored: for each envelope how many equal ones,
+// so that they get the same message ids when the message is handled again. It is safe for
 // concurrent use.
 //
-// A number is given out once, unless it is given back. What was stored keeps its
-// number, so two envelopes that are both stored never share one. What was not stored,
-// or may have been, gives it back, and the lowest is given out first: the next try has
-// the id of the one before.
-type made struct {
-	name string // of the handled message; of a redriven one, of its original
+// A number is given out once, unless it is given back. An envelope that was stored keeps
+// its number, so two stored envelopes never share one. One that was not stored, or may
+// have been, gives it back, and the lowest is given out first: the next try has the same
+// id.
+type numbering struct {
+	name string // of the handled message, or of the original of a redriven one
 
 	mu    sync.Mutex
 	taken map[digest]uint32   // the highest number given out
-	free  map[digest][]uint32 // of those below, what was given back, in order
-	// Beyond maxExactNumbers envelopes that fall in one bucket count as equal. Their
-	// numbers stay different, and the same as long as they come in the same order.
+	free  map[digest][]uint32 // lower numbers that were given back, in order
+	// After maxExactNumbers, envelopes in the same bucket count as equal. They get the
+	// same numbers in each run only if they are published in the same order.
 	beyond []uint32
 }
 
-func newMade(name string) *made { return &made{name: name, taken: make(map[digest]uint32)} }
+func newNumbering(name string) *numbering {
+	return &numbering{name: name, taken: make(map[digest]uint32)}
+}
 
-// take gives out a number.
-func (m *made) take(of digest) number {
+// take returns the next number.
+func (m *numbering) take(of digest) number {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if free := m.free[of]; len(free) > 0 {
@@ -73,8 +75,8 @@ func (m *made) take(of digest) number {
 	return number{of, *n}
 }
 
-// giveBack takes back the number of what was not stored, as far as anybody knows.
-func (m *made) giveBack(number number) {
+// giveBack frees the number of an envelope that was not stored, as far as is known.
+func (m *numbering) giveBack(number number) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.taken[number.of] == number.n {
@@ -93,6 +95,6 @@ func (m *made) giveBack(number number) {
 }
 
 // id is the message id of a numbered envelope.
-func (m *made) id(number number) string {
+func (m *numbering) id(number number) string {
 	return m.name + "/" + number.of.String() + "/" + strconv.FormatUint(uint64(number.n), 10)
 }

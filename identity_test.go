@@ -72,7 +72,7 @@ func TestDigest(t *testing.T) {
 func TestNumbers(t *testing.T) {
 	t.Parallel()
 	a, b := digestOf(To("a")), digestOf(To("b"))
-	m := &made{taken: make(map[digest]uint32)}
+	m := &numbering{taken: make(map[digest]uint32)}
 	for i, step := range []struct {
 		of   digest
 		back uint32 // given back, or else one is taken
@@ -98,8 +98,8 @@ func TestNumbers(t *testing.T) {
 func TestNumbersAreBounded(t *testing.T) {
 	t.Parallel()
 	of := func(i int) digest { return digestOf(To(fmt.Sprint("s.", i))) }
-	run := func(n int) (*made, []uint32) {
-		m := &made{taken: make(map[digest]uint32)}
+	run := func(n int) (*numbering, []uint32) {
+		m := &numbering{taken: make(map[digest]uint32)}
 		numbers := make([]uint32, n)
 		for i := range n {
 			numbers[i] = m.take(of(i)).n
@@ -424,7 +424,7 @@ func TestHandlerIDsFit(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
 	s := createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>"}})
-	long := strings.Repeat("n", MaxNameLength)
+	long := strings.Repeat("n", maxNameLength)
 	ctx := handling(testContext(t), nil)
 	deliveryFrom(ctx).msg.from = &origin{stream: long, durable: long, ctx: testContext(t)}
 	if _, err := NewPublisher(nc).Publish(ctx, To("s.x")); err != nil {
@@ -434,7 +434,7 @@ func TestHandlerIDsFit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if id := m.Header.Get("Nats-Msg-Id"); len(id) > 2*MaxNameLength+80 {
+	if id := m.Header.Get("Nats-Msg-Id"); len(id) > 2*maxNameLength+80 {
 		t.Errorf("the id has %d bytes", len(id))
 	}
 }

@@ -7,12 +7,11 @@ import (
 	"time"
 )
 
-// renewals is how often a lease is renewed within its length: this side, the network
-// and the server may together stand still for most of it.
+// renewals is how many times a lease is renewed within its length, so that most of it is
+// left for delays.
 const renewals = 4
 
-// renewal is a lease that is due for a renewal. The work may be settled and used again
-// before it is made.
+// renewal is a lease to be renewed. Its work may be settled and reused before that.
 type renewal struct {
 	work  *work
 	use   uint64 // state while the lease is held
@@ -21,7 +20,7 @@ type renewal struct {
 	term  time.Duration // of the lease
 }
 
-// write has send write an in-progress ack, unless the settling has begun.
+// write calls send to publish an in-progress ack, unless settling has begun.
 func (r *renewal) write(send func(reply string)) bool {
 	if !r.work.state.CompareAndSwap(r.use, r.use+leaseRenewed) {
 		return false
@@ -31,8 +30,8 @@ func (r *renewal) write(send func(reply string)) bool {
 	return true
 }
 
-// leases are the messages that a route has in hand, by the time of their next renewal
-// and by sequence. Guarded by the pool's mutex.
+// leases are the messages that a route has in hand, ordered by their next renewal and
+// indexed by sequence. Guarded by the pool's mutex.
 type leases struct {
 	head, tail *work
 	count      int
@@ -86,7 +85,7 @@ func (l *leases) slot(seq uint64) **work {
 	return &l.index[(seq*0x9E3779B97F4A7C15>>32)&uint64(len(l.index)-1)]
 }
 
-// remove takes w out, unless that was done.
+// remove removes w if it is listed.
 func (l *leases) remove(w *work) {
 	if !w.listed {
 		return
@@ -115,8 +114,8 @@ func (l *leases) find(seq uint64) *work {
 	return nil
 }
 
-// due appends what must be renewed now, each for a lease of a term, and puts it back for
-// a part of that later.
+// due appends the leases that must be renewed now for another term, and schedules their
+// next renewal.
 func (l *leases) due(now int64, term time.Duration, to []renewal) []renewal {
 	for l.head != nil && l.head.renew <= now {
 		w := l.head
@@ -130,7 +129,7 @@ func (l *leases) due(now int64, term time.Duration, to []renewal) []renewal {
 	return to
 }
 
-// wake is when something is due, 0 for never.
+// wake is when the next renewal is due, 0 for never.
 func (l *leases) wake() int64 {
 	if l.head == nil {
 		return 0
@@ -138,14 +137,14 @@ func (l *leases) wake() int64 {
 	return l.head.renew
 }
 
-// keeper renews leases: it writes in-progress acks, and counts them once the server
-// has answered a ping behind them, so that a lease is never longer in the client's
-// eyes than in the server's. While a ping is on its way, what becomes due waits.
+// keeper renews leases with in-progress acks. A renewal counts only when the server has
+// answered a ping sent after it, so a lease is never longer for the client than for the
+// server. While a ping is in transit, further renewals wait.
 type keeper struct {
 	link *link
 	pool *pool
 	log  *slog.Logger
-	wake chan struct{} // told that due is not empty; capacity 1
+	wake chan struct{} // notified when due is not empty; capacity 1
 
 	mu  sync.Mutex
 	due []renewal
@@ -155,7 +154,7 @@ func newKeeper(l *link, p *pool, log *slog.Logger) *keeper {
 	return &keeper{link: l, pool: p, log: log, wake: make(chan struct{}, 1)}
 }
 
-// renew has leases renewed soon.
+// renew queues renewals.
 func (k *keeper) renew(due []renewal) {
 	if len(due) == 0 {
 		return
@@ -166,7 +165,7 @@ func (k *keeper) renew(due []renewal) {
 	notify(k.wake)
 }
 
-// run renews what is due until ctx ends.
+// run makes the queued renewals until ctx ends.
 func (k *keeper) run(ctx context.Context) {
 	for {
 		select {
@@ -206,9 +205,8 @@ func (k *keeper) renewAll(ctx context.Context, due []renewal) {
 		}
 		return
 	}
-	// An answer may come from behind a network that stood still meanwhile. What it
-	// proves is that the server has the acks by now: a lease that has ended by now
-	// may have ended before they came.
+	// The network may have stalled meanwhile. The answer only proves that the server has
+	// the acks now: a lease that has ended by now may have ended before they arrived.
 	confirmed := processTime()
 	k.pool.mu.Lock()
 	defer k.pool.mu.Unlock()

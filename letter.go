@@ -22,7 +22,7 @@ const (
 	headerPrefix = "Natsx-"
 	letterPrefix = "Natsx-Dlq-"
 	origPrefix   = "Natsx-Orig-"
-	// redrivePrefix begins the headers of a redriven message.
+	// redrivePrefix is the prefix of the headers of a redriven message.
 	redrivePrefix = "Natsx-Redrive-"
 )
 
@@ -51,32 +51,32 @@ const (
 	ReasonPermanent   Reason = "permanent"   // the handler returned Permanent
 	ReasonPanic       Reason = "panic"       // the last retry panicked
 	ReasonUndecodable Reason = "undecodable" // the payload did not decode
-	ReasonCrashed     Reason = "crashed"     // no attempt came back
+	ReasonCrashed     Reason = "crashed"     // the process ended during each attempt
 )
 
-// allReasons are all that a letter may have.
+// allReasons are the reasons that a letter may have.
 var allReasons = []Reason{ReasonExhausted, ReasonPermanent, ReasonPanic, ReasonUndecodable, ReasonCrashed}
 
-// Headers of a dead letter. Of the original's headers, those that NATS would act
-// on (Nats-*) are kept as Natsx-Orig-*, since they would expire, schedule or
-// deduplicate the letter, and so are those that look like the letter's own.
+// Headers of a dead letter. The original's headers are kept. Those of NATS (Nats-*) are
+// renamed to Natsx-Orig-*, since they would expire, schedule or deduplicate the letter,
+// and so are those with the names of a letter's own headers.
 const (
 	HeaderDLQSubject   = "Natsx-Dlq-Subject"   // the original's subject
 	HeaderDLQStream    = "Natsx-Dlq-Stream"    // the original's stream
 	HeaderDLQSequence  = "Natsx-Dlq-Sequence"  // the original's sequence in it
 	HeaderDLQDurable   = "Natsx-Dlq-Durable"   // the durable that failed
-	HeaderDLQAttempts  = "Natsx-Dlq-Attempts"  // how often it was tried
+	HeaderDLQAttempts  = "Natsx-Dlq-Attempts"  // number of attempts
 	HeaderDLQReason    = "Natsx-Dlq-Reason"    // a Reason
-	HeaderDLQError     = "Natsx-Dlq-Error"     // the last error's text, at most MaxLetterError bytes
-	HeaderDLQStack     = "Natsx-Dlq-Stack"     // of a panic, at most MaxLetterStack bytes, line feeds as \n
-	HeaderDLQTime      = "Natsx-Dlq-Time"      // of death, RFC 3339 with nanoseconds
+	HeaderDLQError     = "Natsx-Dlq-Error"     // the last error's text, at most 4,096 bytes
+	HeaderDLQStack     = "Natsx-Dlq-Stack"     // of a panic, at most 8,192 bytes, line feeds as \n
+	HeaderDLQTime      = "Natsx-Dlq-Time"      // when it was dead, RFC 3339 with nanoseconds
 	HeaderDLQPublished = "Natsx-Dlq-Published" // when the original was stored, in the same form
-	HeaderDLQHost      = "Natsx-Dlq-Host"      // where it died
-	// HeaderDLQPointer is "true" on a letter without the payload, which was too
-	// large to be a letter, and missing on others. The original is still in its
-	// stream, for as long as that keeps it; on one with work-queue or interest
-	// retention it stays unsettled and counts against MaxAckPending, until a redrive
-	// or a purge of the letter lets it go.
+	HeaderDLQHost      = "Natsx-Dlq-Host"      // host of the process that failed
+	// HeaderDLQPointer is "true" on a letter without the payload, which was too large for
+	// a letter, and missing on others. The original is still in its stream, unless that
+	// has deleted it. In a stream with work-queue or interest retention it is left
+	// unsettled and counts against MaxAckPending, until a redrive or a purge of the letter
+	// releases it.
 	HeaderDLQPointer = "Natsx-Dlq-Pointer"
 	// HeaderDLQRedrives is how often the message was redriven before it died again, and
 	// HeaderDLQOriginal the <sequence>@<stored time in ns> that it had before its first
@@ -85,37 +85,37 @@ const (
 	HeaderDLQOriginal = "Natsx-Dlq-Original"
 )
 
-// Bounds of what of an error a dead letter carries, in bytes.
+// Limits of the error texts in a dead letter, in bytes.
 const (
-	MaxLetterError = 4096
-	MaxLetterStack = 8192
+	maxLetterError = 4096
+	maxLetterStack = 8192
 )
 
-// smallestLetter is room for the headers of a letter without its original's
-// headers and payload, when no name in it is extremely long.
+// smallestLetter is room for the headers of a letter without its original's headers and
+// payload, unless a name is extremely long.
 const smallestLetter = 2048
 
-// DeadLetter is a message that a durable gave up, as the DLQ keeps it.
+// DeadLetter is a dead message of a durable, as stored in the DLQ.
 type DeadLetter struct {
 	Subject   string      // the original's subject
 	Stream    string      // the original's stream
 	Sequence  uint64      // the original's sequence in it
 	Durable   string      // the durable that failed
-	Attempts  int         // how often it was tried
+	Attempts  int         // number of attempts
 	Reason    Reason      // why it is dead
 	Error     string      // the last error's text
 	Stack     string      // of a panic
-	Time      time.Time   // of death, by the clock of Host
+	Time      time.Time   // when it was dead, by the clock of Host
 	Published time.Time   // when the original was stored
-	Host      string      // where it died
-	Header    nats.Header // of the original, as far as the letter had room for it
-	Data      []byte      // the original's payload, none when Pointer
-	// Pointer tells that the payload was too large for a letter. The original
-	// is still in its stream.
+	Host      string      // host of the process that failed
+	Header    nats.Header // of the original, if the letter had room for it
+	Data      []byte      // the original's payload, none if Pointer is set
+	// Pointer reports that the payload was too large for a letter. The original is still
+	// in its stream.
 	Pointer  bool
-	Redrives int // how often the message was redriven before it died again
+	Redrives int // how many times the message was redriven before
 
-	DLQSubject  string    // where the letter lies
+	DLQSubject  string    // the letter's subject
 	DLQStream   string    // its stream
 	DLQSequence uint64    // its sequence in it
 	DLQTime     time.Time // when it was stored there
@@ -123,8 +123,8 @@ type DeadLetter struct {
 	header nats.Header // of the letter
 }
 
-// parseLetter reads a message of a DLQ. With an error it is not a letter, and what
-// could be read of it is there nevertheless.
+// parseLetter parses a message of a DLQ. If it is not a letter, it returns an error and
+// what could be parsed.
 func parseLetter(stream string, m *storedMsg) (DeadLetter, error) {
 	h := m.header
 	l := DeadLetter{
@@ -149,8 +149,8 @@ func parseLetter(stream string, m *storedMsg) (DeadLetter, error) {
 			faults = append(faults, fmt.Sprintf("%s %q %s", name, h.Get(name), reason))
 		}
 	}
-	// Other clients publish to subjects that natsx does not: a letter of such a
-	// message is one all the same.
+	// Other clients may publish to subjects that natsx refuses: letters of such messages
+	// are valid.
 	if l.Subject == "" {
 		fault(HeaderDLQSubject, "must not be empty")
 	}
@@ -198,9 +198,9 @@ func restoredHeaders(h nats.Header, empty bool) nats.Header {
 	return restored
 }
 
-// originalHeaders are the headers of a message as its letter keeps them. A Status
-// on an empty body is kept under another name too: clients take such a message
-// for a word of the server.
+// originalHeaders returns the headers of a message as its letter keeps them. A Status
+// header of a message without a payload is renamed too: clients would treat the letter as
+// a status message of the server.
 func originalHeaders(h nats.Header, empty bool) nats.Header {
 	kept := make(nats.Header, len(h))
 	for k, v := range h {
@@ -218,8 +218,8 @@ func originalHeaders(h nats.Header, empty bool) nats.Header {
 	return kept
 }
 
-// sendableName replaces what nats.go would not send in the name of a header. It
-// reads such names, which other clients let through.
+// sendableName replaces characters in the name of a header that nats.go does not send. It
+// receives such names from other clients.
 func sendableName(name string) string {
 	if headerNameFault(name) == "" {
 		return name
@@ -237,8 +237,8 @@ func hasPrefixFold(s, prefix string) bool {
 	return len(s) >= len(prefix) && strings.EqualFold(s[:len(prefix)], prefix)
 }
 
-// headerText makes text fit for a header value of at most most bytes: on one
-// line, with line feeds as \n and without other control characters.
+// headerText returns text as a header value of at most most bytes: on one line, with line
+// feeds as \n and without other control characters.
 func headerText(text string, most int) string {
 	text = strings.ToValidUTF8(text, "\uFFFD")
 	text = strings.NewReplacer("\r\n", `\n`, "\n", `\n`, "\t", " ").Replace(text)
@@ -303,8 +303,8 @@ func readCopy(h nats.Header) (c redriveCopy, ok bool) {
 	return c, ok && redriven && found && nameFault(name) == ""
 }
 
-// redriveID is the message id of a letter's copy. The time tells the letter from
-// one of the same sequence in a recreated stream.
+// redriveID is the message id of a letter's copy. The time distinguishes the letter from
+// one with the same sequence in a recreated stream.
 func redriveID(l *DeadLetter) string {
 	return fmt.Sprintf("redrive/%s@%d/%d", l.DLQStream, l.DLQTime.UnixNano(), l.DLQSequence)
 }
@@ -354,23 +354,23 @@ func redriveCount(text string) int {
 	return n
 }
 
-// pointsTo reports whether m is the original of l and not a message of a recreated
+// pointsTo reports whether m is the original of l, and not a message of a recreated
 // stream.
 func (l *DeadLetter) pointsTo(m *storedMsg) bool {
 	return m.seq == l.Sequence && m.subject == l.Subject && m.time.Equal(l.Published)
 }
 
-// heldLetter is the letter of a dead message on its way to the DLQ.
+// heldLetter is the letter of a dead message that is being moved to the DLQ.
 type heldLetter struct {
 	msg    *nats.Msg
 	form   uint8  // see letterBox.letter
-	text   string // of the error; its author's code is asked once
+	text   string // of the error, from one call of users' code
 	stored bool   // the DLQ has it
-	held   bool   // in the letter box: its worker has left it
+	held   bool   // in the letter box, no longer on a worker
 }
 
-// messageID is a message: a stream may use a sequence again, as after a restored
-// backup, but not for the same time.
+// messageID identifies a message: a stream may reuse a sequence, as after the restore of a
+// backup, but not with the same time.
 type messageID struct {
 	seq  uint64
 	time int64 // when it was stored, Unix nanoseconds

@@ -13,17 +13,17 @@ import (
 
 const (
 	// leastPatience and mostPatience bound how long the server may take to answer a ping
-	// before the connection counts as dead: a sixth of the shortest lease.
+	// before the connection counts as dead. In between it is a sixth of the lease.
 	leastPatience = 500 * time.Millisecond
 	mostPatience  = 4 * time.Second
 	// reconnectPause is the shortest time between two forced reconnects.
 	reconnectPause = 2 * time.Second
 )
 
-// link is what natsx knows of one connection, shared by all that use it: what it
-// carries, whether it is up, and how to find that it is up in name only. It is safe
-// for concurrent use. Its state is read without the connection's lock, which nats.go
-// holds while it writes: through a network that stands still that may be long.
+// link is the state of one connection, shared by all users of it in natsx: its status,
+// the bytes that pulls may ask for, and the detection of a dead connection. It is safe
+// for concurrent use. The status is read without the lock of nats.Conn, which nats.go
+// holds while it writes: on a stalled network that may take long.
 type link struct {
 	nc     *nats.Conn
 	budget budget
@@ -31,7 +31,7 @@ type link struct {
 	status   atomic.Int32          // a nats.Status
 	cause    atomic.Pointer[error] // why it is not connected, as far as known
 	sessions atomic.Int64          // connections so far
-	checking atomic.Bool           // one goroutine makes sure of the connection
+	checking atomic.Bool           // a check of the connection runs
 
 	// Guarded by links.
 	users  int
@@ -43,7 +43,7 @@ type link struct {
 	lastForced time.Time
 }
 
-// linkWatch is told of changes of a link's status, on the link's goroutine.
+// linkWatch is a callback for changes of a link's status, on the link's goroutine.
 type linkWatch struct{ changed func(nats.Status) }
 
 var links = struct {
@@ -91,7 +91,7 @@ func (l *link) follow() {
 			l.cause.Store(nil)
 		case nats.RECONNECTING, nats.DISCONNECTED, nats.CLOSED:
 			l.budget.disconnected(processTime())
-			// That no server is left says less than why the last one was none.
+			// ErrNoServers says less than why the last server did not accept.
 			if err := l.nc.LastError(); err != nil && (l.cause.Load() == nil || !errors.Is(err, nats.ErrNoServers)) {
 				l.cause.Store(&err)
 			}
@@ -109,8 +109,8 @@ func (l *link) follow() {
 	}
 }
 
-// noteCause remembers why nc does not connect.
-func noteCause(nc *nats.Conn, err error) {
+// setCause remembers why nc does not connect.
+func setCause(nc *nats.Conn, err error) {
 	links.Lock()
 	defer links.Unlock()
 	if l := links.of[nc]; l != nil && err != nil {
@@ -118,8 +118,7 @@ func noteCause(nc *nats.Conn, err error) {
 	}
 }
 
-// watch has changed called for each change of the status until the watch is stopped. It
-// must not block.
+// watch calls changed for each change of the status until unwatch. It must not block.
 func (l *link) watch(changed func(nats.Status)) *linkWatch {
 	w := &linkWatch{changed}
 	l.mu.Lock()
@@ -134,27 +133,27 @@ func (l *link) unwatch(w *linkWatch) {
 	delete(l.watchers, w)
 }
 
-func (l *link) is() nats.Status { return nats.Status(l.status.Load()) }
+func (l *link) state() nats.Status { return nats.Status(l.status.Load()) }
 
 // up reports whether messages can be sent now.
 func (l *link) up() bool {
-	switch l.is() {
+	switch l.state() {
 	case nats.CONNECTED, nats.DRAINING_SUBS, nats.DRAINING_PUBS:
 		return true
 	}
 	return false
 }
 
-// why is the cause of a connection that is not up, or nil.
-func (l *link) why() error {
+// lastCause is why the connection is not up, or nil.
+func (l *link) lastCause() error {
 	if err := l.cause.Load(); err != nil {
 		return *err
 	}
 	return nil
 }
 
-// patienceFor is how long the server may take to answer a ping, where the shortest lease
-// is term, 0 for none.
+// patienceFor is how long the server may take to answer a ping, given the shortest lease,
+// 0 for none.
 func patienceFor(term time.Duration) time.Duration {
 	if term == 0 {
 		return mostPatience
@@ -163,8 +162,8 @@ func patienceFor(term time.Duration) time.Duration {
 }
 
 // ping makes a round trip to the server within limit, and reports whether it was
-// answered. It gives up when nothing at all comes from the server for as long as
-// patience: then the connection is not alive. A new connection is.
+// answered. It gives up when nothing at all arrives from the server for as long as
+// patience: then the connection is not alive, unless nats.go has reconnected meanwhile.
 func (l *link) ping(ctx context.Context, patience, limit time.Duration) (answered, alive bool) {
 	session := l.sessions.Load()
 	ctx, cancel := context.WithTimeout(ctx, limit)
@@ -189,8 +188,8 @@ func (l *link) ping(ctx context.Context, patience, limit time.Duration) (answere
 	}
 }
 
-// check makes sure of the connection in the background of its owner, once at a time,
-// and replaces one that is up in name only.
+// check pings the server on a goroutine that spawn starts, unless a check runs already,
+// and reconnects if the connection is dead.
 func (l *link) check(ctx context.Context, patience time.Duration, log *slog.Logger, spawn func(func())) {
 	if !l.up() || !l.checking.CompareAndSwap(false, true) {
 		return
@@ -203,8 +202,8 @@ func (l *link) check(ctx context.Context, patience time.Duration, log *slog.Logg
 	})
 }
 
-// reconnect replaces a connection that is up in name only, but not one after another.
-// It reports whether the connection will come back as a new one.
+// reconnect forces a reconnect, at most one per reconnectPause. It reports whether the
+// connection is being replaced.
 func (l *link) reconnect(log *slog.Logger) bool {
 	if !l.up() {
 		return true

@@ -10,18 +10,17 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// lookupError is a question that has no answer yet: nothing was sent, and the question
-// is asked again.
+// lookupError is a lookup without an answer yet: nothing was sent, and it is retried.
 type lookupError struct {
 	reason string
-	err    error // nil when another JetStream may have the answer
+	err    error // nil if the stream may be in another JetStream domain
 }
 
 func (e *lookupError) Error() string { return "natsx: " + e.reason }
 func (e *lookupError) Unwrap() error { return e.err }
 
-// lookUp asks which stream captures the subject, at most every lookupPause, and not
-// for each of many subjects when nobody answers.
+// lookUp asks which stream captures the subject, at most once per lookupPause, and not
+// right after a request without an answer.
 func (c *call) lookUp(ctx context.Context, subject string) finding {
 	if f, ok := c.found[subject]; ok && time.Since(f.at) < lookupPause {
 		return f
@@ -45,8 +44,8 @@ func (c *call) lookUp(ctx context.Context, subject string) finding {
 	return f
 }
 
-// ask makes one request of the JetStream API within lookupWait. What the user may not
-// ask is not asked again for a while.
+// ask makes one request to the JetStream API within lookupWait. A request that the user
+// lacks the permission for is not repeated for a while.
 func (c *call) ask(ctx context.Context, operation string, fn func(context.Context) error) error {
 	if err := c.p.recent.denied(operation); err != nil {
 		return err
@@ -63,23 +62,23 @@ func (c *call) ask(ctx context.Context, operation string, fn func(context.Contex
 	return err
 }
 
-// elsewhere is why a JetStream without a stream for a subject is no proof that there is
-// none, or empty. A server with a domain may be a leaf node, and what is published there
-// goes to the streams of other domains too, which are asked only by their names.
+// elsewhere is why another JetStream may have a stream for the subject, or empty. A server
+// with a domain may be a leaf node: what is published there also reaches streams of other
+// domains, which must be asked by domain name.
 func (p *Publisher) elsewhere() string {
 	if opts := p.js.Options(); opts.Domain != "" || opts.APIPrefix != "" {
 		return ""
 	}
 	switch domain := p.nc.ConnectedDomain(); {
 	case domain != "":
-		return fmt.Sprintf("no stream of JetStream domain %q captures the subject, and one of another domain may; WithPublisherJetStream names the domain to ask", domain)
+		return fmt.Sprintf("no stream of JetStream domain %q captures the subject, but one of another domain may; set the domain with WithPublisherJetStream", domain)
 	case !p.nc.IsConnected():
 		return disconnected
 	}
 	return ""
 }
 
-// noStream is the error of a subject that no stream captures. It passes when another
+// noStream is the error of a subject that no stream captures: a [*lookupError] if another
 // JetStream may have one.
 func (c *call) noStream(subject string) error {
 	if reason := c.p.elsewhere(); reason != "" {
@@ -98,8 +97,8 @@ func (c *call) known(subject string) *jetstream.StreamInfo {
 	return nil
 }
 
-// streamOf looks up the stream that captures subject, once for each stream of the
-// call. An error that passes is a [*lookupError].
+// streamOf looks up the stream that captures subject, once for each stream of the call. A
+// transient error is a [*lookupError].
 func (c *call) streamOf(ctx context.Context, subject string) (*jetstream.StreamInfo, error) {
 	if info := c.known(subject); info != nil {
 		return info, nil
@@ -129,8 +128,7 @@ func (c *call) streamOf(ctx context.Context, subject string) (*jetstream.StreamI
 	return info, nil
 }
 
-// locate finds out, once for each envelope, what must be known of its stream before it
-// is sent.
+// locate looks up, once per envelope, what must be known of its stream before it is sent.
 func (c *call) locate(ctx context.Context, o *outgoing) error {
 	if err := c.refuseNoAck(o); err != nil || o.located {
 		return err
@@ -149,11 +147,11 @@ func (c *call) locate(ctx context.Context, o *outgoing) error {
 	return nil
 }
 
-// refuseNoAck refuses what a stream without acks would take, where that is known.
+// refuseNoAck refuses an envelope whose stream is known not to acknowledge.
 func (c *call) refuseNoAck(o *outgoing) error {
 	info := c.known(o.e.subject)
 	if info == nil && c.p.recent.noAck.Load() {
-		info = c.p.recent.of(o.e.subject, func(cfg *jetstream.StreamConfig) bool { return cfg.NoAck })
+		info = c.p.recent.find(o.e.subject, func(cfg *jetstream.StreamConfig) bool { return cfg.NoAck })
 	}
 	if info == nil || !info.Config.NoAck {
 		return nil
@@ -161,11 +159,10 @@ func (c *call) refuseNoAck(o *outgoing) error {
 	return noAck(o, info)
 }
 
-// checkTTL refuses a TTL that would be ignored: by a server before 2.11, which has no
-// streams that allow it.
+// checkTTL refuses a TTL that the stream or a server before 2.11 would ignore.
 func (c *call) checkTTL(ctx context.Context, o *outgoing) error {
 	allowed := func(cfg *jetstream.StreamConfig) bool { return cfg.AllowMsgTTL && !cfg.NoAck }
-	if c.p.recent.of(o.e.subject, allowed) != nil {
+	if c.p.recent.find(o.e.subject, allowed) != nil {
 		return nil
 	}
 	info, err := c.streamOf(ctx, o.e.subject)
@@ -178,9 +175,9 @@ func (c *call) checkTTL(ctx context.Context, o *outgoing) error {
 	case err == nil:
 		return failure(fmt.Sprintf("publish to %q: stream %q does not have AllowMsgTTL", o.e.subject, info.Config.Name), ErrTTLNotAllowed)
 	case !olderThan(version, 2, 11):
-		return nil // the stream judges, wherever it is
+		return nil // the stream decides, in whatever domain it is
 	case errors.Is(err, ErrPermission):
-		return failure(fmt.Sprintf("publish to %q: server %s ignores a TTL, and whether the stream allows it may not be asked", o.e.subject, version),
+		return failure(fmt.Sprintf("publish to %q: server %s may ignore a TTL, and the user may not look up the stream", o.e.subject, version),
 			ErrTTLNotAllowed, err)
 	}
 	return err
@@ -188,22 +185,21 @@ func (c *call) checkTTL(ctx context.Context, o *outgoing) error {
 
 // noAck is the error of a stream that does not acknowledge.
 func noAck(o *outgoing, info *jetstream.StreamInfo) error {
-	sent := "it was not sent"
+	sent := "the message was not sent"
 	if o.unanswered > 0 {
-		sent = "and may have stored the message"
+		sent = "the message may be stored"
 	}
-	return failure(fmt.Sprintf("publish to %q: stream %q acknowledges nothing (NoAck), %s: Send needs no ack", o.e.subject, info.Config.Name, sent), ErrNoAck)
+	return failure(fmt.Sprintf("publish to %q: stream %q does not acknowledge (NoAck), %s: use Send", o.e.subject, info.Config.Name, sent), ErrNoAck)
 }
 
-// unacknowledged looks for the reason why a message that was sent has no ack. An
-// error ends it.
+// unacknowledged looks for the reason of a missing ack. An error ends the message.
 func (c *call) unacknowledged(ctx context.Context, o *outgoing) error {
 	if err := c.denied(o.subject); err != nil {
 		return err
 	}
 	c.p.denials.renew()
 	acknowledges := func(cfg *jetstream.StreamConfig) bool { return !cfg.NoAck }
-	if c.p.recent.of(o.subject, acknowledges) != nil {
+	if c.p.recent.find(o.subject, acknowledges) != nil {
 		return nil
 	}
 	info, err := c.streamOf(ctx, o.subject)
@@ -217,14 +213,14 @@ func (c *call) unacknowledged(ctx context.Context, o *outgoing) error {
 	return nil
 }
 
-// noResponders tells a subject without a stream, which is an error, from a stream
-// that has no leader at the moment and from an outage in which nobody can tell.
+// noResponders distinguishes a subject without a stream, which is an error, from a stream
+// without a leader and from an outage.
 func (c *call) noResponders(ctx context.Context, o *outgoing) error {
 	f := c.lookUp(ctx, o.subject)
 	var passing *lookupError
 	switch {
 	case f.err != nil:
-		o.trouble = "nobody takes it, and the JetStream API does not tell whether a stream captures the subject: " + cause(f.err)
+		o.trouble = "no responders, and the JetStream API does not answer whether a stream captures the subject: " + cause(f.err)
 	case f.stream != "":
 		o.trouble = leaderless
 	default:
@@ -237,8 +233,8 @@ func (c *call) noResponders(ctx context.Context, o *outgoing) error {
 	return nil
 }
 
-// hasMessage reports whether the stream that refused a message for a wrong sequence has
-// it nevertheless, and where. An error leaves it open.
+// hasMessage reports whether the stream that refused a message for a wrong sequence has it
+// already, and its ack. After an error that is unknown.
 func (c *call) hasMessage(ctx context.Context, o *outgoing, stream string, refused *SequenceError) (Ack, bool, error) {
 	ack, stored, err := c.p.probe(ctx, o)
 	if err == nil || ctx.Err() != nil {
@@ -247,9 +243,9 @@ func (c *call) hasMessage(ctx context.Context, o *outgoing, stream string, refus
 	return c.readBack(ctx, o, stream, refused)
 }
 
-// probe asks whether a stream has the message by its id. The server only traces what it
-// would do with it (ADR-41): nothing is stored, and no subscriber sees it. What it
-// does not know it refuses for the invalid rollup, whatever its version.
+// probe asks whether a stream has a message with this id, with a message that the server
+// only traces (ADR-41): it is neither stored nor delivered. If the id is unknown, the
+// server refuses it for its invalid rollup header.
 func (p *Publisher) probe(ctx context.Context, o *outgoing) (ack Ack, stored bool, err error) {
 	if version := p.nc.ConnectedServerVersion(); olderThan(version, 2, 11) {
 		return Ack{}, false, fmt.Errorf("natsx: server %s cannot trace messages", version)
@@ -264,7 +260,7 @@ func (p *Publisher) probe(ctx context.Context, o *outgoing) (ack Ack, stored boo
 	return probed(ack, err)
 }
 
-// The trace goes to a subject that nobody listens on: the stream's answer is enough.
+// The trace is sent to a subject without subscribers: only the stream's answer is needed.
 const (
 	traceDestHeader = "Nats-Trace-Dest"
 	traceOnlyHeader = "Nats-Trace-Only"
@@ -279,7 +275,7 @@ func (p *Publisher) probeFor(o *outgoing) *nats.Msg {
 	}}
 }
 
-// probed reads the answer to a probe.
+// probed parses the answer to a probe.
 func probed(ack Ack, err error) (Ack, bool, error) {
 	switch {
 	case hasCode(err, codeRollupFailed):
@@ -293,8 +289,8 @@ func probed(ack Ack, err error) (Ack, bool, error) {
 	return ack, true, nil
 }
 
-// readBack looks where the message is if it was stored: what it expects is what came
-// right before it. Of one that was deleted since nothing is found.
+// readBack reads the position where the message is if it was stored: right after the
+// sequence that it expects. It does not find a message that was deleted since.
 func (c *call) readBack(ctx context.Context, o *outgoing, stream string, refused *SequenceError) (Ack, bool, error) {
 	if stream == "" || !refused.Known {
 		return Ack{}, false, errors.New("natsx: the stream is unknown")

@@ -2,12 +2,12 @@ package natsx
 
 import "fmt"
 
-// keyedQueue lets deliveries with one key through one after another, in the order
-// they came, while those of other keys go on. It holds a key only while a delivery
-// of it is in hand, so it is no larger than what is in hand. It has no lock.
+// keyedQueue admits deliveries with the same key one after another, in order of arrival.
+// Different keys do not wait for each other. It keeps a key only while a delivery with it
+// is in hand. Its owner locks it.
 type keyedQueue struct {
 	key     OrderKey
-	busy    map[string]*fifo[*work] // what waits behind the one that was let through; nil for nothing
+	busy    map[string]*fifo[*work] // by key of an admitted delivery: what waits for it, or nil
 	waiting int
 	spare   []*fifo[*work]
 }
@@ -16,7 +16,7 @@ func newKeyedQueue(key OrderKey) *keyedQueue {
 	return &keyedQueue{key: key, busy: map[string]*fifo[*work]{}}
 }
 
-// admit tells whether d may run now. If not, a release returns it later.
+// admit reports whether d may run now. If not, a later release returns it.
 func (q *keyedQueue) admit(d *work) bool {
 	d.key = q.key.of(&d.msg)
 	behind, taken := q.busy[d.key]
@@ -37,17 +37,17 @@ func (q *keyedQueue) admit(d *work) bool {
 	return false
 }
 
-// release is told that d is finished, and returns the next of its key, if any.
-func (q *keyedQueue) release(d *work) *work {
-	behind := q.busy[d.key]
+// release ends an admitted delivery with a key and returns the next one, or nil.
+func (q *keyedQueue) release(key string) *work {
+	behind := q.busy[key]
 	if behind == nil {
-		delete(q.busy, d.key)
+		delete(q.busy, key)
 		return nil
 	}
 	next := behind.pop()
 	q.waiting--
 	if behind.len() == 0 {
-		q.busy[d.key] = nil
+		q.busy[key] = nil
 		if len(q.spare) < 64 && len(behind.ring) <= 64 {
 			q.spare = append(q.spare, behind)
 		}
@@ -55,7 +55,22 @@ func (q *keyedQueue) release(d *work) *work {
 	return next
 }
 
-// of is the key of a message.
+// takeBehind appends all that waits to works. The keys stay busy.
+func (q *keyedQueue) takeBehind(works []*work) []*work {
+	for key, behind := range q.busy {
+		if behind == nil {
+			continue
+		}
+		for behind.len() > 0 {
+			works = append(works, behind.pop())
+		}
+		q.busy[key] = nil
+	}
+	q.waiting = 0
+	return works
+}
+
+// of returns the key of a message.
 func (k OrderKey) of(m *Msg) string {
 	switch k.kind {
 	case orderToken:
@@ -66,7 +81,7 @@ func (k OrderKey) of(m *Msg) string {
 	return m.Subject
 }
 
-// fault tells why nothing can be ordered by k, or nothing.
+// fault returns why k is invalid, or a nil error.
 func (k OrderKey) fault() (reason string, err error) {
 	switch {
 	case k.kind == orderNone:
@@ -79,7 +94,7 @@ func (k OrderKey) fault() (reason string, err error) {
 	return "", nil
 }
 
-// OrderKey tells which part of a message [ReplayBuilder.OrderedBy] compares.
+// OrderKey is the part of a message by which [ReplayBuilder.OrderedBy] orders.
 type OrderKey struct {
 	kind  orderKind
 	index int
@@ -98,16 +113,16 @@ const (
 // SubjectKey orders by the whole subject.
 func SubjectKey() OrderKey { return OrderKey{kind: orderSubject} }
 
-// SubjectToken orders by the i-th token of the subject, counted from 0; below zero is
+// SubjectToken orders by the i-th token of the subject, counted from 0; a negative i is
 // [ErrOutOfRange]. Messages whose subject has no such token share a key.
 func SubjectToken(i int) OrderKey { return OrderKey{kind: orderToken, index: i} }
 
-// HeaderKey orders by the first value of a header, whose name is compared as it is
-// written: case counts (ADR-4). Messages without it, or with an empty value, share a
-// key. A name that is no HTTP token is [ErrInvalidName].
+// HeaderKey orders by the first value of a header, whose name is case-sensitive (ADR-4).
+// Messages without it, or with an empty value, share a key. A name that is not an HTTP
+// token is [ErrInvalidName].
 func HeaderKey(name string) OrderKey { return OrderKey{kind: orderHeader, name: name} }
 
-// String gives the key as it was made, such as SubjectToken(1).
+// String returns the key as Go code, such as SubjectToken(1).
 func (k OrderKey) String() string {
 	switch k.kind {
 	case orderSubject:

@@ -11,30 +11,30 @@ import (
 
 const (
 	// orderedStay is how long a pull of an ordered reader waits at the server, and
-	// orderedBeat how often the server says that it still does.
+	// orderedBeat its idle heartbeat.
 	orderedStay = 30 * time.Second
 	orderedBeat = time.Second
-	// orderedPulls is how many pulls of one reader are at the server at most.
+	// orderedPulls is the most pulls of one reader at the server.
 	orderedPulls = 32
-	// orderedMisses is how often in a row a stream is not found before it counts as
-	// deleted: a server that just started may not know it yet.
+	// orderedMisses is how many times in a row a stream must be unknown to the server
+	// before it counts as deleted: a server that has just started may not know it yet.
 	orderedMisses = 4
 )
 
 var (
-	errGap         = errors.New("natsx: the consumer has left out a message")
-	errSilent      = errors.New("natsx: the server is silent")
+	errGap         = errors.New("natsx: the consumer skipped a message")
+	errSilent      = errors.New("natsx: the server does not answer")
 	errLags        = errors.New("natsx: the consumer lags behind the stream's leader")
-	errReconnected = errors.New("natsx: the connection is another one")
+	errReconnected = errors.New("natsx: the connection was replaced")
 )
 
-// startAt is where a consumer starts: at a sequence, or at a time when that is 0.
-type startAt struct {
+// startPoint is where a consumer starts: at a sequence or, if that is 0, at a time.
+type startPoint struct {
 	seq  uint64
 	time time.Time
 }
 
-func (s startAt) apply(cfg *jetstream.ConsumerConfig) {
+func (s startPoint) apply(cfg *jetstream.ConsumerConfig) {
 	if s.seq > 0 {
 		cfg.DeliverPolicy, cfg.OptStartSeq = jetstream.DeliverByStartSequencePolicy, s.seq
 		return
@@ -42,69 +42,69 @@ func (s startAt) apply(cfg *jetstream.ConsumerConfig) {
 	cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &s.time
 }
 
-// ordered reads a part of a stream in order and each message once. It is a state machine
-// without clock, lock or connection: its owner tells it what happens and does what pull
-// and next say.
+// ordered reads a part of a stream in order, and each message once. It is a state machine
+// without clock, lock or connection: its owner reports events and executes what pull and
+// next return.
 //
-// It reads through a throwaway consumer that acknowledges nothing. Whatever casts doubt
-// on that one (a gap in its sequence, silence, a reconnect, a refused pull, its end) has
-// it replaced by one that starts behind the last message received. What a consumer says
-// of the end of the part may be wrong: its server may lag behind the stream's leader, and
-// what it counted may be deleted. So the leader is asked.
+// It reads through an ephemeral consumer without acknowledgements. After a gap in the
+// consumer sequence, missed heartbeats, a reconnect, a refused pull or a deletion it
+// makes a new consumer that starts after the last message received. A consumer cannot
+// tell the end of the part reliably: its server may lag behind the stream's leader, and
+// messages that it counted may be deleted. So the leader is asked.
 type ordered struct {
-	start    startAt       // of the first consumer
+	start    startPoint    // of the first consumer
 	last     uint64        // highest sequence of the part
-	lenient  bool          // a leader that may not be asked is no fault: the consumer decides on the end
-	single   bool          // and so it does in any case when it has no messages left: there is one replica
-	patience time.Duration // how long it goes on while no message comes, 0 for ever
+	lenient  bool          // without the permission to ask the leader, trust the consumer
+	single   bool          // with lenient: there is one replica, so always trust the consumer
+	patience time.Duration // how long to wait for the next message, 0 for ever
 	puller   puller
 
-	consumer string    // empty while there is none to trust
-	here     uint64    // consumer sequence of its last message
-	read     messageID // the last message received
-	received uint64    // everything up to this sequence was received, or is not in the part
-	begun    bool      // a message at or after the start has come
-	made     bool      // a first consumer was made
-	ahead    uint64    // messages that it had to deliver then, those behind the part included
+	consumer    string    // empty while there is none
+	consumerSeq uint64    // consumer sequence of its last message
+	read        messageID // the last message received
+	received    uint64    // all up to this sequence were received, or are not in the part
+	begun       bool      // a message at or after the start has arrived
+	made        bool      // a first consumer was made
+	ahead       uint64    // messages pending for it then, including those after the part
 
 	up        bool  // the connection is up
-	session   int64 // its number
+	session   int64 // counts its connects
 	progress  int64 // when something was last received
-	notBefore int64 // no consumer is made before
+	notBefore int64 // no consumer is made before this time
 	pause     backoff
-	mark      uint64 // received, when a consumer was last given up
-	tries     int    // of making a consumer, in a row
-	misses    int    // of finding the stream, in a row
-	doubtful  bool   // the connection may be up in name only
-	ask       bool   // the leader is to be asked for the end
-	starved   bool   // the last pull was not allowed by the byte budget
+	mark      uint64 // value of received when a consumer was last abandoned
+	tries     int    // failed attempts to make a consumer, in a row
+	misses    int    // times that the stream was not found, in a row
+	doubtful  bool   // the connection may be dead
+	ask       bool   // ask the leader for the end
+	starved   bool   // the byte budget did not allow the last pull
 
 	trouble error // why there is no consumer, nil for none
 	done    bool  // everything was received
 	fault   error // what ended it instead
 }
 
-// stepKind is what the owner of an ordered is to do.
+// stepKind is what the owner is to do.
 type stepKind uint8
 
 const (
-	stepWait   stepKind = iota // for what comes, until a time
+	stepWait   stepKind = iota // for messages, until a time
 	stepCreate                 // make a consumer
 	stepAsk                    // ask the leader for the first message from a sequence on
 	stepDone                   // everything was received
 	stepFail                   // it cannot go on
 )
 
-// orderedStep is a step with what it needs.
+// orderedStep is what the owner is to do, with its arguments.
 type orderedStep struct {
 	kind  stepKind
-	at    int64   // of stepWait: when to look again though nothing happens, 0 for never
-	start startAt // of stepCreate
-	seq   uint64  // of stepAsk
-	err   error   // of stepFail
+	at    int64      // of stepWait: when to call next even if nothing happens, 0 for never
+	start startPoint // of stepCreate
+	seq   uint64     // of stepAsk
+	err   error      // of stepFail
 }
 
-func newOrdered(start startAt, last uint64) ordered {
+func newOrdered(start startPoint, last uint64) ordered {
 	o := ordered{start: start, last: last, begun: start.seq > 0, pause: backoff{first: 50 * time.Millisecond, most: 2 * time.Second}}
 	if start.seq > 0 {
 		o.received = start.seq - 1
@@ -115,7 +115,7 @@ func newOrdered(start startAt, last uint64) ordered {
 
 func (o *ordered) over() bool { return o.done || o.fault != nil }
 
-// fail ends it.
+// fail ends the reading with an error, unless it is over.
 func (o *ordered) fail(err error) {
 	if !o.over() {
 		o.fault = err
@@ -125,21 +125,21 @@ func (o *ordered) fail(err error) {
 // resume is called when the owner goes on after it was busy with what it received.
 func (o *ordered) resume(now int64) { o.progress = now }
 
-// connection takes over whether the connection is up, and the number of its session.
+// connection updates whether the connection is up, and its session.
 func (o *ordered) connection(now int64, up bool, session int64) {
 	if o.session != session && o.consumer != "" {
-		o.distrust(now, errReconnected)
+		o.abandonConsumer(now, errReconnected)
 	}
 	o.up, o.session = up, session
 }
 
-// created takes a new consumer.
+// created accepts a new consumer.
 func (o *ordered) created(now int64, info *jetstream.ConsumerInfo) {
 	if !o.made {
 		o.made, o.ahead = true, info.NumPending
 		o.received = max(o.received, info.Delivered.Stream)
 	}
-	o.consumer, o.here = info.Name, 0
+	o.consumer, o.consumerSeq = info.Name, 0
 	o.puller.limits = pullLimitsOf(info.Config)
 	o.puller.open, o.puller.notBefore, o.puller.unserved = true, 0, 0
 	o.tries, o.misses, o.doubtful, o.trouble = 0, 0, false, nil
@@ -151,7 +151,7 @@ func (o *ordered) created(now int64, info *jetstream.ConsumerInfo) {
 	}
 }
 
-// notCreated takes the failure of a step that was to make a consumer.
+// notCreated handles the failure of a stepCreate.
 func (o *ordered) notCreated(now int64, err error) {
 	missing := hasCode(err, codeStreamNotFound)
 	if missing {
@@ -170,14 +170,14 @@ func (o *ordered) notCreated(now int64, err error) {
 	o.notBefore = now + int64(o.pause.next())
 }
 
-// message takes a message of size bytes and reports whether it is the next of the part.
+// message accepts a message of size bytes and reports whether it is the next of the part.
 func (o *ordered) message(now int64, m ackInfo, size int) (next bool) {
 	if o.over() || m.consumer != o.consumer {
 		return false
 	}
 	o.puller.message(now, size)
-	if o.here++; m.consumerSeq != o.here {
-		o.distrust(now, errGap)
+	if o.consumerSeq++; m.consumerSeq != o.consumerSeq {
+		o.abandonConsumer(now, errGap)
 		return false
 	}
 	switch {
@@ -187,8 +187,8 @@ func (o *ordered) message(now int64, m ackInfo, size int) (next bool) {
 	case m.sequence > o.received:
 		o.received, o.read, o.progress = m.sequence, messageID{m.sequence, m.time}, now
 		next, o.ask = true, false
-		// Only a replica that lags behind starts earlier than it was to, since it does
-		// not have the start yet.
+		// A replica that lags behind may start too early, since it does not have the
+		// start yet.
 		o.begun = o.begun || !time.Unix(0, m.time).Before(o.start.time)
 	}
 	switch {
@@ -200,7 +200,7 @@ func (o *ordered) message(now int64, m ackInfo, size int) (next bool) {
 	return next && o.begun
 }
 
-// end is the consumer's end, which may be that of the part.
+// end handles the end of the consumer's messages, which may be the end of the part.
 func (o *ordered) end() {
 	if o.lenient && o.single {
 		o.done = true
@@ -208,22 +208,22 @@ func (o *ordered) end() {
 	o.ask = true
 }
 
-// status takes a pull status message.
+// status handles a pull status message.
 func (o *ordered) status(now int64, s pullStatus) {
 	if o.over() || !slices.ContainsFunc(o.puller.pulls, func(p pull) bool { return p.token == s.token }) {
 		return // of an earlier consumer, or of a pull that is complete
 	}
 	switch o.puller.status(now, s) {
-	case pullGoesOn, pullRang:
-		// Nothing came for a while, though more is expected.
+	case pullGoesOn, pullWoken:
+		// Nothing arrived for a while, although more is expected.
 		o.ask = o.ask || s.kind == statusHeartbeat || s.kind == statusNoMessages || s.code == "408" && s.left > 0
 	default:
-		o.distrust(now, &pullError{s.code, s.text})
+		o.abandonConsumer(now, &pullError{s.code, s.text})
 	}
 }
 
-// answered takes the leader's answer about the end: the sequence of the first message
-// that was not received, 0 for none. With more, something has come in meanwhile.
+// answered handles the leader's answer: the sequence of the first message that was not
+// received, 0 for none. more reports that messages have arrived meanwhile.
 func (o *ordered) answered(now int64, seq uint64, err error, more bool) {
 	o.ask = false
 	switch {
@@ -233,19 +233,19 @@ func (o *ordered) answered(now int64, seq uint64, err error, more bool) {
 		} else {
 			o.fail(err)
 		}
-	case err != nil: // the leader or the connection is in trouble
+	case err != nil: // of the leader or the connection
 		o.doubtful = true
-		o.distrust(now, err)
+		o.abandonConsumer(now, err)
 	case seq == 0 || seq > o.last:
 		o.done = true
 	case !more:
-		o.distrust(now, errLags)
+		o.abandonConsumer(now, errLags)
 	}
 }
 
-// distrust gives the consumer up. The next one is made at once, unless this one has
-// brought nothing.
-func (o *ordered) distrust(now int64, why error) {
+// abandonConsumer gives the consumer up. The next one is made at once, or after a pause if
+// this one has delivered nothing.
+func (o *ordered) abandonConsumer(now int64, why error) {
 	o.puller.forget()
 	o.puller.open = false
 	o.consumer, o.ask, o.trouble = "", false, why
@@ -257,18 +257,19 @@ func (o *ordered) distrust(now int64, why error) {
 	}
 }
 
-// pull is the next request to send, when there is one, after all that has come was taken.
+// pull returns the next request to send, if there is one. All messages that have arrived
+// must have been reported before.
 func (o *ordered) pull(now int64, want demand) (r pullRequest, ok bool) {
 	o.starved = false
 	if o.up && o.consumer != "" && o.puller.expire(now) {
 		o.doubtful = true
-		o.distrust(now, errSilent)
+		o.abandonConsumer(now, errSilent)
 	}
 	if o.over() || !o.up || o.consumer == "" || want.messages <= 0 || len(o.puller.pulls) >= orderedPulls {
 		return r, false
 	}
 	if left := o.last - o.received; uint64(want.messages) >= left {
-		// What is left is asked for at once.
+		// Ask for all that is left at once.
 		want.messages = int(left)
 		want.refill = min(want.refill, max(want.messages-o.puller.outstanding, 1))
 	}
@@ -278,7 +279,7 @@ func (o *ordered) pull(now int64, want demand) (r pullRequest, ok bool) {
 	return r, ok
 }
 
-// next is what is to be done when no pull is to be sent.
+// next returns what to do when there is no pull to send.
 func (o *ordered) next(now int64) orderedStep {
 	if o.patience > 0 && now-o.progress > int64(o.patience) {
 		o.fail(cmp.Or(o.trouble, errSilent))
@@ -299,7 +300,7 @@ func (o *ordered) next(now int64) orderedStep {
 		return orderedStep{kind: stepDone}
 	case !o.up:
 	case o.consumer == "" && now >= o.notBefore:
-		return orderedStep{kind: stepCreate, start: o.behind()}
+		return orderedStep{kind: stepCreate, start: o.nextStart()}
 	case o.consumer == "":
 		soonest(o.notBefore)
 	case o.ask:
@@ -313,17 +314,17 @@ func (o *ordered) next(now int64) orderedStep {
 	return step
 }
 
-// behind is where the next consumer starts.
-func (o *ordered) behind() startAt {
+// nextStart is where the next consumer starts.
+func (o *ordered) nextStart() startPoint {
 	if !o.made {
 		return o.start
 	}
-	return startAt{seq: o.received + 1}
+	return startPoint{seq: o.received + 1}
 }
 
-// streamMark is what is known of a stream, to distinguish it later from another one of
-// its name. A server may report another creation time after a restart
-// (nats-server#8470), so a different one proves nothing: then the messages decide.
+// streamMark identifies a stream, to distinguish it later from another one of the same
+// name. A server may report a different creation time after a restart
+// (nats-server#8470); then the messages decide.
 type streamMark struct {
 	name    string
 	created time.Time
@@ -331,13 +332,13 @@ type streamMark struct {
 	last    messageID // the last one that was stored, zero for none
 }
 
-// kin is whether a stream is the one that was known.
-type kin uint8
+// streamMatch is the result of a comparison of streams.
+type streamMatch uint8
 
 const (
-	kinSame kin = iota
-	kinOther
-	kinUnsure // the last message received decides
+	streamSame streamMatch = iota
+	streamOther
+	streamUnsure // the last message received decides
 )
 
 func markOf(info *jetstream.StreamInfo) streamMark {
@@ -352,41 +353,41 @@ func markOf(info *jetstream.StreamInfo) streamMark {
 	return m
 }
 
-// compare judges what a stream says of itself now, when read is the last message received
-// from the one that is known, zero for none.
-func (m streamMark) compare(info *jetstream.StreamInfo, read messageID) kin {
+// compare reports whether info is of the marked stream. read is the last message received
+// from that, zero for none.
+func (m streamMark) compare(info *jetstream.StreamInfo, read messageID) streamMatch {
 	now := markOf(info)
 	switch {
 	case now.created.Equal(m.created):
-		return kinSame
+		return streamSame
 	case now.last.seq < max(m.last.seq, read.seq):
 		if now.first.seq > 0 && now.first == m.first {
-			return kinSame // it has lost its end
+			return streamSame // it has lost its last messages
 		}
-		return kinOther
+		return streamOther
 	case now.first.seq > 0 && now.first.seq < m.first.seq:
-		return kinOther // what was deleted does not come back
+		return streamOther // deleted messages do not come back
 	case now.first.seq > 0 && now.first.seq == m.first.seq:
-		return kinIf(now.first == m.first)
+		return streamIf(now.first == m.first)
 	case now.last == m.last, read.seq == 0, info.State.FirstSeq > read.seq:
-		return kinSame // its limits have passed what is known
+		return streamSame // its limits have removed what could be compared
 	}
-	return kinUnsure
+	return streamUnsure
 }
 
-// decide is compare once the stream was asked for the last message received: stored is
-// nil when it does not have it.
-func (m streamMark) decide(info *jetstream.StreamInfo, read messageID, stored *storedMsg) kin {
+// decide settles streamUnsure by the message that the stream has at the sequence of the
+// last message received: stored, nil if there is none.
+func (m streamMark) decide(info *jetstream.StreamInfo, read messageID, stored *storedMsg) streamMatch {
 	if stored != nil {
-		return kinIf(stored.time.UnixNano() == read.time)
+		return streamIf(stored.time.UnixNano() == read.time)
 	}
-	// It was deleted by itself. In the same stream the messages ahead of it are older.
-	return kinIf(info.State.FirstTime.UnixNano() <= read.time)
+	// It was deleted. In the same stream the messages before it are older.
+	return streamIf(info.State.FirstTime.UnixNano() <= read.time)
 }
 
-func kinIf(same bool) kin {
+func streamIf(same bool) streamMatch {
 	if same {
-		return kinSame
+		return streamSame
 	}
-	return kinOther
+	return streamOther
 }

@@ -209,15 +209,15 @@ var (
 
 func TestOrdered(t *testing.T) {
 	t.Parallel()
-	toFive := newOrdered(startAt{seq: 1}, 5)
-	fromNoon := newOrdered(startAt{time: noon}, 50)
+	toFive := newOrdered(startPoint{seq: 1}, 5)
+	fromNoon := newOrdered(startPoint{time: noon}, 50)
 	tool := func(single bool) ordered {
-		o := newOrdered(startAt{seq: 1}, 50)
+		o := newOrdered(startPoint{seq: 1}, 50)
 		o.lenient, o.single, o.patience = true, single, 30*time.Second
 		return o
 	}
-	long := newOrdered(startAt{seq: 1}, 50)
-	middle := newOrdered(startAt{seq: 20}, 50)
+	long := newOrdered(startPoint{seq: 1}, 50)
+	middle := newOrdered(startPoint{seq: 20}, 50)
 	for name, c := range map[string]struct {
 		of     ordered
 		events []orderedEvent
@@ -361,7 +361,7 @@ func TestOrdered(t *testing.T) {
 			{on.notMade(errNoStream), "wait, 800ms"}, {on.notMade(errNoStream), "wait, 1.6s"}, {on.notMade(errNoStream), "wait, 2s"}, {on.after(2 * time.Second), "create 2 carefully"},
 		}},
 		"its stream is another one": {long, []orderedEvent{
-			{on.begin, "create 1"}, {on.notMade(fmt.Errorf("%w and created again", ErrStreamDeleted)), "fail: stream deleted and created again"},
+			{on.begin, "create 1"}, {on.notMade(fmt.Errorf("%w and recreated", ErrStreamDeleted)), "fail: stream deleted and recreated"},
 		}},
 		"it may not make a consumer":   {long, []orderedEvent{{on.begin, "create 1"}, {on.notMade(errDenied), `fail: permission denied: publish "x"`}}},
 		"it may not ask the leader":    {long, []orderedEvent{{on.begin, "create 1"}, {on.made(0), "pull 4, ask 1"}, {on.answer(0, errDenied), `fail: permission denied: publish "x"`}}},
@@ -374,7 +374,7 @@ func TestOrdered(t *testing.T) {
 			{on.notMade(errPasses), "wait, 50ms"}, {on.after(29 * time.Second), "create 2 carefully"}, {on.after(time.Second), "fail: nobody answers: nats: timeout"},
 		}},
 		"a tool loses its patience with a connection": {tool(false), []orderedEvent{
-			{on.begin, "create 1"}, {on.link(false, 1), "wait"}, {on.after(29 * time.Second), "wait"}, {on.after(2 * time.Second), "fail: the server is silent"},
+			{on.begin, "create 1"}, {on.link(false, 1), "wait"}, {on.after(29 * time.Second), "wait"}, {on.after(2 * time.Second), "fail: the server does not answer"},
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -389,7 +389,7 @@ func TestOrdered(t *testing.T) {
 // A consumer that gives one message a pull does not get pulls without end.
 func TestOrderedBoundsItsPulls(t *testing.T) {
 	t.Parallel()
-	o := newOrdered(startAt{seq: 1}, 1000)
+	o := newOrdered(startPoint{seq: 1}, 1000)
 	o.connection(1, true, 1)
 	o.created(1, &jetstream.ConsumerInfo{Name: "C", NumPending: 1000, Config: jetstream.ConsumerConfig{MaxRequestBatch: 1}})
 	pulls := 0
@@ -420,7 +420,7 @@ func TestOrderedBoundsItsPulls(t *testing.T) {
 func TestOrderedKeepsTheByteBudget(t *testing.T) {
 	t.Parallel()
 	b := &budget{}
-	o := newOrdered(startAt{seq: 1}, 1000)
+	o := newOrdered(startPoint{seq: 1}, 1000)
 	o.puller.budget, o.puller.size = b, leastAskedBytes/4
 	o.connection(1, true, 1)
 	o.created(1, &jetstream.ConsumerInfo{Name: "C", NumPending: 1000})
@@ -434,7 +434,7 @@ func TestOrderedKeepsTheByteBudget(t *testing.T) {
 	if step := o.next(1); step.kind != stepWait || step.at != 1+starvedPause {
 		t.Errorf("got %+v, want a short wait", step)
 	}
-	o.distrust(2, errGap)
+	o.abandonConsumer(2, errGap)
 	if left := b.asked.Load(); left != 0 {
 		t.Errorf("%d bytes are asked for without a consumer", left)
 	}
@@ -479,36 +479,36 @@ func TestStreamMark(t *testing.T) {
 		before, now *jetstream.StreamInfo
 		read        messageID
 		stored      *storedMsg // of the message read
-		want        kin
+		want        streamMatch
 		asked       bool // the message read had to decide
 	}{
-		"nothing happened":                            {known, known, read(50), nil, kinSame, false},
-		"it went on":                                  {known, stream(0, 60, 300, 0), read(50), nil, kinSame, false},
-		"it lost all, but not its creation time":      {known, stream(0, 1, 0, 0), read(50), nil, kinSame, false},
-		"another time":                                {known, stream(500, 10, 100, 0), read(50), nil, kinSame, false},
-		"another time, it went on":                    {known, stream(500, 10, 300, 0), read(50), nil, kinSame, false},
-		"another time, its beginning is gone":         {known, stream(500, 30, 100, 0), read(50), nil, kinSame, false},
-		"another time, both":                          {known, stream(500, 30, 300, 0), read(50), had(50, 0), kinSame, true},
-		"another time, and what was read is deleted":  {known, stream(500, 30, 300, 0), read(50), nil, kinSame, true},
-		"another time, and what was read has expired": {known, stream(500, 60, 300, 0), read(50), nil, kinSame, false},
-		"another time, all has expired":               {known, stream(500, 301, 300, 0), read(50), nil, kinSame, false},
-		"another time, nothing was read":              {known, stream(500, 30, 300, 0), messageID{}, nil, kinSame, false},
-		"another time, it has lost its end":           {known, stream(500, 10, 90, 0), read(95), nil, kinSame, false},
-		"recreated":                                   {known, stream(500, 1, 0, 0), read(50), nil, kinOther, false},
-		"recreated, nothing was read":                 {known, stream(500, 1, 0, 0), messageID{}, nil, kinOther, false},
-		"recreated, it has a few messages":            {known, stream(500, 1, 20, 500), read(50), nil, kinOther, false},
-		"recreated, it has as many":                   {known, stream(500, 1, 100, 500), read(50), nil, kinOther, false},
-		"recreated, it has more":                      {known, stream(500, 1, 300, 500), read(50), nil, kinOther, false},
-		"recreated, it begins where the first did":    {known, stream(500, 10, 300, 500), read(50), nil, kinOther, false},
-		"recreated, it begins behind that":            {known, stream(500, 30, 300, 500), read(50), had(50, 500), kinOther, true},
-		"recreated, the message is missing in it":     {known, stream(500, 30, 300, 500), read(50), nil, kinOther, true},
-		"an empty one, and it has something now":      {stream(0, 1, 0, 0), stream(0, 1, 3, 0), messageID{}, nil, kinSame, false},
+		"nothing happened":                            {known, known, read(50), nil, streamSame, false},
+		"it went on":                                  {known, stream(0, 60, 300, 0), read(50), nil, streamSame, false},
+		"it lost all, but not its creation time":      {known, stream(0, 1, 0, 0), read(50), nil, streamSame, false},
+		"another time":                                {known, stream(500, 10, 100, 0), read(50), nil, streamSame, false},
+		"another time, it went on":                    {known, stream(500, 10, 300, 0), read(50), nil, streamSame, false},
+		"another time, its beginning is gone":         {known, stream(500, 30, 100, 0), read(50), nil, streamSame, false},
+		"another time, both":                          {known, stream(500, 30, 300, 0), read(50), had(50, 0), streamSame, true},
+		"another time, and what was read is deleted":  {known, stream(500, 30, 300, 0), read(50), nil, streamSame, true},
+		"another time, and what was read has expired": {known, stream(500, 60, 300, 0), read(50), nil, streamSame, false},
+		"another time, all has expired":               {known, stream(500, 301, 300, 0), read(50), nil, streamSame, false},
+		"another time, nothing was read":              {known, stream(500, 30, 300, 0), messageID{}, nil, streamSame, false},
+		"another time, it has lost its end":           {known, stream(500, 10, 90, 0), read(95), nil, streamSame, false},
+		"recreated":                                   {known, stream(500, 1, 0, 0), read(50), nil, streamOther, false},
+		"recreated, nothing was read":                 {known, stream(500, 1, 0, 0), messageID{}, nil, streamOther, false},
+		"recreated, it has a few messages":            {known, stream(500, 1, 20, 500), read(50), nil, streamOther, false},
+		"recreated, it has as many":                   {known, stream(500, 1, 100, 500), read(50), nil, streamOther, false},
+		"recreated, it has more":                      {known, stream(500, 1, 300, 500), read(50), nil, streamOther, false},
+		"recreated, it begins where the first did":    {known, stream(500, 10, 300, 500), read(50), nil, streamOther, false},
+		"recreated, it begins behind that":            {known, stream(500, 30, 300, 500), read(50), had(50, 500), streamOther, true},
+		"recreated, the message is missing in it":     {known, stream(500, 30, 300, 500), read(50), nil, streamOther, true},
+		"an empty one, and it has something now":      {stream(0, 1, 0, 0), stream(0, 1, 3, 0), messageID{}, nil, streamSame, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			mark := markOf(c.before)
 			got := mark.compare(c.now, c.read)
-			asked := got == kinUnsure
+			asked := got == streamUnsure
 			if asked {
 				got = mark.decide(c.now, c.read, c.stored)
 			}

@@ -106,7 +106,7 @@ func TestLoweredAckWaitIsFollowed(t *testing.T) {
 			eventually(t, "it is noticed", func() bool {
 				publishAcked(t, nc, "orders.x", strconv.Itoa(load))
 				load++
-				return len(book.alarms("changed the consumer's AckWait")) > 0
+				return len(book.alarms("the consumer's AckWait was changed")) > 0
 			})
 			if paused {
 				if err := b.Resume("d"); err != nil {
@@ -187,7 +187,7 @@ func TestCrowdedConsumerIsTold(t *testing.T) {
 	eventually(t, "the bad ones are tried", func() bool { return tried.keys() == 10 })
 	changeConsumer(t, nc, "ORDERS", "d", func(c *jetstream.ConsumerConfig) { c.MaxAckPending = 10 })
 	publishMany(t, nc, 1, func(int) *nats.Msg { return &nats.Msg{Subject: "orders.good", Data: []byte("good")} })
-	eventually(t, "it is told", func() bool { return errors.Is(b.Health(), errCrowded) })
+	eventually(t, "it is told", func() bool { return errors.Is(b.Health(), errAckPendingFull) })
 	changeConsumer(t, nc, "ORDERS", "d", func(c *jetstream.ConsumerConfig) { c.MaxAckPending = 100 })
 	eventually(t, "the good one is handled", func() bool { return tried.get("good") == 1 })
 	eventually(t, "it is well again", func() bool { return b.Health() == nil })
@@ -275,7 +275,7 @@ func TestPurgedRetriesAreNoTrouble(t *testing.T) {
 	publishMany(t, nc, 64, numbered("orders.bad"))
 	eventually(t, "the bad ones are tried", func() bool { return tried.keys() == 64 })
 	publishAcked(t, nc, "orders.x", "waits")
-	eventually(t, "the retries are told", func() bool { return errors.Is(b.Health(), errCrowded) })
+	eventually(t, "the retries are told", func() bool { return errors.Is(b.Health(), errAckPendingFull) })
 	if err := streamNow(t, nc, "ORDERS").Purge(testContext(t), jetstream.WithPurgeSubject("orders.bad")); err != nil {
 		t.Fatal(err)
 	}

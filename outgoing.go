@@ -12,13 +12,13 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// call is what the envelopes of one call have in common. It is not safe for
-// concurrent use.
+// call is the common part of the envelopes of one call. It is not safe for concurrent
+// use.
 type call struct {
 	p       *Publisher
-	d       *delivery // of the handler whose context it is, or nil
-	carried []field   // headers of the handled message
-	mark    uint64    // of denials when it began
+	d       *delivery // of the handler that calls, or nil
+	carried []field   // headers that go with every envelope
+	mark    uint64    // of denials at its start
 
 	streams []*jetstream.StreamInfo // looked up
 	found   map[string]finding      // by subject
@@ -26,43 +26,41 @@ type call struct {
 }
 
 func (p *Publisher) newCall(ctx context.Context) *call {
-	d := deliveryFrom(ctx)
-	return &call{p: p, d: d, carried: carriedFrom(d), mark: p.denials.mark()}
+	return &call{p: p, d: deliveryFrom(ctx), carried: p.carried(ctx), mark: p.denials.mark()}
 }
 
 // denied is the permission that keeps a message on subject from being stored and
 // acknowledged, if the server has refused it since the call began.
-func (c *call) denied(subject string) error { return c.p.denials.of(subject, c.mark) }
+func (c *call) denied(subject string) error { return c.p.denials.since(subject, c.mark) }
 
-// inDurable reports whether the call is a durable's handler's, whose envelopes have
-// message ids made of the handled message.
+// inDurable reports whether a durable's handler calls, so that message ids are made of
+// the handled message.
 func (c *call) inDurable() bool { return c.d != nil && c.d.msg.Durable() != "" }
 
-// giveBack frees the number of what was not stored, as far as anybody knows.
+// giveBack frees the number of an envelope that was not stored, as far as is known.
 func (c *call) giveBack(number number) {
 	if number.n > 0 {
 		c.d.output().giveBack(number)
 	}
 }
 
-// outgoing is one envelope on its way to a stream, with what its tries share.
+// outgoing is one envelope that is published to a stream, with the state of its tries.
 type outgoing struct {
 	e       *Envelope
 	id      string    // message id, empty for none
 	number  number    // of which the id is made
 	subject string    // where it is sent: the schedule's subject for a delayed one
-	due     time.Time // of a delayed one
-	carried []field   // headers of the handled message
+	due     time.Time // of a delayed envelope
+	carried []field   // headers that go with every envelope
 	located bool      // call.locate found nothing against it
 
-	tries      int    // sent so many times
-	unanswered int    // of those, after which the message may be stored
-	waits      int    // before another try
-	trouble    string // what kept its stream from taking it, when last heard of
+	tries      int    // how many times it was sent
+	unanswered int    // tries after which the message may be stored
+	waits      int    // pauses before another try
+	trouble    string // the last known obstacle
 }
 
-// prepare judges the envelope and settles its message id. A bare one gets no automatic
-// id.
+// prepare checks the envelope and sets its message id, unless bare is set and it has none.
 func (c *call) prepare(e *Envelope, bare bool) (outgoing, error) {
 	o := outgoing{e: e, id: e.msgID, subject: e.subject, carried: c.carried}
 	if err := e.check(); err != nil {
@@ -83,7 +81,7 @@ func (c *call) prepare(e *Envelope, bare bool) (outgoing, error) {
 	return o, nil
 }
 
-// nextID returns an id that nobody else has. It is one subject token.
+// nextID returns a unique id, which is one subject token.
 func (p *Publisher) nextID() string {
 	return p.prefix + "-" + strconv.FormatUint(p.count.Add(1), 36)
 }
@@ -118,9 +116,9 @@ func (o *outgoing) fill(h nats.Header) {
 	}
 }
 
-// slim leaves out one of the headers that natsx adds, the least needed first, for a
-// message that is too large with them. It returns false when none is left, or only the
-// id and that is needed.
+// slim removes one of the headers that natsx adds, the least needed first, from a message
+// that is too large with them. It returns false if none is left, or only an id that is
+// needed.
 func (o *outgoing) slim(needID bool) bool {
 	switch {
 	case len(o.carried) > 0:
@@ -137,15 +135,14 @@ func (o *outgoing) slim(needID bool) bool {
 	return true
 }
 
-// mayHave reports whether a stream may have the message though it refuses it: from an
-// unanswered try, an earlier attempt of the handler, or an earlier call.
+// mayHave reports whether a stream that refuses the message may have it already: from an
+// unanswered try, an earlier run of the handler, or an earlier call.
 func (o *outgoing) mayHave() bool {
 	return o.id != "" && (o.unanswered > 0 || o.number.n > 0 || o.e.set&envMsgID != 0)
 }
 
-// after decides what follows a failed try: another one after a wait, or, when
-// wait is negative, the end with this ack or error. The ack of a refusal names the
-// stream that refused.
+// after decides what follows a failed try: another one after wait or, if wait is
+// negative, the end with the returned ack or error. The ack of a refusal names the stream.
 func (c *call) after(ctx context.Context, o *outgoing, ack Ack, err error) (_ Ack, wait time.Duration, _ error) {
 	var api *jetstream.APIError
 	var passing *lookupError
@@ -174,9 +171,9 @@ func (c *call) after(ctx context.Context, o *outgoing, ack Ack, err error) (_ Ac
 			o.trouble = leaderless
 			return c.again(ctx, o, o.pause(50*time.Millisecond))
 		case codeIDInProcess, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
-			// A message with this id, or one on the expected subject, is on its
-			// way through the cluster; the next try learns what became of it. A server
-			// (as of 2.15) that led before may keep an id of then for all of its window.
+			// A message with this id, or one on the expected subject, is being
+			// replicated; the next try gets its outcome. A server (as of 2.15) that was
+			// leader before may keep such an id for its whole window.
 			o.trouble = inProcess
 			return c.again(ctx, o, o.pause(20*time.Millisecond))
 		case jetstream.JSErrCodeStreamMessageExceedsMaximum:
@@ -210,9 +207,9 @@ func (c *call) after(ctx context.Context, o *outgoing, ack Ack, err error) (_ Ac
 	return c.again(ctx, o, wait)
 }
 
-// wrongSequence is what follows a refusal for a wrong sequence. A server without
-// replicas checks expectations before message ids: the sequence may be wrong because
-// the message is stored.
+// wrongSequence decides what follows a refusal for a wrong sequence. Without replicas a
+// server checks expectations before message ids: the sequence may be wrong because the
+// message is stored already.
 func (c *call) wrongSequence(ctx context.Context, o *outgoing, stream string, api *jetstream.APIError) (Ack, time.Duration, error) {
 	refused := o.wrongSequence(api)
 	if !o.mayHave() {
@@ -235,7 +232,7 @@ func (c *call) wrongSequence(ctx context.Context, o *outgoing, stream string, ap
 	return Ack{}, -1, failure(cause(refused)+", and whether that is an earlier try of the same message is unknown: "+cause(why), refused, err)
 }
 
-// again is another try after a wait, unless nothing can come of it any more.
+// again returns another try after a wait, unless it could no longer succeed.
 func (c *call) again(ctx context.Context, o *outgoing, wait time.Duration) (Ack, time.Duration, error) {
 	if err := c.ending(ctx, o.subject); err != nil {
 		return Ack{}, -1, o.ended(err)
@@ -243,8 +240,8 @@ func (c *call) again(ctx context.Context, o *outgoing, wait time.Duration) (Ack,
 	return Ack{}, wait, nil
 }
 
-// ending is why nothing more can come of a message on subject, or nil: a permission, the
-// connection or ctx.
+// ending is why a message on subject can no longer succeed, or nil: a missing permission,
+// the connection or ctx.
 func (c *call) ending(ctx context.Context, subject string) error {
 	if err := c.denied(subject); err != nil {
 		return err
@@ -255,11 +252,11 @@ func (c *call) ending(ctx context.Context, subject string) error {
 	return ctx.Err()
 }
 
-// What keeps a stream from taking a message, or the message from its stream.
+// Obstacles between a message and its stream.
 const (
 	overloaded = "its stream has had more than it can take"
 	leaderless = "its stream has had no leader"
-	// Its stream may be another account's, so it is no reason to give up.
+	// The stream may be in another account, so this is no reason to give up.
 	noStreamHere = "no stream of this account captures the subject"
 	offline      = "the connection was never up"
 	disconnected = "the connection is down"
@@ -267,8 +264,8 @@ const (
 	batchesInUse = "its stream has had as many batches in process as it takes"
 )
 
-// down is why nothing can be sent at the moment, or empty. What is handed to a
-// connection that is down may leave it long after its call has given up.
+// down is why nothing can be sent now, or empty. nats.go would buffer a message while it
+// reconnects, and send it long after its call has given up.
 func (p *Publisher) down() string {
 	switch {
 	case p.nc.IsConnected():
@@ -279,15 +276,14 @@ func (p *Publisher) down() string {
 	return disconnected
 }
 
-// pause is the wait before another try of what was refused for the moment: longer from
-// one to the next.
+// pause is the wait before another try of a message that was refused temporarily. It
+// grows with each one.
 func (o *outgoing) pause(first time.Duration) time.Duration {
 	o.waits++
 	return againWait(first, o.waits)
 }
 
-// againWait is the wait after so many tries that were refused for the moment, first
-// after one.
+// againWait is the wait after a number of temporary refusals, first after one.
 func againWait(first time.Duration, tries int) time.Duration {
 	return min(first<<min(tries-1, 5), 500*time.Millisecond)
 }
@@ -298,12 +294,12 @@ const (
 	codeRollupFailed   jetstream.ErrorCode = 10111
 	codeIDInProcess    jetstream.ErrorCode = 10158
 	codeTTLDisabled    jetstream.ErrorCode = 10166
-	// codeTooManyRequests is a message that the server dropped, since too many
-	// wait for their stream already.
+	// codeTooManyRequests is a message that the server dropped, since too many wait for
+	// its stream.
 	codeTooManyRequests jetstream.ErrorCode = 10167
 )
 
-// refusal is the server's error in the publisher's words.
+// refusal is the error for a refusal of the server.
 func (o *outgoing) refusal(api *jetstream.APIError) error {
 	var kind error
 	switch api.ErrorCode {
@@ -331,7 +327,7 @@ func (o *outgoing) wrongSequence(api *jetstream.APIError) *SequenceError {
 	return e
 }
 
-// ended is the error of a message that has no ack when its time is over.
+// ended is the error of a message without an ack when ctx or the connection has ended.
 func (o *outgoing) ended(why error) error {
 	if errors.Is(why, ErrPermission) {
 		return why
@@ -355,28 +351,11 @@ func (p *Publisher) publishFailure(o *outgoing, err error) error {
 	return p.localFailure("publish to", m, err)
 }
 
-// output is what d's handler has stored, for it to be added to.
-func (d *delivery) output() *made {
-	if m := d.made.Load(); m != nil {
+// output is the record of what d's handler has stored.
+func (d *delivery) output() *numbering {
+	if m := d.numbering.Load(); m != nil {
 		return m
 	}
-	d.made.CompareAndSwap(nil, newMade(deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time})))
-	return d.made.Load()
-}
-
-func carriedFrom(d *delivery) []field {
-	if d == nil {
-		return nil
-	}
-	var carried []field
-	for name, values := range d.msg.Header {
-		for _, c := range carriedHeaders {
-			if strings.EqualFold(name, c) {
-				for _, v := range values {
-					carried = append(carried, field{name, v})
-				}
-			}
-		}
-	}
-	return carried
+	d.numbering.CompareAndSwap(nil, newNumbering(deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time})))
+	return d.numbering.Load()
 }

@@ -18,8 +18,8 @@ import (
 const (
 	headerSchedule = "Nats-Schedule"
 	headerMarker   = "Nats-Marker-Reason"
-	// takeTimeout bounds how long a route tries to remove the letter of a redriven
-	// message, and to find out whether it has the original of another's.
+	// takeTimeout is how long a route tries to remove the letter of a redriven message, and
+	// to find the original of another durable's.
 	takeTimeout = 3 * time.Second
 	// keyFor is for how long a route relies on the identity of another durable, and
 	// mostKeys how many it remembers.
@@ -27,15 +27,15 @@ const (
 	mostKeys = 64
 )
 
-// passer decides which messages of a stream are none for a route, and removes the
-// letters of those that were redriven for it.
+// passer decides which messages of a stream are not for a route, and removes the letters
+// of those that were redriven for it.
 type passer struct {
 	route   *route
 	stream  string
 	durable string
-	key     atomic.Pointer[string] // of the durable's copies; see redriveToken
+	key     *atomic.Pointer[string] // of the durable's copies, see redriveToken; shared with the route of its retries
 
-	denied atomic.Bool // the user may not remove letters
+	denied atomic.Bool // the user lacks the permission to remove letters
 
 	mu   sync.Mutex
 	keys map[string]durableKey // of other durables of the stream
@@ -49,8 +49,7 @@ type durableKey struct {
 	asked  time.Time
 }
 
-// judge is what is to be done with a message in place of handling it; actHandle is
-// nothing.
+// judge returns what to do with a message instead of handling it, or actHandle.
 func (p *passer) judge(ctx context.Context, w *work, c *jetstream.StreamConfig) (act action, delay time.Duration) {
 	if w.raw.Header[HeaderRedriveTo] != nil && p.redriven(ctx, w, c) {
 		return actAck, 0
@@ -64,7 +63,7 @@ func (p *passer) judge(ctx context.Context, w *work, c *jetstream.StreamConfig) 
 	if c.Retention == jetstream.LimitsPolicy {
 		return actAck, 0
 	}
-	// Acknowledged it would be deleted, and never come due.
+	// An ack would delete the schedule before it is due.
 	return actNak, untilDue(w.raw.Header.Get(headerSchedule))
 }
 
@@ -86,8 +85,8 @@ func isTombstone(m *nats.Msg, c *jetstream.StreamConfig) bool {
 }
 
 // isSchedule reports whether m is a message that the server keeps to publish later
-// (ADR-51). Only a stream with AllowMsgSchedules has schedules, and it refuses
-// what looks like one and is none; elsewhere the header means nothing.
+// (ADR-51). Only streams with AllowMsgSchedules have schedules, and they refuse invalid
+// ones; in other streams the header means nothing.
 func isSchedule(m *nats.Msg, c *jetstream.StreamConfig) bool {
 	return c != nil && c.AllowMsgSchedules && len(m.Header[headerSchedule]) > 0
 }
@@ -111,8 +110,8 @@ func takesNoCopy(c *jetstream.StreamConfig, subject string) string {
 	return ""
 }
 
-// untilDue is how long a schedule stays, with a moment for the server to remove
-// it. Of a repeated one it is a guess.
+// untilDue is how long a schedule stays, plus a moment for the server to remove it. For a
+// repeated one it is a guess.
 func untilDue(schedule string) time.Duration {
 	at, err := time.Parse(time.RFC3339Nano, strings.TrimPrefix(schedule, "@at "))
 	if err != nil {
@@ -139,7 +138,7 @@ func (p *passer) redriven(ctx context.Context, w *work, config *jetstream.Stream
 	}
 	if key := p.key.Load(); key != nil && *key != "" && provenCopy(*key, w.raw.Subject, w.raw.Header, w.raw.Data) {
 		w.redrive = &c
-		w.delivery.made.Store(newMade(deliveryID(p.stream, p.durable, c.original)))
+		w.delivery.numbering.Store(newNumbering(deliveryID(p.stream, p.durable, c.original)))
 		p.takeLetter(ctx, w, c)
 	}
 	return false
@@ -194,14 +193,13 @@ func (p *passer) keyOf(ctx context.Context, durable string) (durableKey, error) 
 	return k, nil
 }
 
-// takeLetter removes the letter of a redriven message before that is handled, as
-// the redrive does once the copy is stored, unless it is killed between the two. A
-// later redrive would then store a second copy, if the first were handled and
-// gone and the stream's duplicate window over: it finds a copy that is not handled
-// yet, and no letter of one that is.
+// takeLetter removes the letter of a redriven message before the message is handled. The
+// redrive itself does that once the copy is stored, unless it is killed in between. Then
+// a later redrive could store a second copy after the first was handled and the
+// duplicate window has passed.
 //
-// It does what it may and can. A user who must not read or delete in the DLQ
-// relies on the duplicate window.
+// Without the permission to read or delete in the DLQ only the duplicate window protects
+// from that.
 func (p *passer) takeLetter(ctx context.Context, w *work, c redriveCopy) {
 	if p.denied.Load() {
 		return
@@ -242,8 +240,8 @@ func findLetter(ctx context.Context, a *api, l *DeadLetter) (bool, error) {
 	return true, nil
 }
 
-// discardLetter deletes a letter, after the original that only waits for its sake, and
-// reports whether it was this call that did.
+// discardLetter deletes a letter, after releasing an original that was kept only for it,
+// and reports whether this call deleted it.
 func discardLetter(ctx context.Context, a *api, l *DeadLetter) (bool, error) {
 	if there, err := findLetter(ctx, a, l); !there {
 		return false, err
@@ -256,10 +254,10 @@ func discardLetter(ctx context.Context, a *api, l *DeadLetter) (bool, error) {
 	return a.remove(ctx, l.DLQStream, l.DLQSequence)
 }
 
-// releaseOriginal lets go of the original of a pointer, which its durable left unsettled
-// on a stream that would have deleted it. On a work queue nobody else waits for
-// it. On a stream with interest retention others may: there it is settled for its
-// durable alone, and the server deletes it when that was the last.
+// releaseOriginal releases the original of a pointer letter, which its durable left
+// unsettled so that the stream does not delete it. On a work queue it is deleted. On a
+// stream with interest retention it is acknowledged for its durable alone, since other
+// consumers may still need it.
 func releaseOriginal(ctx context.Context, a *api, l *DeadLetter) error {
 	var source jetstream.StreamInfo
 	err := a.ask(ctx, "STREAM.INFO."+l.Stream, struct{}{}, &source)
@@ -280,12 +278,12 @@ func releaseOriginal(ctx context.Context, a *api, l *DeadLetter) error {
 	var durable jetstream.ConsumerInfo
 	err = a.ask(ctx, "CONSUMER.INFO."+l.Stream+"."+l.Durable, struct{}{}, &durable)
 	if hasCode(err, codeConsumerNotFound) || err == nil && (l.Sequence > durable.Delivered.Stream || l.Sequence <= durable.AckFloor.Stream) {
-		return nil // it does not hold the original, and the server knows who else does
+		return nil // the durable does not hold the original
 	}
 	if err != nil {
 		return err
 	}
-	// The server goes by the stream's sequence alone.
+	// The server uses only the stream sequence of the ack subject.
 	subject := ackSubject(l.Stream, l.Durable, l.Sequence, m.time.UnixNano())
 	return retry{limit: readPatience}.do(ctx, func(ctx context.Context) error {
 		return requestWith(ctx, a.nc, subject, func(ctx context.Context) error {

@@ -52,7 +52,7 @@ func TestDeletedConsumerThatMayNotBeAskedFor(t *testing.T) {
 				eventually(t, "a request waits for long", func() bool {
 					route.env.pool.mu.Lock()
 					defer route.env.pool.mu.Unlock()
-					return len(route.puller.pulls) == 1 && route.puller.pulls[0].bell
+					return len(route.puller.pulls) == 1 && route.puller.pulls[0].idle
 				})
 				consumerInfo(t, admin, "ORDERS", "d") // the server has it by now
 			}

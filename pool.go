@@ -1,38 +1,38 @@
 package natsx
 
 import (
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
 const (
-	// maxBurst is how many works of a fast handler a worker takes at once, and
-	// burstTurn when it leaves what it has not started to others.
+	// maxBurst is the most works of a fast handler that a worker takes at once. After
+	// burstTurn it leaves those that it has not started to others.
 	maxBurst  = 32
 	burstTurn = int64(200 * time.Microsecond)
-	// watchEvery is how often the pool looks after bursts that one work holds up, and
-	// after requests that wait for handlers which may wait for their answers.
+	// watchEvery is how often the pool checks for bursts that a slow work delays, and for
+	// requests that wait while all workers are busy.
 	watchEvery = int64(5 * time.Millisecond)
-	// keptShare is the part of the workers that is kept for lanes without one, at most.
-	keptShare = 8
+	// reserveShare bounds the workers reserved for lanes without one: 1/reserveShare of all.
+	reserveShare = 8
 )
 
 // pool runs the works of all lanes on a fixed number of workers.
 //
-// Its mutex also guards the lanes, and what their owners keep about pulls and leases:
-// a message then costs one lock when it arrives and at most one when a worker goes
-// from it to the next.
+// Its mutex also guards the lanes and their owners' state of pulls and leases. So a
+// message costs one lock when it arrives, and at most one when a worker takes the next.
 //
-// Lanes with work take turns, and some workers are kept for lanes that hold none: no
-// lane takes the last ones while the broker has others, and lanes of messages do not
-// take those of requests. A lane of requests that holds no worker gets one beyond the
-// pool's size when all are taken, since they may be waiting for its answers.
+// Lanes with work take turns, and some workers are reserved for lanes that hold none: no
+// lane takes the last ones while the broker has other lanes, and lanes of messages do not
+// take those reserved for requests. If all workers are busy, a lane of requests without a
+// worker gets an extra one, since the busy ones may be waiting for its answers.
 type pool struct {
 	size  int
 	gone  chan struct{}  // closed when the pool is closed and its last worker has ended
-	alarm func(at int64) // has watch called at this time; set before start
-	full  func()         // is told that all workers are busy, once until one is free; set before start
+	alarm func(at int64) // schedules watch; set before start
+	full  func()         // called when the last free worker is taken; set before start
 	clock func() int64
 
 	mu       sync.Mutex
@@ -40,8 +40,8 @@ type pool struct {
 	lanes    int                  // open lanes
 	replies  int                  // of these, for requests
 	empty    int                  // of these, without a worker
-	ready    fifo[*lane]          // lanes with work that may run more of it
-	hungry   fifo[*lane]          // lanes without work that would ask for some if they got a worker
+	ready    fifo[*lane]          // lanes with waiting work, below their limit
+	wanting  fifo[*lane]          // lanes without waiting work that would pull if they got a worker
 	active   int                  // lanes with work, waiting or running
 	busy     int                  // workers that hold work
 	serving  int                  // of these, for requests
@@ -49,24 +49,26 @@ type pool struct {
 	taken    int                  // works that workers have taken and not booked
 	held     int                  // works that are handled and not settled yet
 	idle     int                  // parked workers
-	waking   bool                 // a worker was signalled and did not look yet
-	alive    int                  // workers that did not end
-	watching bool                 // watch is to be called
+	waking   bool                 // a worker was signalled and has not woken up yet
+	alive    int                  // workers that have not ended
+	watching bool                 // watch is scheduled
 	workers  map[*worker]struct{} // all
-	bursts   map[*worker]int32    // of these, with several, and how many were started when last looked
+	bursts   map[*worker]int32    // those with several works, and how many were started at the last watch
 	closed   bool
-	quiet    chan struct{} // when not nil, closed once nothing is in hand
+	allDone  chan struct{} // of drained, closed once nothing is in hand; or nil
 }
 
-// lane is what takes turns in the pool: the queue of one route or replay. Guarded by
-// the pool's mutex.
+// lane is the queue of one route or replay in the pool. Guarded by the pool's mutex.
 type lane struct {
 	owner    job
-	limit    int           // works of this lane that run at once
-	requests bool          // it is a lane of requests
-	burst    int           // works that a worker takes at once, 0 for 1
-	name     string        // of the code that the lane runs, for who looks after what hangs
-	timeout  time.Duration // of a work, 0 for none
+	limit    int            // works of this lane that run at once
+	requests bool           // it is a lane of requests
+	burst    int            // works that a worker takes at once, 0 for 1
+	rate     *bucket        // of its starts, nil for no limit
+	later    func(at int64) // schedules resume
+	name     string         // of the handler, to report one that does not return
+	timeout  time.Duration  // of a work, 0 for none
+	peer     *lane          // another one of the same route, with which it shares its limit; nil for none
 
 	open    bool
 	first   fifo[*work] // runs before queue
@@ -75,12 +77,22 @@ type lane struct {
 	running int  // workers that hold work of this lane
 	listed  bool // in pool.ready
 	counted bool // in pool.active
-	starved bool // in pool.hungry
+	wanting bool // in pool.wanting
 }
 
-// waiting is how many works no worker has taken, and inHand how many there are.
+// waiting is how many works no worker has taken, and inHand how many there are in all.
 func (l *lane) waiting() int { return l.first.len() + l.queue.len() }
 func (l *lane) inHand() int  { return l.waiting() + l.taken }
+
+// holds is how many workers hold works of the lane's route, and free how many more may.
+func (l *lane) holds() int {
+	if l.peer != nil {
+		return l.running + l.peer.running
+	}
+	return l.running
+}
+
+func (l *lane) free() int { return l.limit - l.holds() }
 
 func (l *lane) pop() *work {
 	if l.first.len() > 0 {
@@ -91,29 +103,30 @@ func (l *lane) pop() *work {
 
 // job is the owner of a lane.
 type job interface {
-	// run handles and settles w on a worker, from w.began on.
+	// run handles and settles w on a worker.
 	run(w *work)
 	// conclude settles w by the result of its handler, as a part of run.
 	conclude(w *work, err error)
-	// finish books what is done, with the pool locked, and says what to pull next.
-	finish(done []*work) pullRequest
-	// feed is called with the pool locked when a hungry lane may get a worker.
-	feed()
+	// bookAll books finished works, with the pool locked, and returns the next pull.
+	bookAll(done []*work) pullRequest
+	// workerFree is called with the pool locked when a wanting lane may get a worker.
+	workerFree()
 	// send sends a pull request, with the pool unlocked.
 	send(r pullRequest)
 }
 
-// worker is a goroutine of the pool with the burst of works that it is at.
+// worker is a goroutine of the pool with its burst of works.
 type worker struct {
 	lane  *lane
-	next  atomic.Int32 // index of the next work to start; whoever moves it owns what it passes
+	next  atomic.Int32 // index of the next work to start; whoever advances it owns the works passed
 	burst [maxBurst]*work
-	turns uint64 // bursts so far; guarded by the pool's mutex
+	turns uint64       // bursts so far; guarded by the pool's mutex
+	since atomic.Int64 // when the burst was begun, which what runs of it was soon after; 0 until it is
 
 	// Guarded by the pool's mutex.
 	size   int // of the burst when it was taken
-	count  int // works in burst that are its own
-	booked int // of these, those that somebody else has finished
+	count  int // works in burst that still belong to it
+	booked int // those of them that are booked already
 }
 
 func newPool(size int) *pool {
@@ -135,7 +148,7 @@ func (p *pool) start() {
 	}
 }
 
-// close ends every worker that is idle or becomes so. What is queued is dropped.
+// close ends every worker as soon as it is idle. Queued works are dropped.
 func (p *pool) close() {
 	p.mu.Lock()
 	p.closed = true
@@ -143,25 +156,25 @@ func (p *pool) close() {
 	p.mu.Unlock()
 }
 
-// enter makes l one of the lanes that workers are kept for. The pool is locked.
+// enter adds l to the lanes that workers are reserved for. The pool is locked.
 func (p *pool) enter(l *lane) {
 	if l.open {
 		return
 	}
 	l.open = true
-	p.tally(l, 1)
+	p.countLane(l, 1)
 }
 
-// leave takes l out again. The pool is locked.
+// leave undoes enter. The pool is locked.
 func (p *pool) leave(l *lane) {
 	if !l.open {
 		return
 	}
 	l.open = false
-	p.tally(l, -1)
+	p.countLane(l, -1)
 }
 
-func (p *pool) tally(l *lane, n int) {
+func (p *pool) countLane(l *lane, n int) {
 	p.lanes += n
 	if l.requests {
 		p.replies += n
@@ -171,8 +184,8 @@ func (p *pool) tally(l *lane, n int) {
 	}
 }
 
-// work is a worker: one of the pool's size or, with only set, one beyond it that runs
-// one burst of that lane, which it holds already.
+// work is the loop of a worker. With only set it is an extra worker, which runs the burst
+// that it holds already and ends.
 func (p *pool) work(only *worker) {
 	w := only
 	if w == nil {
@@ -183,16 +196,16 @@ func (p *pool) work(only *worker) {
 		if !left {
 			return
 		}
-		// The handler left by runtime.Goexit. Its work was settled on the way out;
-		// another worker takes this one's place.
+		// The handler called runtime.Goexit. attempt has settled its work; another worker
+		// replaces this one.
 		p.mu.Lock()
 		l := w.lane
-		next := p.finish(w, done+1)
+		next := p.releaseWorker(w, done+1)
 		delete(p.workers, w)
 		if only == nil {
 			go p.work(nil)
 		} else {
-			p.end()
+			p.workerEnded()
 		}
 		p.mu.Unlock()
 		l.owner.send(next)
@@ -207,6 +220,7 @@ func (p *pool) work(only *worker) {
 		p.mu.Unlock()
 		done = 0
 		began := p.clock()
+		w.since.Store(began)
 		for now := began; ; {
 			i := int(w.next.Add(1)) - 1
 			if i >= count {
@@ -226,7 +240,7 @@ func (p *pool) work(only *worker) {
 			}
 		}
 		p.mu.Lock()
-		next := p.finish(w, done)
+		next := p.releaseWorker(w, done)
 		if next.batch > 0 {
 			p.mu.Unlock()
 			l.owner.send(next)
@@ -238,12 +252,12 @@ func (p *pool) work(only *worker) {
 	}
 	left = false
 	delete(p.workers, w)
-	p.end()
+	p.workerEnded()
 	p.mu.Unlock()
 }
 
-// end counts a worker out. The pool is locked.
-func (p *pool) end() {
+// workerEnded counts a worker that ends. The pool is locked.
+func (p *pool) workerEnded() {
 	if p.alive--; p.alive == 0 && p.closed {
 		close(p.gone)
 	}
@@ -260,15 +274,15 @@ func (p *pool) queue(l *lane, q *fifo[*work], d *work) {
 	}
 	q.push(d)
 	p.waiting++
-	p.list(l)
+	p.enlist(l)
 	p.signal()
 	if l.requests && l.running == 0 && p.busy >= p.size {
 		p.watchIn(watchEvery)
 	}
 }
 
-// drop takes all works that no worker has taken out of the queue for which pick
-// reports true, and returns them. The pool is locked.
+// drop removes the works from the queue for which pick reports true, and returns them.
+// The pool is locked.
 func (p *pool) drop(l *lane, q *fifo[*work], pick func(*work) bool) (dropped []*work) {
 	for range q.len() {
 		if d := q.pop(); pick(d) {
@@ -278,30 +292,45 @@ func (p *pool) drop(l *lane, q *fifo[*work], pick func(*work) bool) (dropped []*
 			q.push(d)
 		}
 	}
-	p.settle(l)
+	p.updateActive(l)
 	return dropped
 }
 
-// settle counts l out when its last work is gone. The pool is locked.
-func (p *pool) settle(l *lane) {
+// updateActive no longer counts l as active once it has no work. The pool is locked.
+func (p *pool) updateActive(l *lane) {
 	if l.counted && l.inHand() == 0 {
 		l.counted = false
 		p.active--
-		p.checkQuiet()
+		p.checkDrained()
 	}
 }
 
-// list makes l take turns when it has work it may run. The pool is locked.
-func (p *pool) list(l *lane) {
-	if !l.listed && l.waiting() > 0 && l.running < l.limit {
-		l.listed = true
-		p.ready.push(l)
+// enlist adds l to ready if it has work that it may run. The pool is locked.
+func (p *pool) enlist(l *lane) {
+	if l.listed || l.waiting() == 0 || l.free() <= 0 {
+		return
 	}
+	if l.rate != nil {
+		if at := l.rate.next(p.clock()); at != 0 {
+			l.later(at)
+			return
+		}
+	}
+	l.listed = true
+	p.ready.push(l)
 }
 
-// signal wakes one worker for work that is ready. Only one at a time is on its way: it
-// wakes the next when it leaves work behind, so that a burst of short works is done by
-// few workers and one of long works soon by all.
+// resume continues a lane that has waited for its rate. The pool is not locked.
+func (p *pool) resume(l *lane) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.enlist(l)
+	p.signal()
+}
+
+// signal wakes one worker for work that is ready. Only one at a time is waking up: it
+// wakes the next if more work is left. So few workers run a burst of short works, and
+// soon all of them a burst of long ones.
 func (p *pool) signal() {
 	if p.idle > 0 && !p.waking && p.ready.len() > 0 {
 		p.waking = true
@@ -318,7 +347,7 @@ func (p *pool) take(w *worker) bool {
 			p.signal()
 			return true
 		}
-		p.feed()
+		p.offerWorkers()
 		p.idle++
 		p.wake.Wait()
 		p.idle--
@@ -327,15 +356,20 @@ func (p *pool) take(w *worker) bool {
 	return false
 }
 
-// assign gives w a burst of l, which is not listed. The pool is locked.
+// assign gives w a burst of l, which is not in ready. The pool is locked.
 func (p *pool) assign(w *worker, l *lane) {
 	n := min(max(l.burst, 1), l.waiting(), maxBurst)
+	if l.rate != nil {
+		n = 1
+		l.rate.take(p.clock())
+	}
 	for i := range n {
 		w.burst[i] = l.pop()
 	}
 	w.lane, w.size, w.count, w.booked = l, n, n, 0
 	w.turns++
 	w.next.Store(0)
+	w.since.Store(0)
 	if l.running == 0 && l.open {
 		p.empty--
 	}
@@ -354,11 +388,11 @@ func (p *pool) assign(w *worker, l *lane) {
 		p.bursts[w] = 0
 		p.watchIn(watchEvery)
 	}
-	p.list(l)
+	p.enlist(l)
 }
 
-// turn takes the lane whose turn it is out of ready: of those that may have one more
-// worker the first that holds less than its share, or the first.
+// turn removes and returns the lane whose turn it is: of the ready lanes that may have one
+// more worker, the first one below its share, or else the first one. The pool is locked.
 func (p *pool) turn() *lane {
 	var next *lane
 	share := p.share()
@@ -366,7 +400,7 @@ func (p *pool) turn() *lane {
 		l := p.ready.pop()
 		switch {
 		case !p.mayRun(l):
-		case l.running < share:
+		case l.holds() < share:
 			if next != nil {
 				p.ready.push(next)
 			}
@@ -381,83 +415,83 @@ func (p *pool) turn() *lane {
 }
 
 // mayRun reports whether l may have one more of the free workers.
-func (p *pool) mayRun(l *lane) bool { return l.running < l.limit && p.room(l) > 0 }
+func (p *pool) mayRun(l *lane) bool { return l.free() > 0 && p.room(l) > 0 }
 
 // room is how many of the free workers l may have. The pool is locked.
 func (p *pool) room(l *lane) int {
 	free := p.size - p.busy
 	if !l.requests {
 		// The last workers are for requests.
-		free = min(free, p.size-min(p.replies, p.kept(), p.size-1)-(p.busy-p.serving))
+		free = min(free, p.size-min(p.replies, p.reserve(), p.size-1)-(p.busy-p.serving))
 	}
 	if l.running == 0 {
-		return min(free, max(free-p.keptFor(l), 1))
+		return min(free, max(free-p.reservedFor(l), 1))
 	}
-	return free - p.keptFor(l)
+	return free - p.reservedFor(l)
 }
 
-// roomToPull is how many of the free workers are left for messages of l that are not
-// here yet: those that no other lane's waiting works may take. The pool is locked.
+// roomToPull is how many of the free workers are left for messages that l may pull, after
+// the waiting works of other lanes. The pool is locked.
 func (p *pool) roomToPull(l *lane) int {
 	room := p.room(l)
 	for i := 0; room > 0 && i < p.ready.len(); i++ {
 		if other := p.ready.at(i); other != l {
-			room -= min(other.waiting(), other.limit-other.running, max(p.room(other), 0))
+			room -= min(other.waiting(), other.free(), max(p.room(other), 0))
 		}
 	}
 	return room
 }
 
-// kept is how many workers are kept for lanes without one at most, and keptFor for
-// those other than l.
-func (p *pool) kept() int { return max(p.size/keptShare, 1) }
+// reserve is the most workers that are reserved for lanes without one, and reservedFor
+// how many are reserved for lanes other than l.
+func (p *pool) reserve() int { return max(p.size/reserveShare, 1) }
 
-func (p *pool) keptFor(l *lane) int {
+func (p *pool) reservedFor(l *lane) int {
 	others := p.empty
 	if l.running == 0 && l.open {
 		others--
 	}
-	n := min(others, p.kept())
+	n := min(others, p.reserve())
 	if l.running >= p.share() {
-		n += p.hungry.len()
-		if l.starved {
+		n += p.wanting.len()
+		if l.wanting {
 			n--
 		}
 	}
 	return n
 }
 
-// share is what each lane with work, or hungry for some, gets of the workers. The pool
-// is locked.
+// share is the number of workers for each lane that has or wants work. The pool is
+// locked.
 func (p *pool) share() int {
-	lanes := p.active + p.hungry.len()
+	lanes := p.active + p.wanting.len()
 	if lanes <= 1 {
 		return p.size
 	}
 	return (p.size + lanes - 1) / lanes
 }
 
-// hunger has l fed when a worker is free. The pool is locked.
-func (p *pool) hunger(l *lane) {
-	if !l.starved {
-		l.starved = true
-		p.hungry.push(l)
+// waitForWorker adds l to the wanting lanes. The pool is locked.
+func (p *pool) waitForWorker(l *lane) {
+	if !l.wanting {
+		l.wanting = true
+		p.wanting.push(l)
 	}
 }
 
-// feed lets hungry lanes ask for what free workers can take. The pool is locked.
-func (p *pool) feed() {
-	for free := p.size - p.busy; free > 0 && p.hungry.len() > 0; free-- {
-		l := p.hungry.pop()
-		l.starved = false
-		l.owner.feed()
-		p.watchIn(watchEvery) // for those that have left the worker to it
+// offerWorkers lets wanting lanes pull for free workers. The pool is locked.
+func (p *pool) offerWorkers() {
+	for free := p.size - p.busy; free > 0 && p.wanting.len() > 0; free-- {
+		l := p.wanting.pop()
+		l.wanting = false
+		l.owner.workerFree()
+		p.watchIn(watchEvery) // in case l pulls nothing
 	}
 }
 
-// finish books the first done works of w's burst, those that nobody else has booked,
-// and gives the rest back to its lane. The pool is locked.
-func (p *pool) finish(w *worker, done int) pullRequest {
+// releaseWorker books the first done works of w's burst, returns the others to its lane,
+// and frees w. The pool is locked.
+func (p *pool) releaseWorker(w *worker, done int) pullRequest {
 	l := w.lane
 	p.reclaim(w)
 	next := p.book(w, done)
@@ -473,15 +507,19 @@ func (p *pool) finish(w *worker, done int) pullRequest {
 	if l.running == 0 && l.open {
 		p.empty++
 	}
-	p.settle(l)
-	p.list(l)
-	if p.hungry.len() > 0 && p.ready.len() == 0 {
-		p.feed()
+	p.updateActive(l)
+	p.enlist(l)
+	if l.peer != nil {
+		p.enlist(l.peer)
+	}
+	if p.wanting.len() > 0 && p.ready.len() == 0 {
+		p.offerWorkers()
 	}
 	return next
 }
 
-// book finishes the works of w's burst up to done.
+// book books the works of w's burst up to done that are not booked yet. The pool is
+// locked.
 func (p *pool) book(w *worker, done int) pullRequest {
 	if done <= w.booked {
 		return pullRequest{}
@@ -490,10 +528,10 @@ func (p *pool) book(w *worker, done int) pullRequest {
 	w.booked = done
 	w.lane.taken -= len(works)
 	p.taken -= len(works)
-	return w.lane.owner.finish(works)
+	return w.lane.owner.bookAll(works)
 }
 
-// reclaim gives what w has not started back to its lane. The pool is locked.
+// reclaim returns the works that w has not started to its lane. The pool is locked.
 func (p *pool) reclaim(w *worker) (started int) {
 	started = min(int(w.next.Swap(maxBurst)), w.count)
 	for i := w.count - 1; i >= started; i-- {
@@ -507,9 +545,9 @@ func (p *pool) reclaim(w *worker) (started int) {
 	return started
 }
 
-// recall has every worker of l keep the work that it is at and no other: what it has
-// done is finished, what it has not started goes back to the queue. It returns those
-// works. The pool is locked.
+// recall leaves every worker of l only the work that it runs: finished works are booked,
+// those not started go back to the queue. It returns the running works. The pool is
+// locked.
 func (p *pool) recall(l *lane) (started []*work) {
 	for w := range p.workers {
 		if w.lane != l {
@@ -521,11 +559,11 @@ func (p *pool) recall(l *lane) (started []*work) {
 		}
 		delete(p.bursts, w)
 	}
-	p.list(l)
+	p.enlist(l)
 	return started
 }
 
-// watchIn has watch called after d. The pool is locked.
+// watchIn schedules watch after d. The pool is locked.
 func (p *pool) watchIn(d int64) {
 	if !p.watching {
 		p.watching = true
@@ -533,8 +571,8 @@ func (p *pool) watchIn(d int64) {
 	}
 }
 
-// watch gives what waits behind a work that takes long to other workers, and requests
-// that hold no worker one of their own. The pool is not locked.
+// watch gives works that wait behind a slow one to other workers, and starts an extra
+// worker for requests that hold none. The pool is not locked.
 func (p *pool) watch() {
 	p.mu.Lock()
 	p.watching = false
@@ -555,13 +593,14 @@ func (p *pool) watch() {
 		if next := p.book(w, n-1); next.batch > 0 {
 			send = append(send, sending{l, next})
 		}
-		p.list(l)
+		p.enlist(l)
 	}
 	for range p.ready.len() {
 		l := p.ready.pop()
 		if l.requests && l.running == 0 && p.busy >= p.size {
 			w := &worker{}
 			p.alive++
+			p.workers[w] = struct{}{}
 			p.assign(w, l)
 			go p.work(w)
 			continue
@@ -578,11 +617,11 @@ func (p *pool) watch() {
 	}
 }
 
-// checkQuiet closes quiet when nothing is in hand. The pool is locked.
-func (p *pool) checkQuiet() {
-	if p.quiet != nil && p.busy == 0 && p.waiting == 0 && p.held == 0 {
-		close(p.quiet)
-		p.quiet = nil
+// checkDrained closes the channel of drained when nothing is in hand. The pool is locked.
+func (p *pool) checkDrained() {
+	if p.allDone != nil && p.busy == 0 && p.waiting == 0 && p.held == 0 {
+		close(p.allDone)
+		p.allDone = nil
 	}
 }
 
@@ -591,8 +630,8 @@ func (p *pool) drained() <-chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	ch := make(chan struct{})
-	p.quiet = ch
-	p.checkQuiet()
+	p.allDone = ch
+	p.checkDrained()
 	return ch
 }
 
@@ -610,7 +649,18 @@ func (p *pool) running() int {
 	return p.busy
 }
 
-// stuck names the code that workers have not returned from.
+// oldest is how long the oldest running work of l has been running. The pool is locked.
+func (p *pool) oldest(l *lane) time.Duration {
+	first := int64(math.MaxInt64)
+	for w := range p.workers {
+		if since := w.since.Load(); w.lane == l && since > 0 {
+			first = min(first, since)
+		}
+	}
+	return time.Duration(max(p.clock()-first, 0))
+}
+
+// stuck names the handlers that have not returned.
 func (p *pool) stuck() []string {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -32,11 +32,11 @@ func (j *testJob) run(w *work) {
 	j.does(w)
 }
 func (j *testJob) conclude(*work, error) {}
-func (j *testJob) finish(done []*work) pullRequest {
+func (j *testJob) bookAll(done []*work) pullRequest {
 	j.done.Add(int64(len(done)))
 	return pullRequest{}
 }
-func (j *testJob) feed() {
+func (j *testJob) workerFree() {
 	if j.fed != nil {
 		j.fed <- struct{}{}
 	}
@@ -303,7 +303,7 @@ func TestPoolFeedsHungryLanes(t *testing.T) {
 		receive(t, entered, "the flood")
 	}
 	p.mu.Lock()
-	p.hunger(&other.lane)
+	p.waitForWorker(&other.lane)
 	p.mu.Unlock()
 	step <- struct{}{}
 	receive(t, other.fed, "the hungry lane is told of the free worker")

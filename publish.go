@@ -12,15 +12,24 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// Send publishes on core NATS: at most once, without an ack. The message is
-// handed to the connection, which sends it in the background and buffers it
-// while it reconnects; before it was up for the first time it takes no headers, which
-// is [nats.ErrHeadersNotSupported]. An envelope with a schedule or an expectation is
-// [ErrOptionConflict]: only a stream can honour it. A message id and a TTL are sent
-// along, for a stream that captures the subject. An ended ctx is its error, a connection
-// that is closed or draining [ErrConnectionClosed], and a message above the server's
-// maximum [nats.ErrMaxPayload].
+// Send publishes on core NATS: at most once, without an ack. The connection sends the
+// message in the background, and buffers it while it reconnects. Before the first connect
+// it accepts no headers ([nats.ErrHeadersNotSupported]). An envelope with a schedule or an
+// expectation is [ErrOptionConflict], since these need a stream; a message id and a TTL
+// are sent, for a stream that captures the subject. Other errors are that of an ended ctx,
+// [ErrConnectionClosed] if the connection is closed or draining, and [nats.ErrMaxPayload]
+// for a message above the server's maximum.
 func (p *Publisher) Send(ctx context.Context, e Envelope) error {
+	if p.around == nil {
+		return p.send(ctx, e)
+	}
+	_, err := p.through(ctx, OperationSend, []Envelope{e}, func(ctx context.Context, c *PublishCall) error {
+		return p.send(ctx, c.Envelopes[0])
+	})
+	return err
+}
+
+func (p *Publisher) send(ctx context.Context, e Envelope) error {
 	m, err := p.coreMessage(ctx, e)
 	if err != nil {
 		return err
@@ -43,33 +52,43 @@ func (p *Publisher) Send(ctx context.Context, e Envelope) error {
 
 // Publish stores an envelope in a stream and returns its ack.
 //
-// Every try has one message id, by default an automatic one, so that within
-// the stream's duplicate window no retry is a second copy. Without an ack it
-// tries again after a second, then after 2 s, 4 s and 8 s each, and it goes on
-// while the stream has no leader or no quorum, more waits for it than the server holds,
-// the JetStream API does not answer or the connection is down, until ctx ends or, when
-// ctx has no deadline, for [DefaultPublishTimeout]. The error is then [ErrTimeout] with
-// [context.DeadlineExceeded], or [context.Canceled], and says what was in the way. The
-// message may be stored nevertheless, unless the error says that it was not sent; and
-// another call has another id, unless the envelope brings one or a handler publishes
-// it (see [Publisher]).
+// All tries have the same message id, by default an automatic one, so that a retry within
+// the stream's duplicate window does not store a second copy. Without an ack Publish
+// retries after 1 s, then after 2 s, 4 s and every 8 s. It goes on while the stream has no
+// leader or no quorum or too many messages wait for it, the JetStream API does not answer,
+// or the connection is down, until ctx ends or, if ctx has no deadline, for
+// [DefaultPublishTimeout]. The error is then [ErrTimeout] and [context.DeadlineExceeded],
+// or [context.Canceled], and names the obstacle. The message may still be stored, unless
+// the error says that it was not sent. A new call has a new id, unless the envelope has
+// one or a handler publishes it (see [Publisher]).
 //
-// A subject that no stream captures is [ErrNoStream] at once, when the JetStream API
-// says so. At a server with a JetStream domain that is no proof: the server may be a leaf
-// node, and the stream in another domain. There the publisher goes on, unless
-// [WithPublisherJetStream] names the domain. Where somebody subscribes to the
-// subject, nobody acknowledges, and it is [ErrTimeout]. What the server refuses is
-// returned at once with its [*jetstream.APIError] in the chain: [ErrWrongSequence],
-// [ErrWrongStream], [ErrTTLNotAllowed], [ErrSchedulesNotAllowed] and whatever else it
-// may be. A TTL that the stream would ignore is [ErrTTLNotAllowed] before anything is
-// sent, a stream that does not acknowledge [ErrNoAck] after a second, a
-// message above the server's maximum [nats.ErrMaxPayload], a subject that the user may
-// not publish to [ErrPermission], a connection that is closed or draining
-// [ErrConnectionClosed].
+// If no stream captures the subject, the error is [ErrNoStream] at once. On a server with
+// a JetStream domain that is not certain, since the server may be a leaf node and the
+// stream in another domain: there Publish goes on, unless [WithPublisherJetStream] names
+// the domain. If the subject has subscribers but no stream, the error is [ErrTimeout].
+// Refusals of the server are returned at once with its [*jetstream.APIError] in the chain,
+// such as [ErrWrongSequence], [ErrWrongStream], [ErrTTLNotAllowed] and
+// [ErrSchedulesNotAllowed]. The error is also [ErrTTLNotAllowed], before anything is sent,
+// if the stream would ignore a TTL; [ErrNoAck] after a second if the stream does not
+// acknowledge; [nats.ErrMaxPayload] for a message above the server's maximum;
+// [ErrPermission] for a subject that the user may not publish to; and
+// [ErrConnectionClosed] if the connection is closed or draining.
 //
-// A delayed envelope (At, After) is stored as a schedule, see [Envelope.At], and
-// the ack is of the schedule.
+// A delayed envelope (At, After) is stored as a schedule (see [Envelope.At]), and the ack
+// is of the schedule.
 func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
+	if p.around == nil {
+		return p.publish(ctx, e)
+	}
+	c, err := p.through(ctx, OperationPublish, []Envelope{e}, func(ctx context.Context, c *PublishCall) error {
+		ack, err := p.publish(ctx, c.Envelopes[0])
+		c.Acks = []Ack{ack}
+		return err
+	})
+	return c.ack(), err
+}
+
+func (p *Publisher) publish(ctx context.Context, e Envelope) (Ack, error) {
 	ctx, cancel := withLimit(ctx, DefaultPublishTimeout)
 	defer cancel()
 	c := p.newCall(ctx)
@@ -85,8 +104,8 @@ func (p *Publisher) Publish(ctx context.Context, e Envelope) (Ack, error) {
 	return ack, nil
 }
 
-// publish has its first try wait for the answer in nats.go's own subscription, which
-// costs the server less than another one. What needs more tries is a bulk of one.
+// publish uses nats.go's own reply subscription for the first try, which costs the server
+// less than another one. Retries are made by a bulk of one envelope.
 func (c *call) publish(ctx context.Context, o *outgoing) (Ack, error) {
 	if ctx.Err() != nil || !c.p.nc.IsConnected() {
 		if err := c.ending(ctx, o.subject); err != nil {
@@ -112,8 +131,8 @@ func (c *call) publish(ctx context.Context, o *outgoing) (Ack, error) {
 	return c.goOn(ctx, o, wait)
 }
 
-// try publishes once. Without an id it is the only try, and waits until ctx ends, or
-// until it turns out that there will be no ack.
+// try publishes once. Without an id it is the only try: it waits until ctx ends, or until
+// it is known that there will be no ack.
 func (c *call) try(ctx context.Context, o *outgoing) (Ack, error) {
 	m := &nats.Msg{Subject: o.subject, Data: o.e.data, Header: make(nats.Header, len(o.e.headers)+4)}
 	o.fill(m.Header)
@@ -148,7 +167,7 @@ func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, err
 		return nil, err
 	}
 	m := &nats.Msg{Subject: e.subject, Data: e.data}
-	carried := carriedFrom(deliveryFrom(ctx))
+	carried := p.carried(ctx)
 	if len(carried) > 0 || !e.plain() {
 		m.Header = make(nats.Header, len(e.headers)+3)
 		e.fill(m.Header, carried)
@@ -162,10 +181,16 @@ func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, err
 	return m, nil
 }
 
-// slimCore leaves out one of the headers that natsx adds, the least needed first, for a
-// message that is too large with them. It returns false when none is left.
+// slimCore removes one of the headers that natsx adds, the least needed first, from a
+// message that is too large with them. It returns false if none is left.
 func slimCore(m *nats.Msg, e *Envelope) bool {
-	for _, name := range slices.Concat([]string{timeoutHeader}, carriedHeaders, []string{"Content-Type"}) {
+	added := slices.Concat([]string{timeoutHeader}, carriedHeaders)
+	for name := range m.Header { // what a middleware has carried over
+		if name != jetstream.MsgIDHeader && name != jetstream.MsgTTLHeader && name != "Content-Type" {
+			added = append(added, name)
+		}
+	}
+	for _, name := range append(added, "Content-Type") {
 		for have := range m.Header {
 			if !strings.EqualFold(have, name) || e.hasHeader(have) {
 				continue

@@ -3,6 +3,7 @@ package natsx
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -10,10 +11,10 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// Bounds of one [Publisher.PublishAll]: what is sent and not acknowledged yet.
+// Bounds of one PublishAll: messages sent and not acknowledged yet.
 const (
-	MaxPublishesInFlight = 4096
-	MaxBytesInFlight     = 16 << 20 // of payload; one message may be larger
+	maxPublishesInFlight = 4096
+	maxBytesInFlight     = 16 << 20 // of payload; one message may be larger
 )
 
 // PublishError reports which envelopes of a [Publisher.PublishAll] have no ack.
@@ -23,7 +24,7 @@ type PublishError struct {
 	Errors []error
 }
 
-// Error counts the failures and gives the first.
+// Error returns the number of failures and the first one.
 func (e *PublishError) Error() string {
 	failed, first := 0, -1
 	for i, err := range e.Errors {
@@ -36,7 +37,7 @@ func (e *PublishError) Error() string {
 	if first < 0 {
 		return "natsx: no envelope failed"
 	}
-	return fmt.Sprintf("natsx: %d of %d envelopes failed, the first is number %d: %v", failed, len(e.Errors), first, e.Errors[first])
+	return fmt.Sprintf("natsx: %d of %d envelopes failed, the first is number %d: %s", failed, len(e.Errors), first, cause(e.Errors[first]))
 }
 
 // Unwrap returns the errors that are not nil.
@@ -50,22 +51,27 @@ func (e *PublishError) Unwrap() []error {
 	return errs
 }
 
-// PublishAll is [Publisher.Publish] for many envelopes at once, which do not wait
-// for each other's acks. At most [MaxPublishesInFlight] and [MaxBytesInFlight] are
-// under way. They are sent in their order, and stored in it unless one has to be
-// tried again, which it is not while the acks of those before it come in.
+// PublishAll is [Publisher.Publish] for many envelopes at once, which do not wait for each
+// other's acks. At most 4,096 messages and 16 MiB of payload are in flight. The envelopes
+// are sent in order, and stored in order unless one must be retried.
 //
-// The acks are in the order of the envelopes. When some fail, the others are
-// published all the same, and the error is a [*PublishError]; the failed ones have
-// the zero Ack. When ctx has no deadline, it gives up when nothing was stored or
-// refused for [DefaultPublishTimeout]. What was not sent when ctx ended is
-// not sent; nothing is sent while the connection is down. Without envelopes it returns
-// nothing and no error.
+// The acks are in the order of the envelopes. If some fail, the others are still
+// published, and the error is a [*PublishError]; failed envelopes have the zero Ack. If
+// ctx has no deadline, PublishAll gives up when nothing was stored or refused for
+// [DefaultPublishTimeout]. Nothing is sent after ctx has ended or while the connection is
+// down. Without envelopes it returns no acks and no error.
 func (p *Publisher) PublishAll(ctx context.Context, es ...Envelope) ([]Ack, error) {
-	return p.publishAll(ctx, DefaultPublishTimeout, es)
+	if p.around == nil {
+		return p.publishAll(ctx, DefaultPublishTimeout, es)
+	}
+	c, err := p.through(ctx, OperationPublishAll, slices.Clone(es), func(ctx context.Context, c *PublishCall) (err error) {
+		c.Acks, err = p.publishAll(ctx, DefaultPublishTimeout, c.Envelopes)
+		return err
+	})
+	return c.Acks, err
 }
 
-// publishAll gives up after so long without progress when ctx has no deadline.
+// publishAll gives up after limit without progress if ctx has no deadline.
 func (p *Publisher) publishAll(ctx context.Context, limit time.Duration, es []Envelope) ([]Ack, error) {
 	if len(es) == 0 {
 		return nil, nil
@@ -86,8 +92,8 @@ func (p *Publisher) publishAll(ctx context.Context, limit time.Duration, es []En
 	return b.acks, nil
 }
 
-// goOn has one envelope tried again after a wait, until it is settled or ctx ends,
-// which has a deadline.
+// goOn retries one envelope, first after a wait, until it is settled or ctx ends, which
+// has a deadline.
 func (c *call) goOn(ctx context.Context, o *outgoing, wait time.Duration) (Ack, error) {
 	b := c.newBulk([]Envelope{*o.e})
 	sub, err := b.subscribe()
@@ -104,8 +110,8 @@ func (c *call) goOn(ctx context.Context, o *outgoing, wait time.Duration) (Ack, 
 	return b.acks[0], nil
 }
 
-// bulk is one PublishAll, or what is left of a Publish. One goroutine, the caller's,
-// sends and receives.
+// bulk is one PublishAll, or the retries of a Publish. It sends and receives on the
+// caller's goroutine.
 type bulk struct {
 	*call
 	es   []Envelope
@@ -113,35 +119,35 @@ type bulk struct {
 	errs []error // nil until one fails
 
 	next    int     // the first envelope that was not sent
-	slot    []int32 // for each envelope its place in out plus one, 0 when it has none
+	slot    []int32 // for each envelope its index in out plus one, 0 for none
 	out     []sent
-	free    []int32 // places in out
-	bytes   int     // of payload under way
+	free    []int32 // unused indexes of out
+	bytes   int     // of payload in flight
 	replies chan *nats.Msg
 	inbox   string      // subject of the replies, which ends in the envelope's number
-	header  nats.Header // of the message that is being sent, kept for its memory
+	header  nats.Header // of the message that is being sent, reused
 	stream  string      // of the last ack
-	heard   int         // the furthest envelope that was answered on its own
-	moved   bool        // an envelope was settled, or a batch got on, since the last tick
-	since   time.Time   // when that was so last
+	heard   int         // the last envelope that was answered individually
+	moved   bool        // there was progress since the last tick
+	since   time.Time   // of the last progress
 
 	// Of WithFastIngest.
 	fast        bool
-	asked, home string // a subject, and the stream that takes it in batches
+	asked, home string // a subject, and its stream if that accepts batches
 	open        *fastBatch
 	batches     map[string]*fastBatch // by id, until all of their messages are settled
 	started     int                   // batches so far
 }
 
-// sent is an envelope under way.
+// sent is an envelope in flight.
 type sent struct {
 	outgoing
 	index  int
-	batch  *fastBatch // of which the ack settles it, or nil
-	alone  bool       // it was sent, or is to be, on its own after its batch
-	sent   bool       // it waits for an ack, and not for another try
-	looked bool       // it has no id, and somebody looked for the reason why it has no ack
-	when   time.Time  // of the next try, when no ack comes and there is an id to try it with
+	batch  *fastBatch // whose ack settles it, or nil
+	alone  bool       // it was or will be sent individually after its batch
+	sent   bool       // it waits for an ack, not for another try
+	looked bool       // it has no id, and the reason of the missing ack was looked up
+	when   time.Time  // of the next try if no ack comes and it has an id
 }
 
 var errNoAck = fmt.Errorf("no ack in time: %w", context.DeadlineExceeded)
@@ -152,10 +158,10 @@ func (c *call) newBulk(es []Envelope) *bulk {
 		es:   es,
 		acks: make([]Ack, len(es)),
 		slot: make([]int32, len(es)),
-		out:  make([]sent, min(len(es), MaxPublishesInFlight)),
-		// More than messages: one that is tried again may have two acks, and one of
-		// a fast batch news of that before.
-		replies: make(chan *nats.Msg, 4*min(len(es), MaxPublishesInFlight)),
+		out:  make([]sent, min(len(es), maxPublishesInFlight)),
+		// More than messages: a retried one may have two acks, and one of a fast batch
+		// also answers about the batch.
+		replies: make(chan *nats.Msg, 4*min(len(es), maxPublishesInFlight)),
 		fast:    c.p.fast,
 		inbox:   c.p.nc.NewInbox() + ".",
 		header:  make(nats.Header),
@@ -166,7 +172,7 @@ func (c *call) newBulk(es []Envelope) *bulk {
 	return b
 }
 
-// subscribe has all answers come to one inbox, those to earlier tries too.
+// subscribe subscribes to one inbox for all answers, those to earlier tries too.
 func (b *bulk) subscribe() (*nats.Subscription, error) {
 	return b.p.nc.ChanSubscribe(b.inbox+">", b.replies)
 }
@@ -213,7 +219,7 @@ func (b *bulk) run(ctx context.Context, limit time.Duration) {
 
 func (b *bulk) room() bool {
 	return len(b.free) == len(b.out) ||
-		len(b.free) > 0 && b.bytes+len(b.es[b.next].data) <= MaxBytesInFlight
+		len(b.free) > 0 && b.bytes+len(b.es[b.next].data) <= maxBytesInFlight
 }
 
 // start sends the next envelope for the first time.
@@ -239,7 +245,7 @@ func (b *bulk) start(ctx context.Context) {
 	}
 }
 
-// put finds a place for the next envelope.
+// put adds the next envelope to out.
 func (b *bulk) put(o outgoing) *sent {
 	place := b.free[len(b.free)-1]
 	b.free = b.free[:len(b.free)-1]
@@ -251,7 +257,7 @@ func (b *bulk) put(o outgoing) *sent {
 	return s
 }
 
-// send sends a message on its own.
+// send sends a message individually.
 func (b *bulk) send(ctx context.Context, s *sent) {
 	err := b.locate(ctx, &s.outgoing)
 	if err == nil {
@@ -266,9 +272,8 @@ func (b *bulk) send(ctx context.Context, s *sent) {
 }
 
 func (b *bulk) write(s *sent, reply string) error {
-	// Names stay with empty values, which are not sent, so that neither the map
-	// nor its slices are made anew for each message. A message without an id may
-	// have no headers at all.
+	// Keep the names with empty values, which are not sent, to reuse the map and its
+	// slices. A message without an id may have no headers at all.
 	if len(b.header) > 64 || s.id == "" {
 		clear(b.header)
 	}
@@ -280,7 +285,7 @@ func (b *bulk) write(s *sent, reply string) error {
 	return b.p.nc.PublishMsg(&m)
 }
 
-// receiveAll takes the answers that have come.
+// receiveAll handles the answers that have arrived.
 func (b *bulk) receiveAll(ctx context.Context) {
 	for range len(b.replies) {
 		b.receive(ctx, <-b.replies)
@@ -295,7 +300,7 @@ func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
 	}
 	i, err := strconv.Atoi(at)
 	if err != nil || i < 0 || i >= len(b.es) || b.slot[i] == 0 {
-		return // of a try before the one that was acknowledged
+		return // to a try before the acknowledged one
 	}
 	s := &b.out[b.slot[i]-1]
 	b.heard = max(b.heard, i)
@@ -313,13 +318,13 @@ func (b *bulk) receive(ctx context.Context, r *nats.Msg) {
 	b.release(s)
 }
 
-// failed ends an envelope or has it tried again. The ack of a refusal names the stream.
+// failed ends an envelope or schedules a retry. The ack of a refusal names the stream.
 func (b *bulk) failed(ctx context.Context, s *sent, ack Ack, err error) {
 	b.leaveBatch(s)
 	b.retry(ctx, s, ack, err)
 }
 
-// retry is failed for what its batch may yet settle.
+// retry is failed for a message that the ack of its batch may still settle.
 func (b *bulk) retry(ctx context.Context, s *sent, ack Ack, err error) {
 	ack, wait, final := b.after(ctx, &s.outgoing, ack, err)
 	switch {
@@ -336,7 +341,7 @@ func (b *bulk) retry(ctx context.Context, s *sent, ack Ack, err error) {
 	}
 }
 
-// overdue sends again what waited for long enough.
+// overdue resends messages whose ack is overdue.
 func (b *bulk) overdue(ctx context.Context, now time.Time) {
 	for place := range b.out {
 		s := &b.out[place]
@@ -345,7 +350,7 @@ func (b *bulk) overdue(ctx context.Context, now time.Time) {
 		}
 		if s.sent {
 			if b.heard < s.index && now.Sub(b.since) < ackWait {
-				continue // the server is busy with what came before it
+				continue // the server is still busy with earlier messages
 			}
 			if s.id == "" {
 				s.looked = true
@@ -364,7 +369,7 @@ func (b *bulk) overdue(ctx context.Context, now time.Time) {
 	}
 }
 
-// endDenied ends what the user may not publish.
+// endDenied ends envelopes that the user may not publish.
 func (b *bulk) endDenied() {
 	if b.p.denials.count.Load() == b.mark {
 		return
@@ -399,7 +404,7 @@ func (b *bulk) fail(i int, err error) {
 	}
 }
 
-// abandon ends everything that has no ack.
+// abandon ends all envelopes without an ack.
 func (b *bulk) abandon(why error) {
 	down := b.p.down()
 	for place := range b.out {

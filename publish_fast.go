@@ -13,34 +13,32 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// WithFastIngest has [Publisher.PublishAll] store what it may in the server's fast
-// batches (ADR-50), which are acknowledged as a whole, some hundred messages at once.
-// The price is in the acks. Of a message that its batch stored the Ack has the
-// Stream, Duplicate is false even if the stream had the message already, and Sequence
-// is 0, not told, but for the last message of a batch: it is known when natsx made the
-// message id, or left it out, outside of handlers. Default is one by one.
+// WithFastIngest makes [Publisher.PublishAll] use the server's fast batches (ADR-50) where
+// possible. Some hundred messages are then acknowledged together, so their acks say less:
+// Stream is set, Duplicate is always false, and Sequence is 0 except for the last message
+// of a batch. That one has its sequence if natsx made or left out the message id, outside
+// of handlers. The default is to publish messages individually.
 //
-// In a batch go envelopes without expectations, delay and Nats-* headers, for
-// streams with AllowBatchPublish (nats-server 2.14), next to each other and for
-// one stream. All others go one by one, with full acks. So does, under the same
-// message id, what a batch did not confirm: because it or a message before it was
-// refused, the stream changed its leader or the connection was lost.
+// A batch has consecutive envelopes for one stream with AllowBatchPublish (nats-server
+// 2.14), without expectations, delays and Nats-* headers. All others are published
+// individually, with full acks. So are, with the same message id, messages that a batch
+// did not confirm, because they or an earlier message were refused, the stream changed its
+// leader, or the connection was lost.
 //
-// It pays most together with [WithoutMessageIDs]; what message ids cost the server
-// stays, and with them it is mainly the client that has less to do. The stream is
-// looked up once for each call and stream, which takes longer than it saves for a
-// few envelopes; where that may not be asked, all go one by one.
+// The gain is largest with [WithoutMessageIDs]: with message ids mainly the client saves
+// work. The stream is looked up once per call and stream, which costs more than it saves
+// for a few envelopes; without that permission all are published individually.
 func WithFastIngest() PublisherOption {
 	return func(p *Publisher) { p.fast = true }
 }
 
 const (
-	maxBatchMessages = MaxPublishesInFlight / 4
-	maxBatchBytes    = MaxBytesInFlight / 4
+	maxBatchMessages = maxPublishesInFlight / 4
+	maxBatchBytes    = maxBytesInFlight / 4
 
-	// The end of a reply subject <inbox>.<batch>.<flow>.<gap>.<number>.<op>.$FI:
-	// a sign of life every 256 messages, and with a message that is refused or
-	// lost the batch ends, so that an ack confirms each message up to its number.
+	// The end of a reply subject <inbox>.<batch>.<flow>.<gap>.<number>.<op>.$FI. The
+	// server reports its progress every 256 messages, and ends the batch at a refused or
+	// lost message, so that an ack confirms each message up to its number.
 	batchMode   = ".256.fail."
 	batchSuffix = ".$FI"
 
@@ -56,21 +54,21 @@ const (
 	codeBatchTooMany    jetstream.ErrorCode = 10211
 )
 
-// fastBatch is a run of messages that a stream acknowledges together. The server
-// numbers them from 1 and stores number n only after all before.
+// fastBatch is a series of messages that a stream acknowledges together. The server
+// numbers them from 1 and stores number n only after all before it.
 type fastBatch struct {
 	id, stream, subject string
 	sent                []int32 // the envelopes by number, from 0
-	held                *sent   // the last, which is sent once it is known whether it ends the batch
+	held                *sent   // the last, sent once it is known whether it ends the batch
 	bytes               int
 	order               int       // of its start among the batches of the call
-	left                int       // messages without a word of what became of them
+	left                int       // messages without an outcome
 	when                time.Time // of giving up on the ack, once the batch is committed
 }
 
-// fastStream names the stream that takes the message in a batch, if one does. One that
-// may be too large goes alone: a batch that it should end would need an empty message
-// to end, which subscribers of the subject see.
+// fastStream returns the name of the stream if it accepts the message in a batch. A
+// message that may be too large is sent individually: if it should end the batch, that
+// would need an empty message, which subscribers of the subject would receive.
 func (b *bulk) fastStream(ctx context.Context, o *outgoing) string {
 	if o.e.set&^(envMsgID|envTTL) != 0 {
 		return ""
@@ -85,7 +83,7 @@ func (b *bulk) fastStream(ctx context.Context, o *outgoing) string {
 		return ""
 	}
 	for _, h := range o.e.headers {
-		// Some that the server knows it judges after it has counted the message.
+		// The server checks some of these only after it has counted the message.
 		if len(h.name) >= 5 && strings.EqualFold(h.name[:5], "Nats-") {
 			return ""
 		}
@@ -103,7 +101,7 @@ func (b *bulk) fastStream(ctx context.Context, o *outgoing) string {
 	return b.home
 }
 
-// add puts a message at the end of the open batch.
+// add appends a message to the open batch.
 func (b *bulk) add(ctx context.Context, stream string, s *sent) {
 	if b.open == nil {
 		b.started++
@@ -125,7 +123,7 @@ func (b *bulk) add(ctx context.Context, stream string, s *sent) {
 	}
 }
 
-// commit ends the open batch with the message held back.
+// commit ends the open batch with the message that is held.
 func (b *bulk) commit(ctx context.Context) {
 	f := b.open
 	b.open = nil
@@ -156,7 +154,7 @@ func (f *fastBatch) reply(inbox string, number, op int) string {
 	return string(append(r, batchSuffix...))
 }
 
-// unanswered is message n of a batch while nothing is known of it, or nil.
+// unanswered is message n of a batch if it has no outcome yet, or nil.
 func (b *bulk) unanswered(f *fastBatch, n int) *sent {
 	if n < 1 || n > len(f.sent) || b.slot[f.sent[n-1]] == 0 {
 		return nil
@@ -167,7 +165,7 @@ func (b *bulk) unanswered(f *fastBatch, n int) *sent {
 	return nil
 }
 
-// leaveBatch has a message not settled by the batch's ack any more.
+// leaveBatch removes a message from its batch, whose ack no longer settles it.
 func (b *bulk) leaveBatch(s *sent) {
 	if f := s.batch; f != nil {
 		s.batch = nil
@@ -177,7 +175,7 @@ func (b *bulk) leaveBatch(s *sent) {
 	}
 }
 
-// receiveFast takes an answer about message n of a batch, which came on
+// receiveFast handles an answer about message n of a batch, received on
 // <batch>.<flow>.<gap>.<n>.<op>.$FI.
 func (b *bulk) receiveFast(ctx context.Context, at string, r *nats.Msg) {
 	part := strings.Split(at, ".")
@@ -189,7 +187,7 @@ func (b *bulk) receiveFast(ctx context.Context, at string, r *nats.Msg) {
 	if err != nil {
 		return
 	}
-	// The stream takes one batch after the other.
+	// The stream handles one batch after another.
 	when := time.Now().Add(commitWait)
 	for _, g := range b.batches {
 		if g.stream == f.stream && g.order >= f.order {
@@ -225,7 +223,7 @@ func (b *bulk) receiveFast(ctx context.Context, at string, r *nats.Msg) {
 		}
 	case answer.Type != "":
 		b.moved = true
-		// Where the batch is, or that it has a gap, after which its ack comes.
+		// The progress of the batch, or a gap, after which its ack follows.
 	case answer.Batch == f.id:
 		b.confirm(ctx, f, answer.Count, answer.Sequence)
 	default:
@@ -233,15 +231,15 @@ func (b *bulk) receiveFast(ctx context.Context, at string, r *nats.Msg) {
 		if err != nil {
 			b.refused(ctx, f, n, err, false)
 		} else if s := b.unanswered(f, n); s != nil {
-			// A stream took it on its own that knows no batches.
+			// A stream without batches stored it individually.
 			b.acks[s.index] = ack
 			b.release(s)
 		}
 	}
 }
 
-// confirm takes the ack of a batch: it ended with count messages, all but those
-// that were refused one by one stored, the last of them at sequence.
+// confirm handles the ack of a batch of count messages. All of them are stored except
+// those that were refused individually, the last one at sequence.
 func (b *bulk) confirm(ctx context.Context, f *fastBatch, count int, sequence uint64) {
 	for n := 1; n <= len(f.sent); n++ {
 		s := b.unanswered(f, n)
@@ -260,8 +258,8 @@ func (b *bulk) confirm(ctx context.Context, f *fastBatch, count int, sequence ui
 	}
 }
 
-// over ends a batch that the server has not, or not any more. Message n and what
-// follows was not stored; whether what comes before it was nobody will tell.
+// over ends a batch that is unknown to the server. Message n and later ones were not
+// stored; for earlier ones that is unknown.
 func (b *bulk) over(ctx context.Context, f *fastBatch, n int) {
 	for m := 1; m <= len(f.sent); m++ {
 		if s := b.unanswered(f, m); s == nil {
@@ -274,7 +272,8 @@ func (b *bulk) over(ctx context.Context, f *fastBatch, n int) {
 	}
 }
 
-// sendAgain sends what the batch did not store on its own, if that was not done.
+// sendAgain sends a message individually that the batch did not store, unless that was
+// done already.
 func (b *bulk) sendAgain(ctx context.Context, s *sent) {
 	b.leaveBatch(s)
 	if !s.alone {
@@ -282,9 +281,9 @@ func (b *bulk) sendAgain(ctx context.Context, s *sent) {
 	}
 }
 
-// refused is an error of message n alone. With known set the server counts it as
-// the end of the batch and acknowledges what comes before. Else it has not seen
-// it, and it notices with the next message, if there is one.
+// refused handles an error of message n. With known set the server ends the batch with it
+// and acknowledges the earlier ones. Otherwise the server has not counted it, and detects
+// the gap at the next message, if there is one.
 func (b *bulk) refused(ctx context.Context, f *fastBatch, n int, err error, known bool) {
 	if s := b.unanswered(f, n); s != nil {
 		b.failed(ctx, s, Ack{}, err)
@@ -294,20 +293,19 @@ func (b *bulk) refused(ctx context.Context, f *fastBatch, n int, err error, know
 	}
 }
 
-// end ends a batch without its last message. What has an id is better sent again:
-// where subscribers of the subject listen beside the stream, they see an empty
-// message that ends a batch.
+// end ends a batch without its last message. Messages with an id are resent instead, since
+// subscribers of the subject would receive the empty message that ends a batch.
 func (b *bulk) end(ctx context.Context, f *fastBatch) {
 	b.giveUp(ctx, f)
 	bare := func(i int32) bool { return b.slot[i] > 0 && b.out[b.slot[i]-1].id == "" }
 	if slices.ContainsFunc(f.sent, bare) {
 		m := nats.Msg{Subject: f.subject, Reply: f.reply(b.inbox, len(f.sent)+1, batchEnd)}
-		_ = b.p.nc.PublishMsg(&m) // without it they wait for the end of ctx
+		_ = b.p.nc.PublishMsg(&m) // if it fails, they wait for the end of ctx
 	}
 }
 
-// giveUp has the messages of a batch that may be sent again sent on their own.
-// They and the others may still be settled by its ack.
+// giveUp resends individually the messages of a batch that have an id. The ack of the
+// batch may still settle all of them.
 func (b *bulk) giveUp(ctx context.Context, f *fastBatch) {
 	for n := 1; n <= len(f.sent); n++ {
 		if s := b.unanswered(f, n); s != nil && s.id != "" && !s.alone {
@@ -317,7 +315,7 @@ func (b *bulk) giveUp(ctx context.Context, f *fastBatch) {
 	}
 }
 
-// overdueBatches gives up on batches that nobody has answered for.
+// overdueBatches gives up on batches without an answer.
 func (b *bulk) overdueBatches(ctx context.Context, now time.Time) {
 	for _, f := range b.batches {
 		if f.when.Before(now) {

@@ -586,7 +586,7 @@ func TestFastIngestEndsWithItsContext(t *testing.T) {
 	go func() {
 		defer cancel()
 		// What is stored above the bound in flight was sent after an ack.
-		for ctx.Err() == nil && stored(t, watcher, "S") < 2*MaxPublishesInFlight {
+		for ctx.Err() == nil && stored(t, watcher, "S") < 2*maxPublishesInFlight {
 			pause(ctx, time.Millisecond)
 		}
 	}()

@@ -41,7 +41,7 @@ func TestEnvelopeFaults(t *testing.T) {
 		{"json", To("a").JSON(math.NaN()), errors.ErrUnsupported, `natsx: publish to "a": encode: json: unsupported value: NaN`},
 		{"no codec", To("a").Encode(nil, 1), errors.ErrUnsupported, "no codec"},
 		{"header name", To("a").Header("a b", "x"), ErrInvalidName, `natsx: publish to "a": header "a b": the name must be`},
-		{"message id header", To("a").Header("nats-msg-id", "x"), ErrOptionConflict, `header "nats-msg-id": is made by MsgID`},
+		{"message id header", To("a").Header("nats-msg-id", "x"), ErrOptionConflict, `header "nats-msg-id": is set by MsgID`},
 		{"schedule header", To("a").Header("Nats-Schedule-Target", "x"), ErrOptionConflict, "At and After"},
 		{"batch header", To("a").Header("Nats-Batch-Id", "x"), ErrOptionConflict, "PublishAtomic"},
 		{"timeout header", To("a").Header("Natsx-Timeout", "1s"), ErrOptionConflict, "Request"},
@@ -553,7 +553,7 @@ func FuzzEscapeToken(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		token := EscapeToken(s)
-		if strings.Contains(token, ".") || len(token) <= MaxSubjectLength && publishFault(token) != "" {
+		if strings.Contains(token, ".") || len(token) <= maxSubjectLength && publishFault(token) != "" {
 			t.Fatalf("EscapeToken(%q) = %q is no token", s, token)
 		}
 		// What can be turned back is different for different texts.
@@ -604,7 +604,7 @@ func TestPublishAllKeepsOrderAndResults(t *testing.T) {
 		t.Errorf("nothing: got %v, %v", acks, err)
 	}
 	// More than may be in flight, with faults of all kinds among them.
-	const n = 3 * MaxPublishesInFlight / 2
+	const n = 3 * maxPublishesInFlight / 2
 	es := make([]Envelope, n)
 	wantErr := map[int]error{}
 	for i := range es {
@@ -630,7 +630,7 @@ func TestPublishAllKeepsOrderAndResults(t *testing.T) {
 	if !errors.As(err, &failed) || len(failed.Errors) != n || len(failed.Unwrap()) != len(wantErr) || !errors.Is(err, ErrNoStream) {
 		t.Fatalf("got %v, want a PublishError of %d failures", err, len(wantErr))
 	}
-	if want := fmt.Sprintf("natsx: 7 of %d envelopes failed, the first is number 0: natsx: publish to \"nowhere\"", n); !strings.HasPrefix(err.Error(), want) {
+	if want := fmt.Sprintf("natsx: 7 of %d envelopes failed, the first is number 0: publish to \"nowhere\"", n); !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("got %q, want it to start with %q", err, want)
 	}
 	seq := uint64(0)
@@ -714,7 +714,7 @@ func TestPublishAllEndsWithItsContext(t *testing.T) {
 		t.Fatal(err)
 	}
 	pub := NewPublisher(nc)
-	es := make([]Envelope, MaxPublishesInFlight+10)
+	es := make([]Envelope, maxPublishesInFlight+10)
 	for i := range es {
 		es[i] = To("hole")
 	}

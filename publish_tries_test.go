@@ -434,7 +434,7 @@ func TestPublishToAnOverloadedStream(t *testing.T) {
 // larger nothing else is under way.
 func TestPublishAllBoundsItsBytes(t *testing.T) {
 	t.Parallel()
-	s := startServer(t, withMaxPayload(MaxBytesInFlight+1))
+	s := startServer(t, withMaxPayload(maxBytesInFlight+1))
 	nc, store := connect(t, s.ClientURL()), connect(t, s.ClientURL())
 	sub, err := store.SubscribeSync("hole")
 	if err != nil {
@@ -443,9 +443,9 @@ func TestPublishAllBoundsItsBytes(t *testing.T) {
 	if err := store.FlushTimeout(testLimit); err != nil {
 		t.Fatal(err)
 	}
-	body := make([]byte, MaxBytesInFlight+1)
+	body := make([]byte, maxBytesInFlight+1)
 	var es []Envelope
-	for _, size := range []int{len(body), MaxBytesInFlight - 10, 10, 1, 1} {
+	for _, size := range []int{len(body), maxBytesInFlight - 10, 10, 1, 1} {
 		es = append(es, To("hole").Data(body[:size]))
 	}
 	ended := make(chan error, 1)

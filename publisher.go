@@ -17,97 +17,99 @@ import (
 
 // Ack is a stream's confirmation of storage.
 type Ack struct {
-	Stream   string // that has the message
-	Sequence uint64 // 0 where [WithFastIngest] leaves it unknown
-	// Duplicate tells that the stream already had a message with this id, be it
-	// from an earlier try of the same call, and that Sequence is of that one.
+	Stream   string // that stores the message
+	Sequence uint64 // 0 if unknown; see [WithFastIngest]
+	// Duplicate reports that the stream already had a message with this id, possibly
+	// from an earlier try of the same call. Sequence is then of that message.
 	Duplicate bool
 }
 
 // Publisher publishes envelopes. It is safe for concurrent use, has no
 // goroutines and needs no closing. It does not own its connection.
 //
-// Published with a handler's context, an envelope carries over the headers
-// traceparent, tracestate, baggage and Correlation-Id of the handled message
-// that it does not set itself. In a durable's handler, an envelope without a
-// message id that goes to JetStream gets
+// An envelope published with a handler's context gets the headers traceparent, tracestate,
+// baggage and Correlation-Id of the handled message, unless it sets them itself;
+// [WithPublishMiddleware] may choose others, such as the trace context of a current span.
+// In a durable's handler, an envelope without a message id that is published to JetStream
+// gets
 //
 //	<stream>/<durable>/<sequence>@<stored time in Unix nanoseconds>/<hash>/<n>
 //
-// made of the handled message, a hash of the envelope and its number among equal
-// ones that the handler has stored. So when the message is handled again, what was
-// stored is not stored twice within the duplicate window, whatever else that run
-// publishes, in which order and from how many goroutines; and what is different is
-// never taken for a repetition. Equal envelopes in equal number are one: a handler that
-// stores two equal ones in one run and two in the next has stored two. An envelope that
-// was not stored, or of which that is unknown, leaves its number to the next equal one,
-// so that trying again is safe.
+// The parts are those of the handled message, a hash of the envelope, and its number among
+// equal envelopes that the handler has stored. So if the message is handled again, equal
+// envelopes are not stored twice within the duplicate window, whatever else that run
+// publishes, in any order and from any goroutines; different envelopes are never taken for
+// duplicates. A handler that stores two equal envelopes in each of two runs has stored
+// two. An envelope that was not stored, or whose outcome is unknown, leaves its number to
+// the next equal one, so that a retry in the handler is safe.
 //
-// Equal are envelopes with the same subject, payload, TTL, delay ([Envelope.After], or
-// the time of [Envelope.At]) and headers. The trace context (traceparent, tracestate)
-// and expected streams and sequences do not count. So an envelope that differs from
-// run to run, by a time or a random id in it, is another message in each: give it a
-// [Envelope.MsgID]. In an atomic batch the envelopes of the whole batch count.
+// Envelopes are equal if they have the same subject, payload, TTL, delay ([Envelope.After],
+// or the time of [Envelope.At]) and headers. The trace context (traceparent, tracestate)
+// and expected streams and sequences are ignored. An envelope that contains a time or a
+// random id is thus a different message in each run: give it an [Envelope.MsgID]. For an
+// atomic batch the envelopes of the whole batch are compared.
 //
-// Of what one handler publishes, the first 131,072 different envelopes are counted one by
-// one. Of those beyond, a run that publishes them in another order may store some again.
+// This holds for the first 131,072 different envelopes of one handler call. Of further
+// ones, a run that publishes them in another order may store some again.
 //
-// A message that is too large with the headers that natsx adds goes without them:
-// first without those carried over, then without the codec's Content-Type, at last
-// without an automatic message id, as [WithoutMessageIDs] has it.
+// If a message is too large with the headers that natsx adds, they are left out: first the
+// carried ones, then the codec's Content-Type, at last the automatic message id, with the
+// effect of [WithoutMessageIDs].
 type Publisher struct {
-	nc     *nats.Conn
-	js     jetstream.JetStream
-	bare   bool          // no automatic message ids
-	fast   bool          // batches in PublishAll
-	prefix string        // of automatic message ids
-	count  atomic.Uint64 // automatic message ids so far
-	recent recentStreams
+	nc         *nats.Conn
+	js         jetstream.JetStream
+	bare       bool   // no automatic message ids
+	fast       bool   // batches in PublishAll
+	prefix     string // of automatic message ids
+	middleware []PublishMiddleware
+	around     PublishFunc   // the middleware around a call; nil without any
+	count      atomic.Uint64 // automatic message ids so far
+	recent     recentStreams
 
 	replies atomic.Pointer[replies] // of requests without headers, once there was one
-	denials *denials                // which the end of the publisher stops
+	denials *denials                // stopped by a cleanup of the publisher
 }
 
 // PublisherOption configures a [Publisher].
 type PublisherOption func(*Publisher)
 
-// WithPublisherJetStream sets the JetStream context that is asked about streams,
-// for a domain or an API prefix. It must be of the publisher's connection, which is
-// not checked. Default, also for nil, is a plain one.
+// WithPublisherJetStream sets the JetStream context that looks up streams, for a domain or
+// an API prefix. It must use the publisher's connection, which is not checked. The
+// default, also for nil, is [jetstream.New] without options.
 //
-// A publisher at a server with a JetStream domain, which may be a leaf node, needs one
-// with the domain of its streams to be told at once that no stream captures a subject:
-// see [Publisher.Publish].
+// On a server with a JetStream domain, which may be a leaf node, [Publisher.Publish]
+// returns [ErrNoStream] at once only if this option names the domain of the streams.
 func WithPublisherJetStream(js jetstream.JetStream) PublisherOption {
 	return func(p *Publisher) { p.js = js }
 }
 
-// WithoutMessageIDs leaves out the automatic message ids of Publish and
-// PublishAll, which cost a server about a third of its rate. Without an id a
-// second try might be a second copy. So an envelope that has none, neither its
-// own nor a handler's, is sent once, when the connection is up, and waits for the one
-// ack until ctx ends. When that is lost, as in a leader election, the error says that
-// the message may be stored; what says "not sent" is not stored.
+// WithoutMessageIDs disables the automatic message ids of Publish and PublishAll, which
+// cost a server about a third of its rate. Without an id a retry could store a second
+// copy. So an envelope without an id, neither its own nor one from a handler, is sent only
+// once, when the connection is up, and its ack is awaited until ctx ends. If the ack is
+// lost, as in a leader election, the error says that the message may be stored; an error
+// that says "not sent" means that it is not.
 func WithoutMessageIDs() PublisherOption {
 	return func(p *Publisher) { p.bare = true }
 }
 
-// NewPublisher returns a publisher over nc, which must outlive it and is not nil.
+// NewPublisher returns a publisher over nc, which must not be nil.
 func NewPublisher(nc *nats.Conn, opts ...PublisherOption) *Publisher {
 	p := &Publisher{nc: nc, prefix: rand.Text()[:16], denials: &denials{nc: nc}}
 	runtime.AddCleanup(p, (*denials).stop, p.denials)
 	for _, opt := range opts {
 		opt(p)
 	}
+	p.around = wrapPublish(p.middleware)
 	if p.js == nil {
-		// Without options there is nothing that New could refuse.
+		// Without options New does not fail.
 		p.js, _ = jetstream.New(nc)
 	}
 	return p
 }
 
-// online waits until the connection has been up once: until then nats.go knows
-// nothing of the server, and refuses headers.
+// online waits for the first connect: until then nats.go does not know the server's
+// features, and refuses headers.
 func (p *Publisher) online(ctx context.Context) error {
 	for p.nc.MaxPayload() == 0 && !p.nc.IsClosed() {
 		if err := ctx.Err(); err != nil {
@@ -118,7 +120,7 @@ func (p *Publisher) online(ctx context.Context) error {
 	return nil
 }
 
-// localFailure is an error of the connection, in the words of what was to be done.
+// localFailure is an error of the connection during an operation on m.
 func (p *Publisher) localFailure(doing string, m *nats.Msg, err error) error {
 	what := fmt.Sprintf("%s %q: ", doing, m.Subject)
 	switch {
@@ -131,8 +133,8 @@ func (p *Publisher) localFailure(doing string, m *nats.Msg, err error) error {
 	return failure(what+cause(err), err)
 }
 
-// closed is an error for a connection on which nothing is published any more, with
-// [ErrConnectionClosed] and that of nats.go in its chain, and else nil.
+// closed returns an [ErrConnectionClosed] if the connection is closed or draining, else
+// nil.
 func (p *Publisher) closed() error {
 	switch p.nc.Status() {
 	case nats.CLOSED:
@@ -143,7 +145,7 @@ func (p *Publisher) closed() error {
 	return nil
 }
 
-// isLocal reports whether err is of a message that never left.
+// isLocal reports whether err is of a message that was not sent.
 func isLocal(err error) bool {
 	for _, local := range []error{
 		nats.ErrMaxPayload, nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrInvalidConnection,
@@ -156,7 +158,7 @@ func isLocal(err error) bool {
 	return false
 }
 
-// withLimit ends ctx after d unless it has a deadline of its own.
+// withLimit ends ctx after d, unless it has a deadline.
 func withLimit(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	if _, ok := ctx.Deadline(); ok {
 		return ctx, func() {}
@@ -176,15 +178,13 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-// tryWait is how long a try waits for its ack after so many without one: longer
-// from try to try, or a server that is slower than what is under way would be kept
-// busy with repetitions.
+// tryWait is how long a try waits for its ack, after a number of unanswered ones. It grows
+// so that a slow server is not kept busy with retries.
 func tryWait(first time.Duration, unanswered int) time.Duration {
 	return first << min(unanswered, 3)
 }
 
-// checkedAck is [parseAck] for a message that expects a stream, unless want is
-// empty.
+// checkedAck is [parseAck] with a check of the expected stream, if want is not empty.
 func checkedAck(data []byte, want, last string) (Ack, error) {
 	ack, err := parseAck(data, last)
 	if err == nil && want != "" && ack.Stream != want {
@@ -193,9 +193,9 @@ func checkedAck(data []byte, want, last string) (Ack, error) {
 	return ack, err
 }
 
-// parseAck reads a stream's answer to a publish: an ack, a refusal as
+// parseAck parses a stream's answer to a publish: an ack, a refusal as
 // [*jetstream.APIError] with an Ack that names the stream, or [ErrBadAck]. last is the
-// stream of an earlier ack: the same name is not allocated again.
+// stream of an earlier ack, to avoid an allocation for the same name.
 func parseAck(data []byte, last string) (Ack, error) {
 	if ack, ok := parsePlainAck(data, last); ok {
 		return ack, nil
@@ -218,8 +218,8 @@ func parseAck(data []byte, last string) (Ack, error) {
 	return Ack{Stream: r.Stream, Sequence: r.Sequence, Duplicate: r.Duplicate}, nil
 }
 
-// parsePlainAck reads {"stream":"S","seq":1}, which almost every ack is, without
-// a JSON decoder. Whatever else it leaves to that.
+// parsePlainAck parses {"stream":"S","seq":1} without a JSON decoder, since almost every
+// ack has this form. It reports false for all others.
 func parsePlainAck(data []byte, last string) (Ack, bool) {
 	rest, ok := bytes.CutPrefix(data, []byte(`{"stream":"`))
 	if !ok {
@@ -256,8 +256,8 @@ const (
 	// DefaultPublishTimeout ends a JetStream publish whose context has no deadline.
 	DefaultPublishTimeout = 30 * time.Second
 
-	// ackWait is how long the first try waits for its ack, see [tryWait]. Tries
-	// share the message id, so a slow ack costs a duplicate answer at most.
+	// ackWait is how long the first try waits for its ack; see tryWait. Tries share the
+	// message id, so a slow ack costs a duplicate answer at most.
 	ackWait = time.Second
 )
 
@@ -268,13 +268,13 @@ var (
 
 func cut(b []byte, n int) []byte { return b[:min(len(b), n)] }
 
-// publishOnce is one JetStream publish with one awaited and checked ack: no
-// retry, no check of the envelope. It waits until ctx ends.
+// publishOnce publishes once to JetStream and waits for the ack until ctx ends, without
+// retries and without checking the envelope.
 //
-// Nobody there is [nats.ErrNoResponders], a refusal [*jetstream.APIError] with an Ack
-// that names the stream, an answer that no stream gave [ErrBadAck], an ack from another stream than the
-// one in the message's Nats-Expected-Stream [ErrWrongStream]. Anything else
-// leaves open whether the message is stored.
+// The error is [nats.ErrNoResponders] without subscribers; a [*jetstream.APIError] for a
+// refusal, with an Ack that names the stream; [ErrBadAck] for an answer that is not from a
+// stream; [ErrWrongStream] for an ack of another stream than the message's
+// Nats-Expected-Stream. After any other error the outcome is unknown.
 func publishOnce(ctx context.Context, nc *nats.Conn, m *nats.Msg) (Ack, error) {
 	r, err := nc.RequestMsgWithContext(ctx, m)
 	if err != nil {

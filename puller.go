@@ -6,26 +6,29 @@ import (
 )
 
 const (
-	// statusGrace is how much later than a pull's end the server may say so.
+	// statusGrace is how late the status message about a pull's end may arrive.
 	statusGrace = time.Second
 	// refusalPause is the pause after a pull that the server refused.
 	refusalPause = time.Second
-	// movedPause is the pause before pulling again where nobody served the last pull;
-	// it doubles, up to refusalPause, while nobody does.
+	// movedPause is the pause after a pull that no server served. It doubles with each
+	// one in a row, up to refusalPause.
 	movedPause = 10 * time.Millisecond
-	// starvedPause is when a pull that the byte budget did not allow is tried again.
+	// starvedPause is the pause after a pull that the byte budget did not allow.
 	starvedPause = int64(2 * time.Millisecond)
+	// pinStay is how long a request waits at the server that keeps a pin.
+	pinStay = time.Second
 )
 
 // puller is the client's side of the pull protocol for one consumer (ADR-13): which
-// requests are at the server, what they may still bring, and the next one. It is a
-// state machine without clock, lock or connection: its owner tells it what happens,
-// under the owner's lock, and sends the requests that it returns. What is wanted is
-// decided by the owner's policy, which passes a demand.
+// requests wait at the server, what they may still deliver, and the next one. It is a
+// state machine without clock, lock or connection: its owner reports events under its
+// own lock, and sends the requests that the puller returns. The owner's policy decides
+// how much to ask for, and passes that as a demand.
 //
-// A request for messages is called real. A bell is a request that no message fits:
-// the server ends it when there is a message to deliver, and delivers nothing. An idle
-// consumer waits with a bell, so that no message can be on its way to it when it stops.
+// An idle pull is a request with max_bytes 1, which no message fits: the server ends it
+// when there is a message to deliver, and delivers nothing. An idle consumer waits with
+// such a pull, so that no message is in transit when it stops. All other requests are
+// called real.
 type puller struct {
 	limits pullLimits // of the consumer
 	budget *budget    // bytes of the connection, nil for no bound
@@ -33,35 +36,45 @@ type puller struct {
 
 	open        bool // requests may be sent
 	pulls       []pull
-	outstanding int   // messages asked for that have not come
-	asked       int64 // of the budget, for these
-	carried     int64 // bytes that came since the budget was told
+	outstanding int   // messages requested that have not arrived
+	asked       int64 // bytes reserved in the budget for these
+	carried     int64 // bytes received since the last report to the budget
 	tokens      uint64
-	heard       int64 // when the server was last heard
-	unheard     int64 // when the oldest pull was sent whose end should have been heard, 0 for none
-	notBefore   int64 // no request before
-	unserved    int   // requests in a row that nobody served
+	heard       int64 // when the last message or status arrived
+	unheard     int64 // when the oldest pull was sent whose end was not announced, 0 for none
+	notBefore   int64 // no request before this time
+	unserved    int   // requests in a row that no server served
 	single      bool  // the next real request is for one message of any size
-	starved     bool  // the budget allowed nothing
+	starved     bool  // the budget did not allow the last request
+
+	// Of a consumer with a pinned client (ADR-42), the only one that receives messages. Other
+	// clients wait with requests without a pin; the first message of one carries its pin. The
+	// pin ends some time after the last request with it, whatever waits at the server.
+	group   string
+	pin     string // empty for none
+	pinKeep int64  // how long after a request with the pin the next one is due
+	pinSent int64  // when the last request with it was sent, 0 for none
 }
 
 // pull is a request at the server.
 type pull struct {
 	token     uint64
 	batch     int
-	bell      bool
+	idle      bool
+	pin       string
 	sent      int64
 	expires   int64
 	heartbeat int64 // 0 for none
 }
 
-// demand is what a policy wants of the puller.
+// demand is what a policy wants from the puller.
 type demand struct {
-	messages  int           // that may be here or on their way, beyond those that have come
+	messages  int           // that may be in transit, beyond those that have arrived
 	refill    int           // the fewest messages that are worth a request
-	bell      bool          // when messages is 0: a bell is to wait at the server
+	idle      bool          // when messages is 0: an idle pull is to wait at the server
 	stay      time.Duration // how long a request may wait at the server
-	heartbeat time.Duration // of a request that stays longer, 0 for none
+	heartbeat time.Duration // of a request that waits longer than this, 0 for none
+	again     int64         // when the demand grows even if nothing happens, 0 for never
 }
 
 // pullEvent is what a status means for the owner of the puller.
@@ -69,9 +82,10 @@ type pullEvent uint8
 
 const (
 	pullGoesOn     pullEvent = iota // plan the next request
-	pullRang                        // a bell rang: there are messages
-	pullRefused                     // the server does not take such requests; the puller pauses
-	pullMoved                       // nobody serves the consumer at the moment
+	pullWoken                       // an idle pull ended: there are messages
+	pullRefused                     // the server refuses such requests; the puller pauses
+	pullMoved                       // no server serves the consumer at the moment
+	pullUnpinned                    // the pin was lost: another client may get messages
 	pullGone                        // the consumer was deleted
 	pullStreamGone                  // its stream was deleted
 )
@@ -86,7 +100,7 @@ func (p *puller) message(now int64, size int) {
 		p.size += (int64(size) - p.size) / 16
 	}
 	if p.outstanding == 0 {
-		return // of a pull that was given up
+		return // from a pull that was given up
 	}
 	p.release(p.asked / int64(p.outstanding))
 	p.outstanding--
@@ -111,16 +125,23 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 		return pullGoesOn
 	case statusTooLarge:
 		p.unserved = 0
-		if ended.bell {
-			return pullRang
+		if ended.idle {
+			return pullWoken
 		}
-		// One that brought nothing would bring nothing again.
+		// A pull that brought nothing for its size would bring nothing again.
 		p.single = p.single || i >= 0 && s.left == ended.batch
 		return pullGoesOn
 	case statusLimit:
 		if p.limits.learn(s.text) {
 			return pullGoesOn
 		}
+	case statusUnpinned:
+		p.unserved = 0
+		if i < 0 || ended.pin == "" || ended.pin != p.pin {
+			return pullGoesOn // the pull was sent before the current pin arrived
+		}
+		p.pin = ""
+		return pullUnpinned
 	case statusDeleted:
 		return pullGone
 	case statusStreamDeleted:
@@ -132,7 +153,7 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 			pause = min(movedPause<<(p.unserved-1), refusalPause)
 		}
 		if p.unserved == 1 && s.code != "503" {
-			pause = 0 // the next leader knows that it is one
+			pause = 0 // there is a new leader already
 		}
 		p.notBefore = max(p.notBefore, now+int64(pause))
 		return pullMoved
@@ -141,18 +162,47 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	return pullRefused
 }
 
-// end removes a pull that brings left messages less than it asked for.
+// pinned records the pin of a message, and reports whether it is a new one.
+func (p *puller) pinned(pin string) (gained bool) {
+	if pin == "" || pin == p.pin {
+		return false
+	}
+	p.pin, p.pinSent = pin, 0
+	return true
+}
+
+// keepPin returns the request that renews the pin, if one is due. Like an idle pull it
+// takes no message.
+func (p *puller) keepPin(now int64) (r pullRequest, ok bool) {
+	if at := p.pinDue(); at == 0 || now < at {
+		return r, false
+	}
+	return p.book(now, pullRequest{batch: 1, maxBytes: 1, expires: min(time.Duration(p.pinKeep), pinStay)}, true), true
+}
+
+// pinDue is when the next request with the pin is due, 0 without one.
+func (p *puller) pinDue() int64 {
+	switch {
+	case p.pin == "":
+		return 0
+	case p.pinSent == 0:
+		return 1
+	}
+	return p.pinSent + p.pinKeep
+}
+
+// end removes a pull that delivers left messages fewer than it asked for.
 func (p *puller) end(i, left int) {
 	ended := p.pulls[i]
 	p.pulls = slices.Delete(p.pulls, i, i+1)
-	if ended.bell {
+	if ended.idle {
 		return
 	}
 	p.outstanding -= left
-	// A pull may end without saying how much of it is left.
+	// A pull may end without a count of what is left.
 	most := 0
 	for _, q := range p.pulls {
-		if !q.bell {
+		if !q.idle {
 			most += q.batch
 		}
 	}
@@ -164,26 +214,27 @@ func (p *puller) end(i, left int) {
 	p.clear()
 }
 
-// clear drops the pulls for messages when all of these have come, or will not.
+// clear drops the real pulls when none of their messages is outstanding.
 func (p *puller) clear() {
 	if p.outstanding == 0 {
-		p.pulls = slices.DeleteFunc(p.pulls, func(q pull) bool { return !q.bell })
+		p.pulls = slices.DeleteFunc(p.pulls, func(q pull) bool { return !q.idle })
 		p.release(p.asked)
 	}
 }
 
-// forget gives up every pull, which the server does not have any more, and returns
-// how many messages may have been lost on their way.
+// forget gives up every pull, since the server no longer knows them, and returns how
+// many messages may have been lost in transit.
 func (p *puller) forget() (lost int) {
 	lost = p.outstanding
 	p.pulls, p.outstanding, p.unheard = p.pulls[:0], 0, 0
+	p.pinSent = 0
 	p.release(p.asked)
 	return lost
 }
 
-// expire gives up the pulls of which the server should have announced the end, and
-// reports whether it has been silent since: the end of a pull for one message is not
-// announced when that came.
+// expire gives up the pulls whose end the server should have announced, and reports
+// whether it was silent since then. It does not announce the end of a pull for one
+// message that was delivered.
 func (p *puller) expire(now int64) (silent bool) {
 	for i := 0; i < len(p.pulls); {
 		q := p.pulls[i]
@@ -195,17 +246,17 @@ func (p *puller) expire(now int64) (silent bool) {
 		}
 		if missed || p.heard < q.expires {
 			silent = true
-			if p.unheard == 0 && !q.bell {
+			if p.unheard == 0 && !q.idle {
 				p.unheard = q.sent
 			}
 		}
 		p.end(i, q.batch)
-		i = 0 // it may have been the last
+		i = 0 // end may have removed others
 	}
 	return silent
 }
 
-// wake is when expire or next has something to do though nothing happens, 0 for never.
+// wake is when expire or next is to be called even if nothing happens, 0 for never.
 func (p *puller) wake(now int64) int64 {
 	at := int64(0)
 	soonest := func(t int64) {
@@ -225,7 +276,7 @@ func (p *puller) wake(now int64) int64 {
 	return at
 }
 
-// next is the request that meets a demand, when there is one to send.
+// next returns the request that meets a demand, if there is one to send.
 func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 	if !p.open || now < p.notBefore {
 		return r, false
@@ -234,7 +285,7 @@ func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 	p.carried = 0
 	real := d.messages > 0
 	if !real {
-		if !d.bell || len(p.pulls) > 0 {
+		if !d.idle || len(p.pulls) > 0 {
 			return r, false
 		}
 		r = pullRequest{batch: 1, maxBytes: 1, expires: d.stay, heartbeat: d.heartbeat}
@@ -250,7 +301,7 @@ func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 			n = min(n, p.limits.batch)
 		}
 		per, most := max(p.size, 1), n
-		// Where bytes are short, a few messages at a time would be a request for each.
+		// When bytes are short, wait for more rather than send many small requests.
 		if n = p.budget.grant(now, n, per, p.outstanding == 0); n == 0 || n < most && n < min(p.outstanding, d.messages-p.outstanding)/2 {
 			p.budget.release(int64(n) * per)
 			p.starved = true
@@ -259,44 +310,52 @@ func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 		p.starved, p.single = false, false
 		r = pullRequest{batch: n, expires: d.stay, heartbeat: d.heartbeat}
 		if p.budget != nil && n > 1 {
-			// Messages may have become larger than those before. One alone needs no
-			// bound, and then no status message about its end either.
+			// The next messages may be larger than the last ones. A pull for one message
+			// needs no bound, and without one no status message about its end.
 			r.maxBytes = max(4*int64(n)*per, minPullBytes)
 		}
 		p.outstanding += n
 		p.asked += int64(n) * per
 	}
+	return p.book(now, r, !real), true
+}
+
+// book applies the consumer's limits to r, and records the pull.
+func (p *puller) book(now int64, r pullRequest, idle bool) pullRequest {
 	if r.heartbeat > 0 && r.expires <= r.heartbeat {
-		r.heartbeat = 0 // its end comes in time for one
+		r.heartbeat = 0 // its end is announced before a heartbeat would be due
 	}
 	r = p.limits.apply(r)
 	p.tokens++
-	r.token = p.tokens
+	r.token, r.group, r.pin = p.tokens, p.group, p.pin
+	if r.pin != "" {
+		p.pinSent = now
+	}
 	p.pulls = append(p.pulls, pull{
-		token: r.token, batch: r.batch, bell: !real,
+		token: r.token, batch: r.batch, idle: idle, pin: r.pin,
 		sent: now, expires: now + int64(r.expires), heartbeat: int64(r.heartbeat),
 	})
-	return r, true
+	return r
 }
 
 // waitsUntil is when the last real pull ends at the server, 0 for none.
 func (p *puller) waitsUntil() (at int64) {
 	for _, q := range p.pulls {
-		if !q.bell {
+		if !q.idle {
 			at = max(at, q.expires)
 		}
 	}
 	return at
 }
 
-// since is when the oldest real pull was sent that may still bring something, and now
-// without one: no message that comes was delivered before.
+// since is when the oldest real pull was sent that may still deliver messages, or now if
+// there is none. The server delivered no message that arrives now before that time.
 func (p *puller) since(now int64) int64 {
 	if p.unheard != 0 {
 		return p.unheard
 	}
 	for _, q := range p.pulls {
-		if !q.bell {
+		if !q.idle {
 			return q.sent
 		}
 	}

@@ -41,6 +41,16 @@ func (s *pullScript) want(d demand, want string) *pullScript {
 	return s
 }
 
+// keepPin compares the request that keeps the pin, "" for none.
+func (s *pullScript) keepPin(want string) *pullScript {
+	s.t.Helper()
+	r, ok := s.p.keepPin(s.now)
+	if got := string(r.body()); ok != (want != "") || ok && got != want {
+		s.t.Errorf("at %d ms: the pin is kept by %s (%v), want %s", s.now/int64(time.Millisecond), got, ok, want)
+	}
+	return s
+}
+
 func (s *pullScript) messages(n, size int) *pullScript {
 	for range n {
 		s.p.message(s.now, size)
@@ -74,8 +84,8 @@ func TestPuller(t *testing.T) {
 	const sec = 1_000_000_000
 	ten := demand{messages: 10, stay: time.Second}
 	pull := func(n int) string { return fmt.Sprintf(`{"batch":%d,"expires":%d}`, n, sec) }
-	bell := demand{bell: true, stay: 30 * time.Second, heartbeat: 10 * time.Second}
-	const ring = `{"batch":1,"expires":30000000000,"max_bytes":1,"idle_heartbeat":10000000000}`
+	idle := demand{idle: true, stay: 30 * time.Second, heartbeat: 10 * time.Second}
+	const idleBody = `{"batch":1,"expires":30000000000,"max_bytes":1,"idle_heartbeat":10000000000}`
 	tests := []struct {
 		name   string
 		script func(s *pullScript)
@@ -94,7 +104,7 @@ func TestPuller(t *testing.T) {
 		}},
 		{"closed asks for nothing", func(s *pullScript) {
 			s.p.open = false
-			s.at(0).want(ten, "").want(bell, "")
+			s.at(0).want(ten, "").want(idle, "")
 		}},
 		{"expired brings less", func(s *pullScript) {
 			s.at(0).want(ten, pull(10)).messages(3, 100)
@@ -115,21 +125,21 @@ func TestPuller(t *testing.T) {
 			}
 			s.messages(2, 100).outstanding(0).want(ten, pull(10))
 		}},
-		{"bell rings", func(s *pullScript) {
-			s.at(0).want(bell, ring).outstanding(0).want(bell, "")
-			s.at(5).status("409", "Message Size Exceeds MaxBytes", 1, pullRang).want(ten, pull(10))
+		{"idle pull is woken", func(s *pullScript) {
+			s.at(0).want(idle, idleBody).outstanding(0).want(idle, "")
+			s.at(5).status("409", "Message Size Exceeds MaxBytes", 1, pullWoken).want(ten, pull(10))
 		}},
-		{"bell expires", func(s *pullScript) {
-			s.at(0).want(bell, ring).at(30_000).status("408", "Request Timeout", 1, pullGoesOn).want(bell, ring)
+		{"idle pull expires", func(s *pullScript) {
+			s.at(0).want(idle, idleBody).at(30_000).status("408", "Request Timeout", 1, pullGoesOn).want(idle, idleBody)
 		}},
-		{"bell stays beside a pull", func(s *pullScript) {
-			s.at(0).want(bell, ring).want(ten, pull(10)).messages(10, 100).outstanding(0)
-			if len(s.p.pulls) != 1 || !s.p.pulls[0].bell {
-				s.t.Errorf("pulls %+v, want the bell", s.p.pulls)
+		{"idle pull stays beside a real one", func(s *pullScript) {
+			s.at(0).want(idle, idleBody).want(ten, pull(10)).messages(10, 100).outstanding(0)
+			if len(s.p.pulls) != 1 || !s.p.pulls[0].idle {
+				s.t.Errorf("pulls %+v, want the idle pull", s.p.pulls)
 			}
 		}},
-		{"silence of a bell is found by its heartbeats", func(s *pullScript) {
-			s.at(0).want(bell, ring)
+		{"silence of an idle pull is found by its heartbeats", func(s *pullScript) {
+			s.at(0).want(idle, idleBody)
 			s.at(9_000).status("100", "Idle Heartbeat", -1, pullGoesOn)
 			if s.p.expire(ms(9_000 + 20_250)) {
 				s.t.Error("silent within two heartbeats")
@@ -196,9 +206,47 @@ func TestPuller(t *testing.T) {
 		{"limits are learned from refusals", func(s *pullScript) {
 			s.at(0).want(ten, pull(10)).status("409", "Exceeded MaxRequestBatch of 3", -1, pullGoesOn).want(ten, pull(3)).outstanding(3)
 			s.p.forget()
-			s.want(bell, ring).status("409", "Exceeded MaxRequestExpires of 500ms", -1, pullGoesOn)
-			s.want(bell, `{"batch":1,"expires":500000000,"max_bytes":1,"idle_heartbeat":250000000}`)
+			s.want(idle, idleBody).status("409", "Exceeded MaxRequestExpires of 500ms", -1, pullGoesOn)
+			s.want(idle, `{"batch":1,"expires":500000000,"max_bytes":1,"idle_heartbeat":250000000}`)
 			s.status("409", "Exceeded MaxRequestMaxBytes of nothing", -1, pullRefused)
+		}},
+		{"waits to be pinned, and pulls with its pin", func(s *pullScript) {
+			s.p.group, s.p.pinKeep = "g", int64(2*time.Second)
+			s.at(0).want(ten, `{"batch":10,"expires":1000000000,"group":"g"}`).keepPin("")
+			if !s.p.pinned("P") || s.p.pinned("P") {
+				s.t.Error("a pin is not gained once")
+			}
+			s.messages(4, 100).want(ten, `{"batch":4,"expires":1000000000,"group":"g","id":"P"}`).keepPin("")
+			if got, want := s.p.pinDue(), s.now+int64(2*time.Second); got != want {
+				s.t.Errorf("the next is due at %d, want %d", got, want)
+			}
+		}},
+		{"keeps its pin while it wants nothing", func(s *pullScript) {
+			const keep = `{"batch":1,"expires":1000000000,"max_bytes":1,"group":"g","id":"P"}`
+			s.p.group, s.p.pinKeep = "g", int64(2*time.Second)
+			s.at(0).p.pinned("P")
+			s.keepPin(keep).keepPin("").at(1999).keepPin("").at(2000).keepPin(keep).outstanding(0)
+			s.at(2001).status("409", "Message Size Exceeds MaxBytes", 1, pullWoken)
+			s.p.forget()
+			s.keepPin(keep) // what was sent before may be lost
+			s.p.open = false
+			s.at(4001).want(ten, "").keepPin(keep)
+		}},
+		{"loses its pin", func(s *pullScript) {
+			s.p.group, s.p.pinKeep = "g", int64(2*time.Second)
+			s.at(0).p.pinned("P")
+			s.want(ten, `{"batch":10,"expires":1000000000,"group":"g","id":"P"}`)
+			s.status("423", "Nats-Wrong-Pin-Id", 10, pullUnpinned).outstanding(0).keepPin("")
+			s.want(ten, `{"batch":10,"expires":1000000000,"group":"g"}`)
+		}},
+		{"refusals without a count, and of an earlier pin", func(s *pullScript) {
+			s.p.group, s.p.pinKeep = "g", int64(2*time.Second)
+			s.at(0).p.pinned("P")
+			s.want(ten, `{"batch":10,"expires":1000000000,"group":"g","id":"P"}`)
+			s.p.pinned("Q")
+			s.status("423", "Nats-Pin-Id mismatch", -1, pullGoesOn).outstanding(0)
+			s.want(ten, `{"batch":10,"expires":1000000000,"group":"g","id":"Q"}`)
+			s.status("423", "Nats-Pin-Id mismatch", -1, pullUnpinned).want(ten, `{"batch":10,"expires":1000000000,"group":"g"}`)
 		}},
 		{"batch limit is raised by the consumer", func(s *pullScript) {
 			s.p.limits.batch = 2
@@ -294,6 +342,25 @@ func TestPullerWithinABudget(t *testing.T) {
 	})
 }
 
+func TestTakePin(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		header, left nats.Header
+		pin          string
+	}{
+		{nil, nil, ""},
+		{nats.Header{"A": {"1"}}, nats.Header{"A": {"1"}}, ""},
+		{nats.Header{"Nats-Pin-Id": {"P"}}, nil, "P"},
+		{nats.Header{"A": {"1"}, "Nats-Pin-Id": {"P"}}, nats.Header{"A": {"1"}}, "P"},
+		{nats.Header{"Nats-Pin-Id": {"of a publisher", "P"}}, nats.Header{"Nats-Pin-Id": {"of a publisher"}}, "P"},
+	} {
+		m := &nats.Msg{Header: c.header}
+		if pin := takePin(m); pin != c.pin || !cmp.Equal(m.Header, c.left) {
+			t.Errorf("got pin %q and %v, want %q and %v", pin, m.Header, c.pin, c.left)
+		}
+	}
+}
+
 func TestWindow(t *testing.T) {
 	t.Parallel()
 	var w window
@@ -303,7 +370,7 @@ func TestWindow(t *testing.T) {
 		{0, 0, 0}, {1, 5, 5}, {9, 5, 10}, {50, 10, 20}, {99, 0, 20}, {102, 0, 10}, {149, 0, 10}, {151, 0, 0}, {5_000, 7, 7}, {5_099, 0, 7}, {5_101, 0, 0},
 	}
 	for _, s := range steps {
-		w.done(ms(s.at), s.done)
+		w.add(ms(s.at), s.done)
 		if got := w.recent(ms(s.at)); got != s.want {
 			t.Errorf("at %d ms: %d recently, want %d", s.at, got, s.want)
 		}
@@ -324,20 +391,20 @@ func TestHistory(t *testing.T) {
 			}
 		}
 		for seq := range leastRemembered {
-			h.handle(now, id(seq))
+			h.addHandled(now, id(seq))
 			now += ackFlight // few are remembered for long
 		}
 		knows(0, true)
 		knows(leastRemembered-1, true)
 		knows(leastRemembered, false)
-		h.handle(now, id(leastRemembered))
+		h.addHandled(now, id(leastRemembered))
 		knows(leastRemembered, true)
 		if h.wasHandled(messageID{seq: 1, time: 5}) {
 			t.Error("a message of another time is taken for the handled one")
 		}
 		for seq := leastRemembered + 1; seq <= 2*leastRemembered+1; seq++ {
 			now += ackFlight
-			h.handle(now, id(seq))
+			h.addHandled(now, id(seq))
 		}
 		knows(0, false)
 		knows(leastRemembered, true)
@@ -346,11 +413,11 @@ func TestHistory(t *testing.T) {
 	t.Run("what was handled before a doubt is known for longer", func(t *testing.T) {
 		t.Parallel()
 		var h history
-		h.handle(0, id(0))
+		h.addHandled(0, id(0))
 		h.doubt(0, time.Minute)
 		flood := func(now time.Duration) {
 			for seq := range 3 * mostRemembered {
-				h.handle(int64(now), id(1000+seq))
+				h.addHandled(int64(now), id(1000+seq))
 			}
 		}
 		flood(time.Minute)
@@ -366,7 +433,7 @@ func TestHistory(t *testing.T) {
 		t.Parallel()
 		var h history
 		for seq := range 5 * mostRemembered {
-			h.handle(1, id(seq))
+			h.addHandled(1, id(seq))
 			h.ranNothing(id(seq))
 			if seq%mostRemembered == 10 {
 				h.doubt(1, time.Hour)
@@ -401,7 +468,7 @@ func TestHistory(t *testing.T) {
 		h.ranNothing(id(1))
 		attempt(1, 4, 2)
 		attempt(1, 2, 1)
-		h.lose(2)
+		h.addLost(2)
 		attempt(2, 2, 1)
 		attempt(2, 3, 2)
 		attempt(3, 2, 1)

@@ -440,7 +440,7 @@ func TestIdleRouteHearsANewLeader(t *testing.T) {
 	}))
 	publish(t, nc, &nats.Msg{Subject: "r3.x", Data: []byte("first")})
 	receive(t, handled, "the first message")
-	<-time.After(idleAfter + mostStay) // until it waits with a bell
+	<-time.After(idleAfter + mostStay) // until it waits with an idle pull
 	onceWithin(t, 500*time.Millisecond, func() time.Duration {
 		old := c.leader(t, "R3", "d")
 		if _, err := nc.Request("$JS.API.CONSUMER.LEADER.STEPDOWN.R3.d", nil, testLimit); err != nil {

@@ -1,6 +1,6 @@
 package natsx
 
-// fifo is a queue on a ring that grows.
+// fifo is a queue in a ring buffer that grows.
 type fifo[T any] struct {
 	ring  []T
 	head  int

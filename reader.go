@@ -15,19 +15,19 @@ import (
 )
 
 const (
-	// readBurst is how many messages a reader takes in at a time.
+	// readBurst is how many messages a reader returns at a time.
 	readBurst = 64
-	// toolWindow is how many messages may be on their way to a tool.
+	// toolWindow is how many messages may be in transit to a tool.
 	toolWindow = 512
-	// toolInactive is when the server removes the consumer of a tool that was killed.
-	// One that is only slow makes itself another.
+	// toolInactive is when the server removes the consumer of a killed tool. A slow tool
+	// makes a new one.
 	toolInactive = 30 * time.Second
-	// toolConsumer begins the name of every consumer of a tool.
+	// toolConsumer is the prefix of the names of tools' consumers.
 	toolConsumer = "natsx-reader-"
 )
 
-// reader does what an ordered says: it makes its consumers, subscribes, pulls, asks the
-// stream's leader, and deletes its consumers. It is for one goroutine.
+// reader executes the steps of an ordered: it makes and deletes consumers, subscribes,
+// pulls, and asks the stream's leader. It is for one goroutine.
 type reader struct {
 	readerOptions
 	o      ordered
@@ -37,7 +37,7 @@ type reader struct {
 	stream streamMark
 
 	inbox string         // pulls reply to inbox.<token>
-	msgs  chan *nats.Msg // never closed; has room for all that may be on its way
+	msgs  chan *nats.Msg // never closed; has room for all messages in transit
 	timer *time.Timer
 	sub   *nats.Subscription
 	watch *linkWatch
@@ -45,21 +45,21 @@ type reader struct {
 	pulls atomic.Pointer[string]          // subject of the pulls
 	deny  atomic.Pointer[PermissionError] // what the server does not permit
 
-	name  string   // of the next consumer, empty when it is to have a new one
+	name  string   // of the next consumer, empty for a new name
 	owned []string // consumers that may exist
 	burst []arrival
 }
 
-// readerOptions are what a reader is to read, and how.
+// readerOptions are what a reader reads, and how.
 type readerOptions struct {
 	filter      string
 	headersOnly bool
-	consumers   string        // begins the names of its consumers
-	inactive    time.Duration // when the server removes them while nobody pulls
-	window      int           // messages that may be on their way at most
-	// want is the policy of the pulls, on the reader's goroutine.
+	consumers   string        // prefix of its consumers' names
+	inactive    time.Duration // inactive threshold of its consumers
+	window      int           // the most messages in transit
+	// want is the policy of the pulls, called on the reader's goroutine.
 	want func(now int64, p *puller) demand
-	wake chan struct{} // has the reader look at it again; capacity 1
+	wake chan struct{} // notified when want may have changed; capacity 1
 }
 
 // arrival is a message of a stream.
@@ -74,7 +74,7 @@ func openReader(a *api, l *link, log *slog.Logger, stream *jetstream.StreamInfo,
 	r := &reader{
 		readerOptions: opts, api: a, link: l, log: log, stream: markOf(stream),
 		inbox: a.nc.NewInbox(),
-		// Twice the window, since what an earlier consumer sent may still come in, and
+		// Twice the window, since an earlier consumer's messages may still arrive, and
 		// room for status messages.
 		msgs:  make(chan *nats.Msg, 2*opts.window+8*orderedPulls),
 		timer: time.NewTimer(time.Hour),
@@ -101,7 +101,7 @@ func (r *reader) begin(ctx context.Context, o ordered) error {
 	r.o.session = r.link.sessions.Load()
 	r.o.resume(processTime())
 	for !r.o.made && !r.o.over() {
-		r.look()
+		r.updateConnection()
 		if err := r.do(ctx, r.o.next(processTime())); err != nil {
 			return err
 		}
@@ -109,14 +109,14 @@ func (r *reader) begin(ctx context.Context, o ordered) error {
 	return r.o.fault
 }
 
-// next returns the next messages, which are good until the next call. It returns none at
-// the end.
+// next returns the next messages, which are valid until the next call. It returns none
+// at the end.
 func (r *reader) next(ctx context.Context) ([]arrival, error) {
 	clear(r.burst)
 	r.burst = r.burst[:0]
 	r.o.resume(processTime())
 	for {
-		r.look()
+		r.updateConnection()
 		r.takeIn(nil)
 		if r.pullAll(); len(r.burst) > 0 {
 			return r.burst, nil
@@ -134,12 +134,12 @@ func (r *reader) next(ctx context.Context) ([]arrival, error) {
 	}
 }
 
-// look takes over the state of the connection.
-func (r *reader) look() {
+// requestCheck takes over the state of the connection.
+func (r *reader) updateConnection() {
 	r.o.connection(processTime(), r.link.up(), r.link.sessions.Load())
-	if r.link.is() == nats.CLOSED {
+	if r.link.state() == nats.CLOSED {
 		err := ErrConnectionClosed
-		if why := r.link.why(); why != nil {
+		if why := r.link.lastCause(); why != nil {
 			err = fmt.Errorf("%w: %w", err, why)
 		}
 		r.o.fail(err)
@@ -162,7 +162,7 @@ func (r *reader) pullAll() {
 	}
 }
 
-// takeIn takes m and what has come in behind it, a burst at most.
+// takeIn processes m and what has arrived after it, up to a burst.
 func (r *reader) takeIn(m *nats.Msg) {
 	now := processTime()
 	for ; len(r.burst) < readBurst; m = nil {
@@ -173,7 +173,8 @@ func (r *reader) takeIn(m *nats.Msg) {
 				return
 			}
 		}
-		// As for a durable, headers prove nothing: only a status has no reply.
+		// Headers prove nothing, since publishers write them; only a status message has
+		// no reply subject.
 		if m.Reply == "" {
 			r.o.status(now, parseStatus(m))
 		} else if info, ok := parseDelivery(m.Reply); ok && info.stream == r.stream.name {
@@ -185,8 +186,7 @@ func (r *reader) takeIn(m *nats.Msg) {
 	}
 }
 
-// do does a step that neither ends the reading nor is done by the machine itself. Its
-// error is that of ctx.
+// do executes a step that does not end the reading. It returns the error of ctx.
 func (r *reader) do(ctx context.Context, step orderedStep) error {
 	switch step.kind {
 	case stepWait:
@@ -209,7 +209,7 @@ func (r *reader) do(ctx context.Context, step orderedStep) error {
 	return ctx.Err()
 }
 
-// waitFor waits for what comes in, or until a time.
+// waitFor waits for a message, a change, or a time.
 func (r *reader) waitFor(ctx context.Context, at int64) error {
 	pause := time.Hour
 	if at != 0 {
@@ -226,11 +226,11 @@ func (r *reader) waitFor(ctx context.Context, at int64) error {
 	return ctx.Err()
 }
 
-// replace makes a consumer and then deletes the one before.
-func (r *reader) replace(ctx context.Context, at startAt) {
+// replace makes a consumer and then deletes the previous one.
+func (r *reader) replace(ctx context.Context, at startPoint) {
 	trouble, doubtful := r.o.trouble, r.o.doubtful
 	if trouble != nil && r.o.tries == 0 {
-		r.log.Debug("natsx: reading of a stream starts again behind the last message received", "stream", r.stream.name, "cause", trouble)
+		r.log.Debug("natsx: stream reader continues with a new consumer", "stream", r.stream.name, "cause", trouble)
 	}
 	if doubtful {
 		if _, alive := r.link.ping(ctx, patienceFor(0), mostPatience); !alive && ctx.Err() == nil {
@@ -244,12 +244,12 @@ func (r *reader) replace(ctx context.Context, at startAt) {
 	case ctx.Err() != nil:
 	case err != nil:
 		if r.o.tries == 0 && transient(err) {
-			r.log.Warn("natsx: stream cannot be read yet, trying again", "stream", r.stream.name, "error", err)
+			r.log.Warn("natsx: stream cannot be read, trying again", "stream", r.stream.name, "error", err)
 		}
 		r.o.notCreated(processTime(), err)
 	default:
 		if r.o.tries > 0 {
-			r.log.Info("natsx: stream is read again", "stream", r.stream.name)
+			r.log.Info("natsx: stream can be read again", "stream", r.stream.name)
 		}
 		pulls := r.api.prefix + "CONSUMER.MSG.NEXT." + r.stream.name + "." + info.Name
 		r.pulls.Store(&pulls)
@@ -259,7 +259,7 @@ func (r *reader) replace(ctx context.Context, at startAt) {
 	}
 }
 
-func (r *reader) replaceOnce(ctx context.Context, at startAt) (*jetstream.ConsumerInfo, error) {
+func (r *reader) replaceOnce(ctx context.Context, at startPoint) (*jetstream.ConsumerInfo, error) {
 	if r.o.made {
 		if err := r.verifyStream(ctx); err != nil {
 			return nil, err
@@ -268,8 +268,9 @@ func (r *reader) replaceOnce(ctx context.Context, at startAt) (*jetstream.Consum
 	return r.create(ctx, at)
 }
 
-// create makes a consumer. One that may exist already after a failure gets the same name.
-func (r *reader) create(ctx context.Context, at startAt) (*jetstream.ConsumerInfo, error) {
+// create makes a consumer. After a failure it uses the same name, since the consumer may
+// exist.
+func (r *reader) create(ctx context.Context, at startPoint) (*jetstream.ConsumerInfo, error) {
 	if r.name == "" {
 		r.name = r.consumers + rand.Text()
 		r.owned = append(r.owned, r.name)
@@ -289,8 +290,8 @@ func (r *reader) create(ctx context.Context, at startAt) (*jetstream.ConsumerInf
 	return r.api.createConsumer(ctx, r.stream.name, cfg)
 }
 
-// glance makes a consumer only to see where it starts and what it has ahead.
-func (r *reader) glance(ctx context.Context, at startAt) (*jetstream.ConsumerInfo, error) {
+// peek makes a consumer only to see where it starts and how much is pending.
+func (r *reader) peek(ctx context.Context, at startPoint) (*jetstream.ConsumerInfo, error) {
 	info, err := r.create(ctx, at)
 	if err == nil {
 		r.name = ""
@@ -299,22 +300,22 @@ func (r *reader) glance(ctx context.Context, at startAt) (*jetstream.ConsumerInf
 	return info, err
 }
 
-// verifyStream makes sure that the stream is the one that the reading began with.
+// verifyStream checks that the stream is the one that the reading started with.
 func (r *reader) verifyStream(ctx context.Context) error {
 	info, err := r.api.streamInfo(ctx, r.stream.name)
 	if err != nil {
 		return err
 	}
 	kin := r.stream.compare(info, r.o.read)
-	if kin == kinUnsure {
+	if kin == streamUnsure {
 		m, err := r.api.get(ctx, r.stream.name, getRequest{Seq: r.o.read.seq})
 		if err != nil && !errors.Is(err, ErrPermission) {
 			return err
 		}
 		kin = r.stream.decide(info, r.o.read, m)
 	}
-	if kin == kinOther {
-		return fmt.Errorf("%w and created again", ErrStreamDeleted)
+	if kin == streamOther {
+		return fmt.Errorf("%w and recreated", ErrStreamDeleted)
 	}
 	r.stream = markOf(info)
 	return nil
@@ -332,8 +333,8 @@ func (r *reader) close() {
 	r.clean(ctx, "")
 }
 
-// clean deletes the reader's consumers but one. What cannot be deleted in time expires by
-// itself.
+// clean deletes the reader's consumers except keep. The inactive threshold removes those
+// that cannot be deleted.
 func (r *reader) clean(ctx context.Context, keep string) {
 	var left []string
 	for _, name := range r.owned {
@@ -363,18 +364,19 @@ func (r *reader) onAsyncError(_ *nats.Subscription, err error) {
 	}
 }
 
-// span is a part of a stream: the messages on a filter from a first to a last sequence.
+// span is a part of a stream: the messages that match a filter, from a first to a last
+// sequence.
 type span struct {
 	stream      *jetstream.StreamInfo
 	filter      string
-	first       uint64 // 0 for the first there is
+	first       uint64 // 0 for the first of the stream
 	last        uint64
 	headersOnly bool
 }
 
-// readSpan yields the messages of a span in order and leaves no trace: on a stream with
-// limits retention through a reader; on others, where a consumer counts, one by one. An
-// error is the last thing yielded.
+// readSpan yields the messages of a span in order: through a reader if the stream has
+// limits retention, else one by one, since a consumer would affect what the stream
+// keeps. An error is yielded last.
 func readSpan(ctx context.Context, a *api, s span) iter.Seq2[*storedMsg, error] {
 	return func(yield func(*storedMsg, error) bool) {
 		if s.first = max(s.first, 1); s.first > s.last {
@@ -425,7 +427,7 @@ func streamSpan(ctx context.Context, a *api, s span, each func(*storedMsg) bool)
 		return err
 	}
 	defer r.close()
-	o := newOrdered(startAt{seq: s.first}, s.last)
+	o := newOrdered(startPoint{seq: s.first}, s.last)
 	o.lenient, o.single, o.patience = true, s.stream.Config.Replicas <= 1, readPatience
 	if err := r.begin(ctx, o); err != nil {
 		return err

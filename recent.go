@@ -10,30 +10,28 @@ import (
 )
 
 const (
-	// lookupWait bounds one question to the JetStream API.
+	// lookupWait is the longest wait for one answer of the JetStream API.
 	lookupWait = time.Second
-	// lookupPause is how long an answer about the stream of a subject is taken for
-	// the present state.
+	// lookupPause is how long the stream of a subject is not looked up again.
 	lookupPause = 200 * time.Millisecond
-	// streamTrust is how long a publisher relies on what it has looked up, where that
-	// does no harm.
+	// streamTrust is how long a publisher reuses stream information where that is safe.
 	streamTrust = 10 * time.Second
 )
 
-// finding is what the JetStream API said about the stream of a subject.
+// finding is the result of looking up the stream of a subject.
 type finding struct {
-	stream string // its name, empty when none captures the subject
-	err    error  // why the question has no answer
+	stream string // its name, empty if no stream captures the subject
+	err    error  // why the lookup failed
 	at     time.Time
 }
 
-// recentStreams are those that a publisher has looked up lately.
+// recentStreams are the streams that a publisher has looked up lately.
 type recentStreams struct {
 	noAck atomic.Bool // one of them did not acknowledge
 
 	mu      sync.Mutex
 	list    []seenStream
-	denials map[string]finding // by operation; made by the first
+	denials map[string]finding // by operation; nil until the first
 }
 
 type seenStream struct {
@@ -41,7 +39,7 @@ type seenStream struct {
 	at   time.Time
 }
 
-// denied is why an operation is not asked again so soon, or nil.
+// denied returns the recent permission error of an operation, or nil.
 func (r *recentStreams) denied(operation string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -72,8 +70,8 @@ func (r *recentStreams) add(info *jetstream.StreamInfo) {
 	}
 }
 
-// of is the stream that captures subject and is as wanted, or nil.
-func (r *recentStreams) of(subject string, wanted func(*jetstream.StreamConfig) bool) *jetstream.StreamInfo {
+// find returns a stream that captures subject and for which wanted reports true, or nil.
+func (r *recentStreams) find(subject string, wanted func(*jetstream.StreamConfig) bool) *jetstream.StreamInfo {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, s := range r.list {

@@ -15,56 +15,55 @@ import (
 )
 
 const (
-	// redrivePatience is how long a redrive tries to have one copy stored.
+	// redrivePatience is how long a redrive tries to store one copy.
 	redrivePatience = 30 * time.Second
-	// maxRedriveErrors bounds the errors that a report keeps.
+	// maxRedriveErrors is the most errors in a report.
 	maxRedriveErrors = 100
-	// maxRedriveCache bounds what a redrive remembers of streams and durables.
+	// maxRedriveCache bounds what a redrive caches of streams and durables.
 	maxRedriveCache = 1000
 )
 
-// SkipReason is why a redrive left a letter alone.
+// SkipReason is why a redrive skipped a letter.
 type SkipReason string
 
 // The reasons of a skipped letter.
 const (
-	SkipForeign     SkipReason = "foreign"      // no dead letter; it stays
-	SkipMaxRedrives SkipReason = "max_redrives" // redriven MaxRedrives times before; it stays
+	SkipForeign     SkipReason = "foreign"      // not a dead letter; it stays
+	SkipMaxRedrives SkipReason = "max_redrives" // already redriven MaxRedrives times; it stays
 	SkipRedriven    SkipReason = "redriven"     // an earlier or concurrent redrive stored the copy; the letter is removed, but not in a dry run
 	SkipGone        SkipReason = "gone"         // removed meanwhile, by another redrive or a purge
 )
 
-// RedriveReport is what a redrive did. Every selected message is in one of the three
-// counts, those that are no letters as skipped.
+// RedriveReport is the result of a redrive. Every selected message is in one of the three
+// counts; those that are not letters are skipped.
 type RedriveReport struct {
 	Redriven int // copies stored and letters removed; in a dry run, those that would be
-	Skipped  int // left alone, with reason
+	Skipped  int // skipped, with a reason
 	Failed   int // could not be redriven; the letter is still there
-	// Skips are the skipped by reason. It is nil when there are none, which reads as
-	// 0 for every reason.
+	// Skips are the skipped ones by reason, nil for none.
 	Skips map[SkipReason]int
 	// Errors are the first hundred failures, each a [*LetterError]; nil for none.
 	Errors []error
 }
 
-// RedriveProgress is how far a redrive is, after every selected message.
+// RedriveProgress is the progress of a redrive, after every selected message.
 type RedriveProgress struct {
-	Report RedriveReport // so far; not to be kept or changed
-	Total  int           // selected messages when the redrive began, whatever the limit, and those that are no letters included
-	Letter DeadLetter    // the one just dealt with
-	Skip   SkipReason    // why it was left alone, or empty
+	Report RedriveReport // so far; must not be kept or changed
+	Total  int           // selected messages at the start, without the limit, including those that are not letters
+	Letter DeadLetter    // the last one
+	Skip   SkipReason    // why it was skipped, or empty
 	Err    error         // why it failed, or nil
 }
 
-// Done is how many of Total are dealt with.
+// Done is how many of Total are processed.
 func (p RedriveProgress) Done() int { return p.Report.Redriven + p.Report.Skipped + p.Report.Failed }
 
 // RedriveOption is an option of [DeadLetterQuery.Redrive].
 type RedriveOption func(*redrive)
 
-// WithRedriveProgress has fn called after every selected message, one call at a
-// time, on the goroutine of Redrive. They are counted first. Default, also for nil,
-// is none.
+// WithRedriveProgress sets a function that is called after every selected message, one call
+// at a time, on the goroutine of Redrive, which counts the messages first. The default,
+// also for nil, is none.
 func WithRedriveProgress(fn func(RedriveProgress)) RedriveOption {
 	return func(r *redrive) { r.progress = fn }
 }
@@ -99,7 +98,7 @@ type redriveSource struct {
 	durables map[string]*jetstream.ConsumerInfo
 }
 
-// copies are the redriven messages that were found in a stream.
+// copies are the redriven messages found in a stream.
 type copies struct {
 	looked time.Time         // when the marks were last looked at
 	behind uint64            // from here on the stream was searched
@@ -107,7 +106,7 @@ type copies struct {
 	seqs   map[string]uint64 // by message id
 }
 
-// redriveFault is what is wrong with one letter; the next one may fare better.
+// redriveFault is a failure of one letter, after which the redrive goes on.
 type redriveFault struct{ error }
 
 func (f redriveFault) Unwrap() error { return f.error }
@@ -116,41 +115,39 @@ func faultf(err error, format string, args ...any) error {
 	return redriveFault{failure(fmt.Sprintf(format, args...), err)}
 }
 
-// Redrive sends the selected letters back to their original subjects, in the
-// order of the DLQ: each for the durable that failed alone, as a new message whose
-// attempts start anew, with its original headers but for Nats-*. A letter is
-// removed once its copy is stored.
+// Redrive sends the selected letters back to their original subjects, in the order of the
+// DLQ. Each one becomes a new message for the durable that failed, whose attempts start at
+// 1, with its original headers except Nats-*. A letter is removed once its copy is stored.
 //
-// The copy bears [HeaderRedriveTo] with a proof that no publisher can forge. The
-// natsx routes of other durables acknowledge it without handling it, and count it
-// as received only, where they see that they have its original: the stream still has
-// that, or is one with interest retention. Else they handle it. So do consumers that are
-// not natsx routes, and core subscribers. Its durable must still exist and take the
-// subject. What its handler publishes gets the message ids that it got before the message
-// died. The message id that it was published with is in [HeaderOriginalMsgID].
+// The copy has [HeaderRedriveTo], with a token that a publisher cannot forge. Routes of
+// natsx with other durables acknowledge it without handling it, and count it only as
+// received, if they had the original: the stream still has it, or has interest retention.
+// Otherwise they handle the copy. Other consumers and core subscribers receive it. The
+// durable must still exist and its filter match the subject. What its handler publishes
+// has the message ids that it had before the message was dead. The message id of the
+// original is in [HeaderOriginalMsgID].
 //
-// A letter is redriven once, also when the redrive is killed at any point and done
-// again, or done by several at once: a copy is not stored again while an earlier
-// one is in the stream or within the stream's duplicate window, and natsx removes
-// the letter before it handles the copy. Past that window this rests on the broker
-// being allowed to get and delete messages of the DLQ's stream
-// ($JS.API.STREAM.MSG.GET and .DELETE), and on the durable being a natsx route. For it
-// a redrive keeps a consumer named natsx-redrive-* at the DLQ's stream while it runs;
-// that of a killed one stays for the next one to find, for 30 days. Where there can be
-// none (another retention than limits, MaxConsumers, a permission), each redrive reads
-// the original streams once instead.
+// A letter is redriven once, even if the redrive is killed and repeated, or run by several
+// processes at once: a copy is not stored again while an earlier one is in the stream or
+// within the stream's duplicate window, and natsx removes the letter before it handles the
+// copy. After that window this requires that the durable is a natsx route whose user may
+// get and delete messages of the DLQ's stream ($JS.API.STREAM.MSG.GET and .DELETE). While
+// it runs, a redrive keeps a consumer named natsx-redrive-* on the DLQ's stream; that of a
+// killed redrive stays for the next one, for 30 days. If there can be none (because of the
+// retention, MaxConsumers or a permission), each redrive reads the original streams once.
 //
-// A letter that cannot be redriven stays and is a failure in the report: its stream
-// is gone, does not take the subject, as a mirror or a stream with sources does not, or
-// transforms it ([ErrNoStream]); its durable is gone ([ErrConsumerDeleted]) or does not
-// take the subject ([ErrConsumerConflict]); the subject is one that natsx does not publish
-// to, such as one with a wildcard ([ErrInvalidSubject]); the stream would delete a newer
-// message for the copy, by MaxMsgsPerSubject, or by MaxMsgs or MaxBytes one that the
-// durable has not settled ([ErrWouldEvict]); or the server refuses the copy, which is
-// some 400 bytes larger than the original. What stops all, such as the end
-// of ctx or a missing permission ([ErrPermission]), is returned as the error beside
-// the report of what was done; the same call goes on from there. A DLQ stream that was
-// recreated meanwhile is [ErrStreamDeleted]. One that refuses deletion is [ErrBadDLQ], and
+// A letter that cannot be redriven stays and is a failure in the report: its stream is
+// gone, does not capture the subject, which is so for mirrors and sourced subjects, or
+// transforms it ([ErrNoStream]); its durable is gone
+// ([ErrConsumerDeleted]) or its filter does not match the subject ([ErrConsumerConflict]);
+// natsx does not publish to the subject, such as one with a wildcard
+// ([ErrInvalidSubject]); the stream would delete a newer message because of
+// MaxMsgsPerSubject, or, because of MaxMsgs or MaxBytes, one that the durable has not
+// settled ([ErrWouldEvict]); or the server refuses the copy, which is about 400 bytes larger
+// than the original. An error that ends the redrive, such as the end of ctx or a missing
+// permission ([ErrPermission]), is returned together with the report; the same call
+// continues from there. A DLQ stream that was recreated meanwhile is [ErrStreamDeleted].
+// If the DLQ stream has DenyDelete, the error is [ErrBadDLQ] and
 // nothing is redriven.
 func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...RedriveOption) (RedriveReport, error) {
 	r := &redrive{sources: map[string]*redriveSource{}, copies: map[string]*copies{}}
@@ -189,7 +186,7 @@ func (r *redrive) run(ctx context.Context) (whole bool, _ error) {
 	pace := pacer{rate: r.rate}
 	for l, err := range r.all(ctx, false) {
 		if errors.Is(err, ErrNotALetter) {
-			r.tell(l, SkipForeign, nil)
+			r.book(l, SkipForeign, nil)
 			continue
 		}
 		if err == nil && !r.dryRun {
@@ -202,11 +199,11 @@ func (r *redrive) run(ctx context.Context) (whole bool, _ error) {
 		var fault redriveFault
 		switch {
 		case errors.As(err, &fault):
-			r.tell(l, "", &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: fault.error})
+			r.book(l, "", &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: fault.error})
 		case err != nil:
 			return false, err
 		default:
-			r.tell(l, skip, nil)
+			r.book(l, skip, nil)
 		}
 		if r.enough(r.report.Redriven) {
 			return false, nil
@@ -215,8 +212,8 @@ func (r *redrive) run(ctx context.Context) (whole bool, _ error) {
 	return true, nil
 }
 
-// tell books what became of a letter.
-func (r *redrive) tell(l DeadLetter, skip SkipReason, err error) {
+// book records the outcome of a letter.
+func (r *redrive) book(l DeadLetter, skip SkipReason, err error) {
 	switch {
 	case err != nil:
 		r.report.Failed++
@@ -237,13 +234,12 @@ func (r *redrive) tell(l DeadLetter, skip SkipReason, err error) {
 	}
 }
 
-// one redrives a letter. A redriveFault concerns it alone.
+// one redrives a letter. A redriveFault concerns only this one.
 //
-// Two things may have happened before, in another process or in an earlier turn of
-// the loop, and each leaves its mark: the copy was stored, and is in the stream or
-// within its duplicate window; or it was stored and handled, and the letter is
-// gone. So look for the copy first, for the letter then, and publish at once: what
-// is stored after the first look is within the window.
+// Another process, or an earlier iteration, may have stored the copy: then it is in the
+// stream or within its duplicate window, or it was handled and the letter is gone. So look
+// for the copy first, then for the letter, and publish at once: a copy stored after the
+// first look is within the window.
 func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err error) {
 	published := false // or may be
 	defer func() { r.unfinished = r.unfinished || published && err != nil }()
@@ -280,7 +276,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 			return "", err
 		}
 		if found {
-			return done, r.finish(ctx, l)
+			return done, r.removeLetter(ctx, l)
 		}
 		there, err := findLetter(ctx, r.api, l)
 		if err != nil {
@@ -301,8 +297,8 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 		if err := ctx.Err(); err != nil {
 			return "", err
 		}
-		// While the connection is away nats.go would keep the copy and send it
-		// at any later time.
+		// Without a connection nats.go would buffer the copy and send it at any later
+		// time.
 		err = nats.ErrDisconnected
 		if r.api.nc.IsConnected() {
 			var ack Ack
@@ -317,10 +313,10 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 					return "", faultf(ErrBadAck, "message %d of stream %q has the id %q and is no copy of the letter", stored.seq, l.Stream, redriveID(l))
 				}
 				published = true
-				return SkipRedriven, r.finish(ctx, l)
+				return SkipRedriven, r.removeLetter(ctx, l)
 			}
 			if err == nil {
-				return "", r.finish(ctx, l)
+				return "", r.removeLetter(ctx, l)
 			}
 		}
 		var api *jetstream.APIError
@@ -337,7 +333,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 			errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
 			return "", faultf(err, "copy not stored in stream %q: %s", l.Stream, cause(err))
 		case errors.Is(err, nats.ErrNoResponders):
-			// The stream has no leader, or is gone, or was recreated.
+			// The stream has no leader, is gone, or was recreated.
 			delete(r.sources, l.Stream)
 			if src, err = r.source(ctx, l); err != nil {
 				return "", err
@@ -347,7 +343,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 			lost = true
 		}
 		if time.Since(begun) > redrivePatience {
-			return "", fmt.Errorf("natsx: copy not stored in stream %q: %w", l.Stream, err)
+			return "", failure(fmt.Sprintf("copy not stored in stream %q: %s", l.Stream, cause(err)), err)
 		}
 		pause.wait(ctx)
 	}
@@ -360,7 +356,7 @@ func mayBeStored(err error) bool {
 		!errors.Is(err, ErrWrongStream) && !errors.Is(err, nats.ErrDisconnected) && !isLocal(err)
 }
 
-// publish is one try, which the end of ctx does not cut short.
+// publish is one try, which the end of ctx does not cancel.
 func (r *redrive) publish(ctx context.Context, m *nats.Msg) (ack Ack, _ error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), letterTry)
 	defer cancel()
@@ -371,21 +367,21 @@ func (r *redrive) publish(ctx context.Context, m *nats.Msg) (ack Ack, _ error) {
 	return ack, err
 }
 
-// finish removes the letter of a copy that is stored, also when ctx has ended.
-func (r *redrive) finish(ctx context.Context, l *DeadLetter) error {
+// removeLetter removes the letter of a stored copy, even if ctx has ended.
+func (r *redrive) removeLetter(ctx context.Context, l *DeadLetter) error {
 	if r.dryRun {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redrivePatience)
 	defer cancel()
 	if _, err := discardLetter(ctx, r.api, l); err != nil {
-		return fmt.Errorf("natsx: copy of letter %d is stored, but the letter not removed: %w", l.DLQSequence, err)
+		return failure(fmt.Sprintf("copy of letter %d is stored, but the letter was not removed: %s", l.DLQSequence, cause(err)), err)
 	}
 	return nil
 }
 
-// source finds the stream a letter came from and makes sure that the copy would
-// arrive.
+// source finds the stream that a letter came from, and checks that the durable would
+// receive the copy.
 func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, error) {
 	if reason := publishFault(l.Subject); reason != "" {
 		return nil, faultf(ErrInvalidSubject, "original subject %q cannot be published to: %s", l.Subject, reason)
@@ -436,7 +432,7 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 	return src, nil
 }
 
-// content is what of a letter is redriven.
+// content returns the headers and payload of a letter, as they are redriven.
 func (r *redrive) content(ctx context.Context, l *DeadLetter) (nats.Header, []byte, error) {
 	header, data := l.Header, l.Data
 	if l.Pointer {

@@ -8,11 +8,10 @@ import (
 )
 
 const (
-	// MaxReplayFailures is how many failures a [ReplayReport] holds; it counts
-	// them all.
+	// MaxReplayFailures is the most failures in a [ReplayReport], which counts all.
 	MaxReplayFailures = 1000
-	// MaxReplaySpeed is the highest factor of [ReplayBuilder.Speed].
-	MaxReplaySpeed = 1e9
+	// maxReplaySpeed is the highest factor of [ReplayBuilder.Speed].
+	maxReplaySpeed = 1e9
 	// progressEvery is the shortest time between two calls of a progress function.
 	progressEvery = 100 * time.Millisecond
 )
@@ -51,24 +50,24 @@ type ReplayBuilder struct {
 	continuing bool
 }
 
-// Replay starts a replay of the stored messages whose subject matches filter,
-// which may hold the wildcards * and >; ">" is the whole stream, and one that breaks
-// the grammar of the package documentation [ErrInvalidSubject]. Without bounds it goes
-// from the first message to what is last stored when it starts.
+// Replay starts a replay of the stored messages whose subject matches filter, which may
+// have the wildcards * and >; ">" is the whole stream. A filter that violates the grammar
+// in the package documentation is [ErrInvalidSubject]. By default it goes from the first
+// message to the last one that is stored when it starts.
 func Replay(filter string) ReplayBuilder { return ReplayBuilder{filter: filter} }
 
-// Stream names the stream. Without it the stream is looked up by the filter, and
-// exactly one must match: else it is [ErrNoStream] or [ErrAmbiguousStream]. The rules
-// of durables' names hold ([ErrInvalidName]).
+// Stream names the stream. Without it the stream is looked up by the filter, and exactly
+// one must match, else it is [ErrNoStream] or [ErrAmbiguousStream]. The rules for names
+// are those of [RouteBuilder.Durable] ([ErrInvalidName]).
 func (r ReplayBuilder) Stream(name string) ReplayBuilder {
 	r.set |= replayStream
 	r.stream = name
 	return r
 }
 
-// FromSequence starts with the first message at or after a stream sequence, at
-// least 1, else it is [ErrOutOfRange]. [ReplayReport.Next] of an interrupted replay
-// is the one to go on with. It excludes FromTime ([ErrOptionConflict]).
+// FromSequence starts with the first message at or after a stream sequence; 0 is
+// [ErrOutOfRange]. Use [ReplayReport.Next] to continue an interrupted replay. It excludes
+// FromTime ([ErrOptionConflict]).
 func (r ReplayBuilder) FromSequence(seq uint64) ReplayBuilder {
 	r.set |= replayFromSequence
 	r.fromSeq = seq
@@ -83,98 +82,97 @@ func (r ReplayBuilder) FromTime(t time.Time) ReplayBuilder {
 	return r
 }
 
-// UntilSequence ends with the last message at or before a stream sequence, at
-// least 1 and not below FromSequence, else it is [ErrOutOfRange]. What is stored after
-// the replay has started is never part of it.
+// UntilSequence ends with the last message at or before a stream sequence; 0, and a
+// sequence below FromSequence, is [ErrOutOfRange]. Messages that are stored after the
+// start of the replay are never part of it.
 func (r ReplayBuilder) UntilSequence(seq uint64) ReplayBuilder {
 	r.set |= replayUntilSequence
 	r.untilSeq = seq
 	return r
 }
 
-// UntilTime ends with the last message stored at or before t; the zero time, and one
-// before FromTime, is [ErrOutOfRange]. With UntilSequence too, the earlier end holds.
+// UntilTime ends with the last message stored at or before t; the zero time, and a time
+// before FromTime, is [ErrOutOfRange]. With UntilSequence too, the earlier end applies.
 func (r ReplayBuilder) UntilTime(t time.Time) ReplayBuilder {
 	r.set |= replayUntilTime
 	r.until = instantOf(t)
 	return r
 }
 
-// Limit ends the replay after n messages, at least 1, else it is [ErrOutOfRange].
-// Default is no limit.
+// Limit ends the replay after n messages; below 1 it is [ErrOutOfRange]. The default is no
+// limit.
 func (r ReplayBuilder) Limit(n int) ReplayBuilder {
 	r.set |= replayLimit
 	r.limit = n
 	return r
 }
 
-// Speed keeps the time that passed between the messages when they were stored,
-// divided by x: 1 is as it happened, 10 ten times as fast, 0, the default, as fast
-// as possible. It is at most [MaxReplaySpeed] and not negative, else [ErrOutOfRange].
+// Speed replays messages with the time between them as they were stored, divided by x: 1
+// is the original pace, 10 is ten times as fast, and 0, the default, is as fast as
+// possible. It must be between 0 and 1e9, else it is [ErrOutOfRange].
 //
-// A message is due at its place on the replay's own clock, which starts with the
-// first message, so that delays do not add up: after a handler that took too long
-// the replay catches up. Only while the stream itself does not come (a reconnect)
-// the clock stands still. A message that is not due yet holds no worker.
+// Messages are scheduled from the first one on, so delays do not add up: after a slow
+// handler the replay catches up. It does not catch up with the time in which no messages
+// arrive (a reconnect). A message that is not due yet occupies no worker.
 func (r ReplayBuilder) Speed(x float64) ReplayBuilder {
 	r.set |= replaySpeed
 	r.speed = x
 	return r
 }
 
-// Concurrency sets how many handlers of this replay run at once. Default is 1, in
-// stream order; with OrderedBy it is the pool's size, to which a larger number comes
-// down; at least 1, else it is [ErrOutOfRange]. Above 1 and without OrderedBy there is
-// no order. See [WithWorkers].
+// Concurrency limits the handlers of this replay that run at once. The default is 1, in
+// stream order, or with OrderedBy the pool's size (see [WithWorkers]), which is also the
+// highest effective value. Below 1 it is [ErrOutOfRange]. Above 1 without OrderedBy there
+// is no order.
 func (r ReplayBuilder) Concurrency(n int) ReplayBuilder {
 	r.set |= replayConcurrency
 	r.workers = n
 	return r
 }
 
-// OrderedBy handles messages with one key one after another in stream order, and
-// those of other keys at the same time. Default is the order of the stream, as far as
-// Concurrency keeps it. The zero key is [ErrOutOfRange].
+// OrderedBy handles messages with the same key one after another, in stream order, and
+// those with different keys concurrently. The default is the order of the stream if
+// Concurrency is 1, else none. The zero key is [ErrOutOfRange].
 func (r ReplayBuilder) OrderedBy(key OrderKey) ReplayBuilder {
 	r.set |= replayOrderedBy
 	r.order = key
 	return r
 }
 
-// Timeout ends the handler's context d after it was started; the message then
-// failed with an error that wraps [context.DeadlineExceeded]. It is above zero, else
-// [ErrOutOfRange]; default is none.
+// Timeout ends the handler's context d after its start. The message has then failed with
+// an error that wraps [context.DeadlineExceeded]. It must be above zero, else it is
+// [ErrOutOfRange]. The default is none.
 func (r ReplayBuilder) Timeout(d time.Duration) ReplayBuilder {
 	r.set |= replayTimeout
 	r.timeout = d
 	return r
 }
 
-// ContinueOnError goes on after a message whose handler fails and reports it in
-// [ReplayReport.Failures]. Without it the first failure ends the replay.
+// ContinueOnError continues after a failure and reports it in [ReplayReport.Failures]. By
+// default the first failure ends the replay.
 func (r ReplayBuilder) ContinueOnError() ReplayBuilder {
 	r.continuing = true
 	return r
 }
 
-// Handle ends the chain with the function that handles each message. There are no
-// retries: an error or panic is final; [Discard] is not a failure. Nil is
-// [ErrNoHandler].
+// Handle ends the chain with the function that handles each message; nil is
+// [ErrNoHandler]. There are no retries: an error or panic is final. [Discard] is not a
+// failure.
 func (r ReplayBuilder) Handle(fn Handler) ReplaySpec { return ReplaySpec{replay: r, handler: fn} }
 
-// ReplaySpec is a complete replay: a builder's chain with its function. It is a
-// value and safe to share; [Broker.Replay] takes it, as often as wanted.
+// ReplaySpec is a complete replay: a builder's chain with its function. It is a value and
+// safe to share; [Broker.Replay] may be called with it several times.
 type ReplaySpec struct {
 	replay   ReplayBuilder
 	handler  Handler
 	progress func(ReplayProgress)
 }
 
-// Progress sets a function that is called with how far the replay is: at most ten times
-// a second while it moves, and once more at its end, one call at a time. It holds the
-// replay up by no more than the last second: what has not returned by then, and a panic,
-// is logged. Default, also for nil, is none. It stands behind Handle, since a builder
-// holds no functions.
+// Progress sets a function that is called with the progress of the replay: at most ten
+// times a second, and once more at the end, one call at a time. It delays the end of the
+// replay by at most a second; a call that has not returned by then, and a panic, is
+// logged. The default, also for nil, is none. It comes after Handle, since a builder has
+// no functions.
 func (s ReplaySpec) Progress(fn func(ReplayProgress)) ReplaySpec {
 	s.progress = fn
 	return s
@@ -183,35 +181,35 @@ func (s ReplaySpec) Progress(fn func(ReplayProgress)) ReplaySpec {
 // String names the replay by its filter.
 func (s ReplaySpec) String() string { return fmt.Sprintf("replay %q", s.replay.filter) }
 
-// ReplayProgress is how far a replay is.
+// ReplayProgress is the progress of a replay.
 type ReplayProgress struct {
 	Done uint64 // messages handled, failed ones included
-	// Total is the messages of the replay as counted at its start, where what may
-	// be passed over counts too; at the end of a complete replay it is Done.
+	// Total is the number of messages of the replay as counted at its start, including
+	// those that will be skipped. At the end of a complete replay it is Done.
 	Total uint64
-	// Elapsed is the time since the start; Remaining is an estimate of what is
-	// left: from the rate so far, or from the messages' times with a Speed. It is 0
-	// while there is nothing to estimate from.
-	Elapsed   time.Duration
+	// Elapsed is the time since the start.
+	Elapsed time.Duration
+	// Remaining is an estimate, from the rate so far or, with Speed, from the messages'
+	// times; 0 if unknown.
 	Remaining time.Duration
 }
 
-// ReplayReport is what a replay did. It is complete also when the replay was not.
+// ReplayReport is the result of a replay, also of one that was interrupted.
 type ReplayReport struct {
-	Stream  string
+	Stream  string // the stream that was read
 	Handled uint64 // messages whose handler returned nil or a [Discard]
 	Failed  uint64 // messages whose handler failed
 
 	First uint64 // lowest sequence that was handled, failed or not; 0 for none
 	Last  uint64 // highest sequence that was handled, failed or not; 0 for none
 
-	// Next is where to go on with [ReplayBuilder.FromSequence]: the lowest sequence
-	// that was not handled or, without ContinueOnError, failed. One that failed when
-	// its handler was cut off at the drain timeout counts as not handled in any case.
-	// With several handlers at once a message above Next may be handled already when a handler
-	// failed or was cut off; after an interruption that was drained none is. Next
-	// of a complete replay goes on with what was stored after its start. It is 0
-	// when the replay did not find its stream, or not what FromTime means in it.
+	// Next is where to continue with [ReplayBuilder.FromSequence]: the lowest sequence
+	// that was not handled or, without ContinueOnError, that failed. A handler that was
+	// cancelled at the drain timeout has not handled its message. With several handlers at
+	// once, messages above Next may already be handled if a handler failed or was
+	// cancelled; none is after a drained interruption. After a complete replay, Next
+	// continues with messages stored after its start. It is 0 if the replay did not find
+	// its stream, or the sequence of FromTime.
 	Next uint64
 
 	// Failures are the first [MaxReplayFailures] failed messages, in the order in
@@ -225,15 +223,15 @@ type ReplayReport struct {
 // ReplayFailure is a message whose handler failed.
 type ReplayFailure struct {
 	Replay   string // the filter
-	Stream   string
-	Sequence uint64
-	Subject  string
-	Err      error // what the handler returned, or a [*PanicError]
+	Stream   string // of the message
+	Sequence uint64 // in the stream
+	Subject  string // of the message
+	Err      error  // the handler's error, or a [*PanicError]
 }
 
-// Error gives the position and the handler's error.
+// Error returns the position and the handler's error.
 func (f *ReplayFailure) Error() string {
-	return fmt.Sprintf("natsx: replay %q: message %d of stream %q on %q: %v", f.Replay, f.Sequence, f.Stream, f.Subject, f.Err)
+	return fmt.Sprintf("natsx: replay %q: message %d of stream %q on %q: %s", f.Replay, f.Sequence, f.Stream, f.Subject, cause(f.Err))
 }
 
 // Unwrap returns the handler's error.
@@ -291,8 +289,8 @@ func (s ReplaySpec) Validate() error {
 	if has(replayLimit) && r.limit < 1 {
 		add("limit", strconv.Itoa(r.limit), "must be at least 1", ErrOutOfRange)
 	}
-	if has(replaySpeed) && !(r.speed >= 0 && r.speed <= MaxReplaySpeed) {
-		add("speed", strconv.FormatFloat(r.speed, 'g', -1, 64), fmt.Sprintf("must be between 0 and %g", float64(MaxReplaySpeed)), ErrOutOfRange)
+	if has(replaySpeed) && !(r.speed >= 0 && r.speed <= maxReplaySpeed) {
+		add("speed", strconv.FormatFloat(r.speed, 'g', -1, 64), fmt.Sprintf("must be between 0 and %g", float64(maxReplaySpeed)), ErrOutOfRange)
 	}
 	if has(replayConcurrency) && r.workers < 1 {
 		add("concurrency", strconv.Itoa(r.workers), "must be at least 1", ErrOutOfRange)
@@ -320,12 +318,12 @@ func (r ReplayBuilder) concurrency(pool int) int {
 }
 
 // start is where the first consumer of a replay begins.
-func (r ReplayBuilder) start() startAt {
+func (r ReplayBuilder) start() startPoint {
 	switch {
 	case r.set&replayFromSequence != 0:
-		return startAt{seq: r.fromSeq}
+		return startPoint{seq: r.fromSeq}
 	case r.set&replayFromTime != 0:
-		return startAt{time: r.from.time()}
+		return startPoint{time: r.from.time()}
 	}
-	return startAt{seq: 1}
+	return startPoint{seq: 1}
 }

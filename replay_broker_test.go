@@ -49,7 +49,7 @@ func TestReplayConsumerIsEphemeral(t *testing.T) {
 	if len(configs) != 1 {
 		t.Fatalf("got %d consumers, want 1", len(configs))
 	}
-	if c := configs[0]; c.Durable != "" || c.InactiveThreshold != ReplayInactive || c.AckPolicy != jetstream.AckNonePolicy ||
+	if c := configs[0]; c.Durable != "" || c.InactiveThreshold != replayInactive || c.AckPolicy != jetstream.AckNonePolicy ||
 		!c.MemoryStorage || c.Replicas != 1 || c.FilterSubject != "history.1" || !strings.HasPrefix(c.Name, replayConsumer) {
 		t.Errorf("got %+v", c)
 	}

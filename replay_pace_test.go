@@ -30,7 +30,7 @@ func rehearse(t *testing.T, workers int, replay ReplayBuilder, h Handler) *rehea
 	t.Helper()
 	e := &env{
 		settings: &settings{workers: workers, log: slog.New(slog.DiscardHandler), drainTimeout: time.Minute},
-		pool:     newPool(workers), agenda: newAgenda(), inside: map[*visit]struct{}{},
+		pool:     newPool(workers), agenda: newAgenda(), userCalls: map[*userCall]struct{}{},
 	}
 	watch := &alarm{ring: func(int64) { e.pool.watch() }}
 	e.pool.alarm = func(at int64) { e.agenda.set(watch, at) }
@@ -276,7 +276,7 @@ func TestReplayDemand(t *testing.T) {
 					if len(r.more) > 0 {
 						t.Error("looks again before there is room")
 					}
-					r.finish([]*work{{delivery: &delivery{}}})
+					r.bookAll([]*work{{delivery: &delivery{}}})
 				}
 				r.env.pool.mu.Unlock()
 				receive(t, r.more, "a look at the demand")
@@ -287,7 +287,7 @@ func TestReplayDemand(t *testing.T) {
 }
 
 // What a burst has done before a handler that hangs is in the report, and what lies
-// behind it was not started when the replay is stopped.
+// nextStart it was not started when the replay is stopped.
 func TestReplayStopsInABurst(t *testing.T) {
 	t.Parallel()
 	for name, hanging := range map[string]uint64{"the first": 1, "in the middle": 9, "the last of it": readBurst / 2} {
@@ -472,7 +472,7 @@ func TestReplayProgressIsUsersCode(t *testing.T) {
 					calls++
 					fn()
 				})
-				end := r.tellProgress()
+				end := r.reportProgress()
 				for range 3 {
 					r.deliverMany(1)
 					time.Sleep(progressEvery * 3 / 2)
@@ -495,7 +495,7 @@ func TestReplayProgressIsUsersCode(t *testing.T) {
 				calls++
 				<-block
 			})
-			end := r.tellProgress()
+			end := r.reportProgress()
 			r.deliverMany(1)
 			time.Sleep(time.Minute)
 			if r.booked().Handled != 1 {
@@ -506,7 +506,7 @@ func TestReplayProgressIsUsersCode(t *testing.T) {
 			if took := time.Since(began); took > progressPatience {
 				t.Errorf("the end took %s, want at most %s", took, progressPatience)
 			}
-			if inside := r.env.visiting(); len(inside) != 1 || !strings.Contains(inside[0], `progress function of replay "s"`) {
+			if inside := r.env.openUserCalls(); len(inside) != 1 || !strings.Contains(inside[0], `progress function of replay "s"`) {
 				t.Errorf("got %q, want the progress function", inside)
 			}
 			close(block)
@@ -590,7 +590,7 @@ func TestKeyedQueue(t *testing.T) {
 	for i := 0; i < len(ran); i++ {
 		d := held[ran[i]]
 		d.msg.Subject = "changed by the handler"
-		if next := q.release(d); next != nil {
+		if next := q.release(d.key); next != nil {
 			ran = append(ran, next.msg.seq)
 		}
 	}

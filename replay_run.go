@@ -10,28 +10,27 @@ import (
 )
 
 const (
-	// ReplayInactive is how long the server keeps the consumer of a replay whose
-	// process is gone.
-	ReplayInactive = time.Minute
-	// replayWindow is how many messages may be here or on their way.
+	// replayInactive is how long the server keeps the consumer of a killed process.
+	replayInactive = time.Minute
+	// replayWindow is how many messages may be in hand or in transit.
 	replayWindow = 2048
-	// replayBytes is how much of a replay may be here before it asks for more.
+	// replayBytes is the size of messages in hand from which on no more are pulled.
 	replayBytes = 16 << 20
-	// replayAhead is how far other messages may get ahead of the slowest handler.
+	// replayAhead is how many messages may be handled ahead of the slowest handler.
 	replayAhead = 1 << 16
 	// progressPatience is how long the end of a replay waits for its progress function.
 	progressPatience = time.Second
 )
 
-// replay is one replay under way.
+// replay is one running replay.
 //
-// What its reader brings waits in up to three places: early until it is due, keys while
-// another message of its key is in hand, backlog for one of the replay's handlers. Only
-// what may run is in the lane. A replay with one handler hands over a burst at a time: a
-// fast handler then costs the pool little.
+// Messages of its reader wait in up to three places: in early until they are due, in keys
+// while another message with the same key is in hand, and in backlog for a handler. Only
+// messages that may run are in the lane. With one handler they are queued in bursts, so
+// that a fast handler costs the pool little.
 //
-// The goroutine of the caller watches over it (supervise), one of its own reads, and one
-// calls the progress function. The environment's agenda releases what is due.
+// The caller's goroutine runs supervise, a second one reads, and a third one calls the
+// progress function. The environment's agenda releases messages that are due.
 type replay struct {
 	lane
 	env     *env
@@ -39,40 +38,40 @@ type replay struct {
 	handler Handler // with the broker's middleware
 	started time.Time
 
-	// intake ends with the caller's context, the broker or the first failure;
-	// serving is what handlers run under.
+	// intake ends with the caller's context, the broker or the first failure; serving is
+	// the context of handlers.
 	intake    context.Context
 	endIntake context.CancelFunc
 	serving   context.Context
 	abort     context.CancelCauseFunc
-	wake      chan struct{} // has supervise look; capacity 1
-	more      chan struct{} // has the reader look whether to pull; capacity 1
+	wake      chan struct{} // wakes supervise; capacity 1
+	more      chan struct{} // wakes the reader to pull; capacity 1
 	observing string        // names the observer
-	reader    *reader       // of the goroutine that reads, and of the caller's once that has ended; nil for none
+	reader    *reader       // owned by the goroutine that reads, then by the caller's; nil for none
 
 	cut atomic.Uint64 // nothing above this sequence is started
 
-	// Guarded by the pool's mutex. What is fixed when the stream was found is read
-	// without it by the goroutine that reads.
+	// Guarded by the pool's mutex. The goroutine that reads may use fields without it that
+	// are fixed once the stream was found.
 	stream    string  // empty until it is found
 	from      *origin // of its messages
 	config    *jetstream.StreamConfig
 	end       uint64 // last sequence of the replay
-	endTime   int64  // Unix nanoseconds of the last message, 0 when unknown
+	endTime   int64  // Unix nanoseconds of the last message, 0 if unknown
 	total     uint64 // as counted at the start
-	located   bool   // received is where the replay is
+	located   bool   // received is valid
 	received  uint64 // stream sequence of the last message received
 	accepted  int    // messages received that are to be handled
 	complete  bool   // everything was received
 	stopping  bool
 	cause     error // of stopping, nil for a failure alone
 	failure   *ReplayFailure
-	abandoned bool // handlers are left running: what they do is not in the report any more
+	abandoned bool // handlers still run: their results are not in the report
 
 	pace    tempo
-	asking  int64 // since when the stream owes a message
-	heldOff bool  // nothing is asked for, since enough is here
-	short   int   // messages to be finished before there is room to ask for more, 0 when there is
+	asking  int64 // since when a message is awaited from the stream
+	heldOff bool  // nothing is pulled, since enough is in hand
+	short   int   // messages to be finished before there is room to pull, 0 if there is
 	early   fifo[*work]
 	release alarm       // for early
 	keys    *keyedQueue // nil without an order
@@ -82,7 +81,7 @@ type replay struct {
 	bytes   int   // of what is in hand
 	current int64 // stream time of the last message handled
 	report  ReplayReport
-	free    []*work // to be used again
+	free    []*work // for reuse
 }
 
 func newReplay(ctx context.Context, e *env, want ReplaySpec) *replay {
@@ -110,7 +109,7 @@ func newReplay(ctx context.Context, e *env, want ReplaySpec) *replay {
 // single reports whether messages are handled one after another, in stream order.
 func (r *replay) single() bool { return r.limit == 1 && r.keys == nil }
 
-// carryOut does the replay.
+// carryOut runs the replay.
 func (r *replay) carryOut(ctx context.Context) (ReplayReport, error) {
 	defer r.endIntake()
 	defer r.abort(context.Canceled)
@@ -132,7 +131,7 @@ func (r *replay) carryOut(ctx context.Context) (ReplayReport, error) {
 		defer close(read)
 		r.read()
 	}()
-	told := r.tellProgress()
+	told := r.reportProgress()
 	cut := r.supervise(ctx)
 	r.endIntake()
 	<-read
@@ -177,8 +176,8 @@ func (r *replay) limited() bool {
 	return r.want.replay.set&replayLimit != 0 && r.accepted >= r.want.replay.limit
 }
 
-// supervise returns when all is handled, or after a stop what was started. It
-// returns a DrainError when handlers had to be cut off.
+// supervise returns when everything was handled or, after a stop, everything that was
+// started. It returns a DrainError if handlers had to be cancelled.
 func (r *replay) supervise(ctx context.Context) (cut *DrainError) {
 	ended := r.intake.Done()
 	var late <-chan time.Time
@@ -215,8 +214,8 @@ func (r *replay) supervise(ctx context.Context) (cut *DrainError) {
 	}
 }
 
-// cutOff starts nothing more, and counts what runs. With abandon it gives up on that:
-// what handlers have done until then counts.
+// cutOff starts nothing more, and returns how many handlers run. With abandon it gives up
+// on these: only results until then count.
 func (r *replay) cutOff(abandon bool) (running int) {
 	p := r.env.pool
 	p.mu.Lock()
@@ -237,7 +236,7 @@ func (r *replay) over() bool {
 	return r.complete && r.hand.len() == 0
 }
 
-// halt stops the replay: what was started is finished, and what lies below that.
+// halt stops the replay: messages that were started, and those before them, are finished.
 func (r *replay) halt(err error) {
 	p := r.env.pool
 	p.mu.Lock()
@@ -253,40 +252,41 @@ func (r *replay) halt(err error) {
 	r.stopAt(max(started, r.reached))
 }
 
-// stopAt stops the replay behind a sequence. The pool is locked.
+// stopAt stops the replay after a sequence. The pool is locked.
 func (r *replay) stopAt(seq uint64) {
 	r.stopping = true
 	r.lowerCut(seq)
 	r.early = fifo[*work]{}
-	r.env.agenda.set(&r.release, 1) // which may be set for a time long after
+	r.env.agenda.set(&r.release, 1) // it may be set for a much later time
 	r.endIntake()
 	r.dropQueued()
 	r.supply()
 	notify(r.wake)
 }
 
-// lowerCut has nothing above a sequence started.
+// lowerCut starts nothing above a sequence.
 func (r *replay) lowerCut(seq uint64) {
 	for old := r.cut.Load(); seq < old && !r.cut.CompareAndSwap(old, seq); old = r.cut.Load() {
 	}
 }
 
-// dropQueued takes what is not to be started out of the lane. The pool is locked.
+// dropQueued removes messages from the lane that are not to be started. The pool is
+// locked.
 func (r *replay) dropQueued() {
 	r.env.pool.drop(&r.lane, &r.lane.queue, func(w *work) bool { return w.id.seq > r.cut.Load() })
 }
 
-// admit passes a message that is due towards the pool. The pool is locked.
+// admit queues a message that is due. The pool is locked.
 func (r *replay) admit(w *work) {
 	if r.keys == nil || r.keys.admit(w) {
 		r.backlog.push(w)
 	}
 }
 
-// supply gives the lane what may run. The pool is locked.
+// supply moves messages that may run to the lane. The pool is locked.
 func (r *replay) supply() {
 	if !r.stopping && r.intake.Err() != nil {
-		return // about to be halted, which supplies what is to be finished
+		return // halt follows, and supplies what is to be finished
 	}
 	room := max(r.limit-r.lane.running, 1)
 	if r.single() {
@@ -303,12 +303,12 @@ func (r *replay) supply() {
 // run handles a message on a worker.
 func (r *replay) run(w *work) {
 	if w.id.seq > r.cut.Load() || r.single() && r.intake.Err() != nil {
-		return // it stays without an outcome
+		return // without an outcome
 	}
 	attempt(r, r.handler, w, r.want.replay.timeout)
 }
 
-// conclude takes the result of a handler.
+// conclude records the result of a handler.
 func (r *replay) conclude(w *work, err error) {
 	j, err := judge(err)
 	w.err = err
@@ -323,15 +323,13 @@ func (r *replay) conclude(w *work, err error) {
 			r.lowerCut(w.id.seq)
 		}
 	}
-	if o := r.env.observer; o != nil {
-		r.env.visit(r.observing, func() {
-			o.Observe(w.delivery, Event{Route: r.want.replay.filter, Msg: &w.msg, Outcome: w.outcome, Err: w.err, Duration: w.took()})
-		})
+	if len(r.env.observers) > 0 {
+		r.env.observe(r.observing, w.delivery, w.event(r.want.replay.filter, ""))
 	}
 }
 
-// finish books what a worker is done with. The pool is locked.
-func (r *replay) finish(done []*work) pullRequest {
+// bookAll books finished works. The pool is locked.
+func (r *replay) bookAll(done []*work) pullRequest {
 	if r.abandoned {
 		return pullRequest{}
 	}
@@ -353,10 +351,10 @@ func (r *replay) finish(done []*work) pullRequest {
 	return pullRequest{}
 }
 
-func (r *replay) feed()            {}
+func (r *replay) workerFree()      {}
 func (r *replay) send(pullRequest) {}
 
-// book takes a handled message into account. The pool is locked.
+// book accounts for a handled message. The pool is locked.
 func (r *replay) book(w *work) {
 	seq := w.id.seq
 	rep := &r.report
@@ -373,7 +371,7 @@ func (r *replay) book(w *work) {
 		if len(rep.Failures) < MaxReplayFailures {
 			rep.Failures = append(rep.Failures, failure)
 		}
-		// The failure of a handler that is cut off says nothing of its message.
+		// The error of a cancelled handler says nothing about its message.
 		settled = r.want.replay.continuing && r.serving.Err() == nil
 		if !r.want.replay.continuing {
 			if r.failure == nil || seq < r.failure.Sequence {
@@ -388,13 +386,13 @@ func (r *replay) book(w *work) {
 		r.bytes -= r.hand.settle(seq)
 	}
 	if r.keys != nil {
-		if next := r.keys.release(w); next != nil {
+		if next := r.keys.release(w.key); next != nil {
 			r.backlog.push(next)
 		}
 	}
 }
 
-// newWork returns a work for a message. The pool is locked.
+// newWork returns a new or reused work for a message. The pool is locked.
 func (r *replay) newWork(d *delivery, a arrival) *work {
 	var w *work
 	if n := len(r.free); n > 0 {
@@ -406,7 +404,7 @@ func (r *replay) newWork(d *delivery, a arrival) *work {
 	return w
 }
 
-// recycle has w used again. The pool is locked.
+// recycle keeps w for reuse. The pool is locked.
 func (r *replay) recycle(w *work) {
 	w.delivery, w.raw, w.err = nil, nil, nil
 	w.key, w.outcome, w.due = "", "", 0
@@ -415,7 +413,7 @@ func (r *replay) recycle(w *work) {
 	}
 }
 
-// releaseDue passes on what waited for its time.
+// releaseDue admits messages that are due.
 func (r *replay) releaseDue(now int64) {
 	p := r.env.pool
 	p.mu.Lock()
@@ -429,9 +427,9 @@ func (r *replay) releaseDue(now int64) {
 	}
 }
 
-// tellProgress calls the progress function while the replay moves, until the function
-// that it returns is called: that calls it once more, and reports whether it returned.
-func (r *replay) tellProgress() (end func() bool) {
+// reportProgress calls the progress function while the replay makes progress, until end is
+// called: that calls it once more, and reports whether it has returned.
+func (r *replay) reportProgress() (end func() bool) {
 	fn := r.want.progress
 	if fn == nil {
 		return func() bool { return true }
@@ -441,7 +439,7 @@ func (r *replay) tellProgress() (end func() bool) {
 		back := make(chan struct{})
 		go func() {
 			defer close(back)
-			r.env.visit(r.telling(), func() { fn(now) })
+			r.env.callUser(r.telling(), func() { fn(now) })
 		}()
 		select {
 		case <-back:
@@ -474,7 +472,7 @@ func (r *replay) tellProgress() (end func() bool) {
 		case <-done:
 			return true
 		case <-time.After(progressPatience):
-			r.env.log.Warn("natsx: replay ends without its progress function, which does not return", "replay", r.want.replay.filter)
+			r.env.log.Warn("natsx: replay ended while its progress function has not returned", "replay", r.want.replay.filter)
 			close(leave)
 			<-done
 			return false
@@ -491,7 +489,7 @@ func (r *replay) progress() ReplayProgress {
 	g := ReplayProgress{Done: r.report.Handled + r.report.Failed, Total: r.total, Elapsed: time.Since(r.started)}
 	g.Total = max(g.Total, g.Done)
 	if r.complete && r.hand.len() == 0 {
-		g.Total = g.Done // what was deleted or passed over meanwhile is not part of it
+		g.Total = g.Done // without messages that were deleted or skipped meanwhile
 	}
 	switch left := g.Total - g.Done; {
 	case left == 0 || g.Done == 0:

@@ -13,10 +13,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// replayConsumer begins the name of every consumer of a replay.
+// replayConsumer is the prefix of the names of replays' consumers.
 const replayConsumer = "natsx-replay-"
 
-// read takes in what the replay is to handle, until its end.
+// read reads the messages of the replay until its end.
 func (r *replay) read() {
 	err := r.openSource()
 	for err == nil {
@@ -33,7 +33,7 @@ func (r *replay) read() {
 	}
 }
 
-// openSource finds the stream and the bounds and makes the first consumer.
+// openSource finds the stream and the bounds, and makes the first consumer.
 func (r *replay) openSource() error {
 	info, err := r.locate()
 	if err != nil {
@@ -46,10 +46,10 @@ func (r *replay) openSource() error {
 	p := r.env.pool
 	p.mu.Lock()
 	r.stream, r.config = c.Name, c
-	r.from = &origin{stream: c.Name, ctx: r.serving}
+	r.from = &origin{filter: r.want.replay.filter, stream: c.Name, ctx: r.serving}
 	p.mu.Unlock()
 	r.reader, err = openReader(r.env.api, r.env.link, r.env.log, info, readerOptions{
-		filter: r.want.replay.filter, consumers: replayConsumer, inactive: ReplayInactive,
+		filter: r.want.replay.filter, consumers: replayConsumer, inactive: replayInactive,
 		window: replayWindow, want: r.demand, wake: r.more,
 	})
 	if err != nil {
@@ -67,7 +67,7 @@ func (r *replay) locate() (*jetstream.StreamInfo, error) {
 			return err
 		})
 		return names, err
-	})
+	}, func() string { return r.env.api.nearStreams(context.Background(), "", want.filter) })
 	if err != nil {
 		if errors.Is(err, ErrConnectionClosed) {
 			return nil, r.unreadable(err)
@@ -90,14 +90,14 @@ func (r *replay) locate() (*jetstream.StreamInfo, error) {
 	return info, nil
 }
 
-// begin fixes the end and makes the first consumer, whose pending messages less
-// those behind the end are the total.
+// begin determines the end and makes the first consumer, whose pending messages without
+// those after the end are the total.
 func (r *replay) begin(info *jetstream.StreamInfo) error {
 	want := r.want.replay
 	end, endTime := info.State.LastSeq, info.State.LastTime
 	var behind uint64
 	if until := want.until.time(); want.set&replayUntilTime != 0 && until.Before(endTime) {
-		after, err := r.glance(startAt{time: until.Add(1)})
+		after, err := r.peek(startPoint{time: until.Add(1)})
 		if err != nil {
 			return err
 		}
@@ -108,7 +108,7 @@ func (r *replay) begin(info *jetstream.StreamInfo) error {
 		end, endTime, behind = min(end, last), until, after.NumPending
 	}
 	if want.set&replayUntilSequence != 0 && want.untilSeq < end {
-		after, err := r.glance(startAt{seq: want.untilSeq + 1})
+		after, err := r.peek(startPoint{seq: want.untilSeq + 1})
 		if err != nil {
 			return err
 		}
@@ -134,10 +134,10 @@ func (r *replay) begin(info *jetstream.StreamInfo) error {
 	return nil
 }
 
-// glance makes a consumer only to see where it starts and what it has ahead.
-func (r *replay) glance(at startAt) (info *jetstream.ConsumerInfo, err error) {
+// peek makes a consumer only to see where it starts and how much is pending.
+func (r *replay) peek(at startPoint) (info *jetstream.ConsumerInfo, err error) {
 	err = r.try(func(ctx context.Context) (err error) {
-		info, err = r.reader.glance(ctx, at)
+		info, err = r.reader.peek(ctx, at)
 		return err
 	})
 	if err != nil {
@@ -146,9 +146,9 @@ func (r *replay) glance(at startAt) (info *jetstream.ConsumerInfo, err error) {
 	return info, nil
 }
 
-// lastUntil is the sequence that a replay until a time ends with; at is what a
-// consumer says. That may be too low, when its server lags behind: so the
-// leader of a replicated stream is asked, if it may be.
+// lastUntil is the last sequence of a replay until a time. at is the one that a consumer
+// reports, which may be too low if its server lags behind. So for a replicated stream the
+// leader is asked, if the user may do that.
 func (r *replay) lastUntil(until time.Time, at uint64, replicas int) (uint64, error) {
 	if replicas <= 1 {
 		return at, nil
@@ -168,12 +168,12 @@ func (r *replay) lastUntil(until time.Time, at uint64, replicas int) (uint64, er
 	return max(at, m.seq-1), nil
 }
 
-// try asks JetStream's API again and again while the failure is transient. One that does
-// not answer at all is given up.
+// try sends a request to the JetStream API and retries transient failures. It gives up if
+// JetStream does not answer at all.
 func (r *replay) try(fn func(context.Context) error) error {
 	l := r.env.link
 	for !l.up() {
-		if l.is() == nats.CLOSED {
+		if l.state() == nats.CLOSED {
 			return ErrConnectionClosed
 		}
 		if !wait(r.intake, 50*time.Millisecond) {
@@ -186,7 +186,7 @@ func (r *replay) try(fn func(context.Context) error) error {
 		told: func(err error) {
 			if !logged {
 				logged = true
-				r.env.log.Warn("natsx: replay cannot start yet, trying again", "replay", r.want.replay.filter, "error", err)
+				r.env.log.Warn("natsx: replay cannot start, trying again", "replay", r.want.replay.filter, "error", err)
 			}
 		},
 		enough: func(err error) bool {
@@ -202,7 +202,7 @@ func (r *replay) try(fn func(context.Context) error) error {
 	return closedCause(err)
 }
 
-// unreadable is the fault of a stream that cannot be read on.
+// unreadable is the fault of a stream that can no longer be read.
 func (r *replay) unreadable(err error) error {
 	denied, ok := errors.AsType[*PermissionError](err)
 	switch {
@@ -216,7 +216,7 @@ func (r *replay) unreadable(err error) error {
 	return r.want.fault("stream", strconv.Quote(r.stream), "could not be read: "+cause(err), err)
 }
 
-// arrive takes messages, none at the end, and reports whether more are wanted.
+// arrive accepts messages, none at the end, and reports whether to continue.
 func (r *replay) arrive(burst []arrival) (more bool) {
 	var ds [readBurst]*delivery
 	for i, a := range burst {
@@ -245,7 +245,7 @@ func (r *replay) arrive(burst []arrival) (more bool) {
 	return !r.complete
 }
 
-// take takes a message. The pool is locked.
+// take accepts a message. The pool is locked.
 func (r *replay) take(d *delivery, a arrival, now int64) {
 	waited := now - r.asking
 	r.asking = now
@@ -267,7 +267,7 @@ func (r *replay) take(d *delivery, a arrival, now int64) {
 	}
 }
 
-// demand is the policy of the replay's pulls: half a window at a time.
+// demand is the pull policy of the replay: half a window at a time.
 func (r *replay) demand(now int64, pl *puller) demand {
 	p := r.env.pool
 	p.mu.Lock()
@@ -301,7 +301,7 @@ func (r *replay) demand(now int64, pl *puller) demand {
 	return d
 }
 
-// ledger holds the sequences in hand, in stream order, to find the lowest of them.
+// ledger keeps the sequences in hand, in stream order, to find the lowest one.
 type ledger struct {
 	ring  []entry // its length is a power of two
 	head  int
@@ -318,7 +318,7 @@ func (l *ledger) len() int { return l.count }
 
 func (l *ledger) at(i int) *entry { return &l.ring[(l.head+i)&(len(l.ring)-1)] }
 
-// push adds a sequence above all others.
+// push adds a sequence that is higher than all others.
 func (l *ledger) push(seq uint64, size int) {
 	if l.count == len(l.ring) {
 		ring := make([]entry, max(64, 2*len(l.ring)))
@@ -355,24 +355,22 @@ func (l *ledger) lowest() (seq uint64, any bool) {
 	return l.at(0).seq, true
 }
 
-// tempo says when messages are due. Times are Unix nanoseconds of the stream and
-// nanoseconds of processTime.
+// tempo computes when messages are due, in nanoseconds of processTime, from their stored
+// times in Unix nanoseconds.
 type tempo struct {
 	speed  float64 // above zero
 	begun  bool
-	stored int64 // time of the message that the clock started with
-	base   int64 // when that one was due
-	last   int64 // when the latest one is due
+	stored int64 // stored time of the reference message
+	base   int64 // when that message was due
+	last   int64 // when the latest message is due
 }
 
-// tempoSlack is how long a late message may be waited for before the clock is put
-// back.
+// tempoSlack is how long a late message may be awaited without delaying the next ones.
 const tempoSlack = int64(100 * time.Millisecond)
 
-// due is when a message that was stored at the time stored and comes in now is to
-// be handled: never before the message ahead of it. For as long as waited it was
-// waited for: what is late beyond that was asked for late, while handlers were
-// busy, and is caught up with.
+// due is when a message that arrives now is to be handled, never before the previous one.
+// waited is how long it was awaited: this delay is kept, while any further delay is caused
+// by busy handlers, and is caught up with.
 func (p *tempo) due(stored, now, waited int64) int64 {
 	if !p.begun {
 		p.begun, p.stored, p.base, p.last = true, stored, now, now

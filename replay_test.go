@@ -218,8 +218,8 @@ func TestReplayStopsAtAnError(t *testing.T) {
 		want string
 	}{
 		"an error":     {func() error { return boom }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": boom`},
-		"a panic":      {func() error { panic(boom) }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": natsx: handler panicked: boom`},
-		"an early end": {func() error { runtime.Goexit(); return nil }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": natsx: handler panicked: runtime.Goexit`},
+		"a panic":      {func() error { panic(boom) }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": handler panicked: boom`},
+		"an early end": {func() error { runtime.Goexit(); return nil }, `natsx: replay "history.>": message 42 of stream "HISTORY" on "history.0": handler panicked: runtime.Goexit`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -556,7 +556,7 @@ func TestReplayKeepsOneConsumer(t *testing.T) {
 		case 3*replayWindow - replayWindow/2:
 			began := time.Now()
 			eventually(t, "one consumer is left", func() bool { return consumers(t, admin, "HISTORY") == 1 })
-			if took := time.Since(began); took > ReplayInactive/2 {
+			if took := time.Since(began); took > replayInactive/2 {
 				t.Errorf("the others were left for %s", took)
 			}
 		}

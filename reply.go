@@ -10,8 +10,8 @@ import (
 	"github.com/nats-io/nats.go/micro"
 )
 
-// replyFor is what a requester is told of err, which is not nil. It is internal
-// when that is less than err says, so that err is to be logged.
+// replyFor returns the error to send for err, which is not nil. internal reports that it
+// does not contain err's text, so that err must be logged.
 func replyFor(err error) (reply *ReplyError, internal bool) {
 	if reply, ok := errors.AsType[*ReplyError](err); ok {
 		return reply, false
@@ -28,12 +28,12 @@ func replyFor(err error) (reply *ReplyError, internal bool) {
 	return &ReplyError{Code: http.StatusInternalServerError, Message: "internal error"}, true
 }
 
-// answer makes the reply of a responder's result. Of an error that was not meant
-// for the requester, it takes neither payload nor headers along.
+// answer returns the reply for a responder's result. With an internal error it leaves out
+// the responder's payload and headers.
 func answer(data []byte, hdr nats.Header, err error) (payload []byte, header nats.Header, internal bool) {
 	if err == nil {
-		// Clients take a status without a payload for a word of the server, such
-		// as 503 for nobody there.
+		// Clients treat a Status header without a payload as a status message of the
+		// server, such as 503 for no responders.
 		if len(data) == 0 && len(hdr["Status"]) > 0 {
 			hdr = cloneHeader(hdr)
 			delete(hdr, "Status")

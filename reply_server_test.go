@@ -232,8 +232,8 @@ func TestRequestIsAnsweredAtTheTimeout(t *testing.T) {
 func TestSaturatedRouteAnswersBusyAtOnce(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ handlers, waiting int }{
-		{1, MinWaitingRequests},
-		{12, 12 * WaitingRequestsPerHandler},
+		{1, minWaitingRequests},
+		{12, 12 * waitingRequestsPerHandler},
 	} {
 		t.Run(fmt.Sprint(tt.handlers), func(t *testing.T) {
 			t.Parallel()

@@ -15,28 +15,38 @@ import (
 // DefaultRequestTimeout ends a request whose context has no deadline.
 const DefaultRequestTimeout = 5 * time.Second
 
-// Request sends an envelope on core NATS and returns the answer. It waits, for the
-// first connection too, until ctx ends or, when ctx has no deadline, for
-// [DefaultRequestTimeout]. A deadline of ctx is told to a responder of natsx as the time
-// that is left, and ends its context in time: in the header Natsx-Timeout, or for an
-// envelope without headers in the reply subject, which costs less. An import of a service
-// from another account has a reply subject of its own, and passes on the header only.
+// Request sends an envelope on core NATS and returns the answer. It waits, also for the
+// first connection, until ctx ends or, if ctx has no deadline, for
+// [DefaultRequestTimeout]. A deadline of ctx is sent to a responder of natsx as the remaining
+// time, and ends the responder's context too: in the header Natsx-Timeout or, for an
+// envelope without headers, in the reply subject, which costs less. A service import of
+// another account replaces the reply subject, and passes on only the header.
 //
-// An error that the responder answered with is a [*ReplyError]; the message comes
-// with it, since it may have a payload. Nobody there is [ErrNoResponders] at
-// once, nobody done in time [ErrTimeout] with [context.DeadlineExceeded], a
-// cancelled ctx [context.Canceled], a subject that the user may not publish to
-// [ErrPermission], a connection that is closed or draining [ErrConnectionClosed]. An
-// envelope with a schedule or an expectation is [ErrOptionConflict].
+// An error in the answer is a [*ReplyError]; the message is returned too, since it may
+// have a payload. Without subscribers the error is [ErrNoResponders] at once; without an
+// answer in time it is [ErrTimeout] and [context.DeadlineExceeded]; [context.Canceled] if
+// ctx was cancelled; [ErrPermission] for a subject that the user may not publish to;
+// [ErrConnectionClosed] if the connection is closed or draining; and [ErrOptionConflict]
+// for an envelope with a schedule or an expectation.
 func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
+	if p.around == nil {
+		return p.request(ctx, e)
+	}
+	c, err := p.through(ctx, OperationRequest, []Envelope{e}, func(ctx context.Context, c *PublishCall) (err error) {
+		c.Reply, err = p.request(ctx, c.Envelopes[0])
+		return err
+	})
+	return c.Reply, err
+}
+
+func (p *Publisher) request(ctx context.Context, e Envelope) (*Msg, error) {
 	if err := e.checkCore(); err != nil {
 		return nil, err
 	}
 	mark, up := p.denials.mark(), p.nc.IsConnected()
-	handled := deliveryFrom(ctx)
-	// A handler's request goes the way of nats.go, which lets it end when the application
+	// A handler's request uses nats.go, so that it is still answered when the application
 	// drains the connection.
-	if up && handled == nil && e.plain() {
+	if up && e.plain() && deliveryFrom(ctx) == nil {
 		if r := p.inbox(); r != nil {
 			return p.askPlain(ctx, &e, r, mark)
 		}
@@ -143,7 +153,7 @@ var timers = sync.Pool{New: func() any {
 	return t
 }}
 
-// ask sends a request, without headers of natsx's own if it is too large with them.
+// ask sends a request, without the headers that natsx adds if it is too large with them.
 func (p *Publisher) ask(m *nats.Msg, e *Envelope, mark uint64, send func() (*nats.Msg, error)) (*Msg, error) {
 	r, err := send()
 	for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, e) {
@@ -155,9 +165,9 @@ func (p *Publisher) ask(m *nats.Msg, e *Envelope, mark uint64, send func() (*nat
 	return received(r)
 }
 
-// RequestJSON is [Publisher.Request] for an answer in JSON. An answer that is not
-// JSON of T is an error that wraps what [json.Unmarshal] said. The body and headers of an
-// answer that is an error are in its [*ReplyError].
+// RequestJSON is [Publisher.Request] for an answer in JSON. If it cannot be decoded into a
+// T, the error wraps that of [json.Unmarshal]. The [*ReplyError] of an answer that is an
+// error has its body and headers.
 func RequestJSON[T any](ctx context.Context, p *Publisher, e Envelope) (T, error) {
 	var v T
 	m, err := p.Request(ctx, e)
@@ -168,78 +178,91 @@ func RequestJSON[T any](ctx context.Context, p *Publisher, e Envelope) (T, error
 		return v, err
 	}
 	if err := json.Unmarshal(m.Data, &v); err != nil {
-		// Not a DecodeError: a responder that returned it would blame its own
-		// requester.
+		// Not a DecodeError: a responder that returned it would answer its own requester
+		// with code 400.
 		return v, failure(fmt.Sprintf("request %q: decode the answer: %v", e.subject, err), err)
 	}
 	return v, nil
 }
 
-// RequestMany sends an envelope to everybody who listens and yields the answers as
-// they come, until ctx ends or, when ctx has no deadline, for
-// [DefaultRequestTimeout]: it cannot know how many will answer. The caller breaks
-// when it has enough.
+// RequestMany sends an envelope to all subscribers and yields the answers as they arrive,
+// until ctx ends or, if ctx has no deadline, for [DefaultRequestTimeout]: it cannot know
+// how many will answer. The caller breaks when it has enough.
 //
-// An answer that is an error is yielded with its [*ReplyError] and the rest goes
-// on. Any other error is the last thing yielded and has no message:
-// [ErrNoResponders], [context.Canceled], or [ErrTimeout] when nobody answered at
-// all. A deadline after the first answer ends the sequence without an error.
-// Each use of the sequence sends the request anew.
+// An answer with an error is yielded with its [*ReplyError], and the sequence goes on. Any
+// other error is yielded last, without a message: [ErrNoResponders], [context.Canceled],
+// or [ErrTimeout] if there was no answer at all. A deadline after the first answer ends
+// the sequence without an error. Each use of the sequence sends the request again.
 func (p *Publisher) RequestMany(ctx context.Context, e Envelope) iter.Seq2[*Msg, error] {
 	return func(yield func(*Msg, error) bool) {
-		m, err := p.coreMessage(ctx, e)
-		if err != nil {
+		if p.around == nil {
+			p.requestMany(ctx, e, yield)
+			return
+		}
+		asked := false
+		_, err := p.through(ctx, OperationRequestMany, []Envelope{e}, func(ctx context.Context, c *PublishCall) error {
+			asked = true
+			return p.requestMany(ctx, c.Envelopes[0], yield)
+		})
+		if err != nil && !asked {
 			yield(nil, err)
-			return
-		}
-		mark, up := p.denials.mark(), p.nc.IsConnected()
-		_, bounded := ctx.Deadline()
-		ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
-		defer cancel()
-		if err := p.ready(ctx, m, up); err != nil {
-			yield(nil, err)
-			return
-		}
-		if bounded {
-			if m.Header == nil {
-				m.Header = make(nats.Header, 1)
-			}
-			m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
-		}
-		m.Reply = p.nc.NewInbox()
-		sub, err := p.nc.SubscribeSync(m.Reply)
-		if err != nil {
-			yield(nil, p.requestFailure(m, mark, err))
-			return
-		}
-		defer sub.Unsubscribe()
-		err = p.nc.PublishMsg(m)
-		for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, &e) {
-			err = p.nc.PublishMsg(m)
-		}
-		if err != nil {
-			yield(nil, p.requestFailure(m, mark, err))
-			return
-		}
-		for answered := false; ; answered = true {
-			r, err := sub.NextMsgWithContext(ctx)
-			switch {
-			case err == nil:
-				if !yield(received(r)) {
-					return
-				}
-			case answered && errors.Is(err, context.DeadlineExceeded):
-				return
-			default:
-				yield(nil, p.requestFailure(m, mark, err))
-				return
-			}
 		}
 	}
 }
 
-// ready lets a request be sent: the connection is up, or was once and will be, and ctx
-// has not ended.
+// requestMany returns the error that it yields last, if it does.
+func (p *Publisher) requestMany(ctx context.Context, e Envelope, yield func(*Msg, error) bool) error {
+	fail := func(err error) error {
+		yield(nil, err)
+		return err
+	}
+	m, err := p.coreMessage(ctx, e)
+	if err != nil {
+		return fail(err)
+	}
+	mark, up := p.denials.mark(), p.nc.IsConnected()
+	_, bounded := ctx.Deadline()
+	ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
+	defer cancel()
+	if err := p.ready(ctx, m, up); err != nil {
+		return fail(err)
+	}
+	if bounded {
+		if m.Header == nil {
+			m.Header = make(nats.Header, 1)
+		}
+		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
+	}
+	m.Reply = p.nc.NewInbox()
+	sub, err := p.nc.SubscribeSync(m.Reply)
+	if err != nil {
+		return fail(p.requestFailure(m, mark, err))
+	}
+	defer sub.Unsubscribe()
+	err = p.nc.PublishMsg(m)
+	for errors.Is(err, nats.ErrMaxPayload) && slimCore(m, &e) {
+		err = p.nc.PublishMsg(m)
+	}
+	if err != nil {
+		return fail(p.requestFailure(m, mark, err))
+	}
+	for answered := false; ; answered = true {
+		r, err := sub.NextMsgWithContext(ctx)
+		switch {
+		case err == nil:
+			if !yield(received(r)) {
+				return nil
+			}
+		case answered && errors.Is(err, context.DeadlineExceeded):
+			return nil
+		default:
+			return fail(p.requestFailure(m, mark, err))
+		}
+	}
+}
+
+// ready waits until a request can be sent: the connection is up, or was up and
+// reconnects. It returns an error if ctx or the connection has ended.
 func (p *Publisher) ready(ctx context.Context, m *nats.Msg, up bool) error {
 	if !up {
 		if err := p.closed(); err != nil {
@@ -255,13 +278,13 @@ func (p *Publisher) ready(ctx context.Context, m *nats.Msg, up bool) error {
 	return nil
 }
 
-// timeoutLeft tells the responder how long ctx still runs.
+// timeoutLeft is the value of timeoutHeader for ctx.
 func timeoutLeft(ctx context.Context) string {
 	deadline, _ := ctx.Deadline()
 	return time.Until(deadline).String()
 }
 
-// received is a reply, with the error that it carries.
+// received returns a reply and the error that it carries.
 func received(r *nats.Msg) (*Msg, error) {
 	m := &Msg{Subject: r.Subject, Data: r.Data, Header: r.Header, reply: r}
 	if e := replyError(r.Header); e != nil {
@@ -271,7 +294,7 @@ func received(r *nats.Msg) (*Msg, error) {
 }
 
 func (p *Publisher) requestFailure(m *nats.Msg, mark uint64, err error) error {
-	if denied := p.denials.of(m.Subject, mark); denied != nil {
+	if denied := p.denials.since(m.Subject, mark); denied != nil {
 		return denied
 	}
 	p.denials.renew()

@@ -14,39 +14,48 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// startPatience is how long a route that starts waits for a JetStream that does not
-// answer at all, which is how a server without JetStream looks.
+// startPatience is how long a route that starts waits for JetStream to answer. A server
+// without JetStream does not answer either.
 const startPatience = 10 * time.Second
 
-// route is what core and durable routes have in common while they run.
+// route is the common part of core and durable routes.
 type route struct {
 	lane
 	env     *env
 	spec    Spec
-	handler Handler // with the broker's middleware; a responder's answer goes into the work
+	named   Spec    // in logs, errors and events: spec, or that of the route it is a part of
+	handler Handler // with the broker's middleware; stores a responder's answer in the work
 	from    *origin // of its messages; fixed once started
+	waits   alarm   // of a rate
 
 	// Guarded by the pool's mutex.
 	stats  RouteStats
 	sub    *nats.Subscription
 	closed chan struct{} // closed when the subscription's last callback has returned
 
-	over atomic.Bool // for lack of a permission or of its consumer the route settles nothing more
+	over atomic.Bool // the route has failed and settles nothing more
 
 	troublesMu sync.Mutex
 	troubles   map[string]error // what keeps the route from its work, by kind
 }
 
 func (r *route) init(e *env, spec Spec, owner job) {
-	r.env, r.spec, r.owner = e, spec, owner
-	r.handler = wrap(spec, e.middleware)
+	r.env, r.spec, r.named, r.owner = e, spec, spec, owner
+	if r.handler == nil {
+		r.handler = wrap(spec, e.middleware)
+	}
 	r.troubles = map[string]error{}
 	r.requests = spec.kind == kindReply
 	r.limit = e.workers
 	if spec.route.set&optConcurrency != 0 {
 		r.limit = min(e.workers, spec.route.concurrency)
 	}
-	r.from = &origin{ctx: e.handlers}
+	if spec.route.set&optRate != 0 {
+		r.rate = newBucket(spec.route.rate, processTime())
+		r.waits.ring = func(int64) { e.pool.resume(&r.lane) }
+		r.later = func(at int64) { e.agenda.set(&r.waits, at) }
+	}
+	r.from = &origin{filter: spec.route.filter, request: r.requests, ctx: e.handlers}
 	r.lane.name, r.lane.timeout = "handler of "+spec.String(), spec.route.timeout
 	r.stats = RouteStats{Route: spec.route.filter, Durable: spec.route.durable}
 }
@@ -54,6 +63,16 @@ func (r *route) init(e *env, spec Spec, owner job) {
 // wrap puts middleware around the function of a route.
 func wrap(spec Spec, middleware []Middleware) Handler {
 	h := spec.handler
+	if spec.kind == kindBatch {
+		// A message that must run by itself; middleware is for handlers of one message.
+		return func(ctx context.Context, m *Msg) error {
+			results, _ := batchResults(spec.batch(ctx, []*Msg{m}), 1)
+			if results == nil {
+				return nil
+			}
+			return results[0]
+		}
+	}
 	if spec.kind == kindReply {
 		h = func(ctx context.Context, m *Msg) error {
 			data, err := spec.responder(ctx, m)
@@ -68,9 +87,9 @@ func (r *route) base() *route { return r }
 
 // names are the log attributes that name the route.
 func (r *route) names(more ...any) []any {
-	args := []any{"route", r.spec.route.filter}
-	if r.spec.route.durable != "" {
-		args = append(args, "durable", r.spec.route.durable)
+	args := []any{"route", r.named.route.filter}
+	if r.named.route.durable != "" {
+		args = append(args, "durable", r.named.route.durable)
 	}
 	return append(args, more...)
 }
@@ -79,7 +98,7 @@ func (r *route) names(more ...any) []any {
 func (r *route) about(w *work, more ...any) []any {
 	args := r.names("subject", w.raw.Subject)
 	if w.id.seq > 0 {
-		args = append(args, "stream", w.msg.origin().stream, "sequence", w.id.seq, "attempt", w.msg.Attempt())
+		args = append(args, "stream", w.msg.origin().stream, "sequence", w.source.seq, "attempt", w.msg.Attempt())
 	}
 	if panicked, ok := w.err.(*PanicError); ok && len(panicked.Stack) > 0 {
 		args = append(args, "stack", string(panicked.Stack))
@@ -87,14 +106,13 @@ func (r *route) about(w *work, more ...any) []any {
 	return append(args, more...)
 }
 
-// fail ends Run by a fault of the route, which can settle nothing any more.
+// fail ends Run with a fault of the route, which settles nothing more.
 func (r *route) fail(fault error) {
 	r.over.Store(true)
 	r.env.fail(fault)
 }
 
-// trouble records what keeps the route from its work, for Health, and logs it when it
-// is new or another one.
+// trouble records an error for Health, and logs it if it is new or has changed.
 func (r *route) trouble(kind string, err error) {
 	r.troublesMu.Lock()
 	before, known := r.troubles[kind]
@@ -105,7 +123,7 @@ func (r *route) trouble(kind string, err error) {
 	}
 }
 
-// clear takes a trouble back.
+// clear removes a trouble.
 func (r *route) clear(kind string) {
 	r.troublesMu.Lock()
 	_, known := r.troubles[kind]
@@ -116,7 +134,7 @@ func (r *route) clear(kind string) {
 	}
 }
 
-// troubleIf is trouble while there is one, and else clear.
+// troubleIf calls trouble if is is set, and else clear.
 func (r *route) troubleIf(is bool, kind string, err error) {
 	if is {
 		r.trouble(kind, err)
@@ -125,21 +143,23 @@ func (r *route) troubleIf(is bool, kind string, err error) {
 	}
 }
 
-// health is one [*RouteError] for each trouble.
+// health returns one [*RouteError] for each trouble.
 func (r *route) health() []error {
 	r.troublesMu.Lock()
 	defer r.troublesMu.Unlock()
 	var errs []error
 	for _, kind := range slices.Sorted(maps.Keys(r.troubles)) {
 		err := r.troubles[kind]
-		errs = append(errs, r.spec.fault(kind, "", cause(err), err))
+		errs = append(errs, r.named.fault(kind, "", cause(err), err))
 	}
 	return errs
 }
 
 // count adds a finished work to the counters. The pool is locked.
 func (r *route) count(w *work) {
-	r.stats.HandlerTime += w.took()
+	if !w.shared {
+		r.stats.HandlerTime += w.took()
+	}
 	switch w.outcome {
 	case OutcomeSucceeded:
 		r.stats.Succeeded++
@@ -158,34 +178,37 @@ func (r *route) count(w *work) {
 	}
 }
 
-// report is the route's counters as they are now.
+// report returns the route's current counters.
 func (r *route) report() RouteStats {
 	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := r.stats
 	st.Running = r.lane.running
+	st.OldestRunning = p.oldest(&r.lane)
 	st.Waiting = r.lane.waiting() + max(r.lane.taken-r.lane.running, 0)
 	return st
 }
 
-// observe tells the observer what became of w.
+// observe reports the outcome of w to the observers.
 func (r *route) observe(w *work) {
-	if r.env.observer != nil {
-		r.env.visit(r.observing(), func() { r.tellObserver(w) })
+	if len(r.env.observers) > 0 {
+		r.env.observe(r.observing(), w.delivery, r.event(w))
 	}
 }
 
-func (r *route) observing() string { return "observer of " + r.spec.String() }
+func (r *route) observing() string { return "observer of " + r.named.String() }
 
-func (r *route) tellObserver(w *work) {
-	r.env.observer.Observe(w.delivery, Event{
-		Route: r.spec.route.filter, Durable: r.spec.route.durable, Msg: &w.msg,
-		Outcome: w.outcome, Err: w.err, Duration: w.took(),
-	})
+func (r *route) event(w *work) Event {
+	e := w.event(r.named.route.filter, r.named.route.durable)
+	if r.spec.kind == kindBatch {
+		e.Batch = max(w.peers, 1)
+	}
+	return e
 }
 
-// subscribe makes a subscription the route's own. Its callbacks may have begun.
+// subscribe subscribes and stores the subscription in the route. Callbacks may run before
+// it returns.
 func (r *route) subscribe(subject, queue string, receive nats.MsgHandler) (*nats.Subscription, error) {
 	closed := make(chan struct{})
 	sub, err := r.env.api.nc.QueueSubscribe(subject, queue, receive)
@@ -199,9 +222,9 @@ func (r *route) subscribe(subject, queue string, receive nats.MsgHandler) (*nats
 	return sub, nil
 }
 
-// unsubscribe ends the subscription after the callbacks of all that the server
-// sent before it knew, and joins them. When ctx ends first, or without a
-// connection, what the client has buffered is dropped.
+// unsubscribe ends the subscription and waits for the callbacks of all messages that the
+// server sent before. If ctx ends first, or without a connection, buffered messages are
+// dropped.
 func (r *route) unsubscribe(ctx context.Context) {
 	r.env.pool.mu.Lock()
 	sub, closed := r.sub, r.closed
@@ -220,9 +243,9 @@ func (r *route) unsubscribe(ctx context.Context) {
 	}
 }
 
-// locateStream is the name of the stream of a route or replay: the given one, or the
-// only one that has the filter's subjects.
-func locateStream(given string, names func() ([]string, error)) (name string, reason string, err error) {
+// locateStream returns the name of the stream of a route or replay: the given one, or the
+// only one with subjects that match the filter.
+func locateStream(given string, names func() ([]string, error), near func() string) (name string, reason string, err error) {
 	if given != "" {
 		return given, "", nil
 	}
@@ -231,9 +254,9 @@ func locateStream(given string, names func() ([]string, error)) (name string, re
 	case err != nil:
 		return "", "could not be looked up by the filter: " + cause(err), err
 	case len(found) == 0:
-		return "", "no stream has the filter's subjects", ErrNoStream
+		return "", "no stream has subjects that match the filter; " + near(), ErrNoStream
 	case len(found) > 1:
-		return "", fmt.Sprintf("several have the filter's subjects: %q; name one with Stream", found), ErrAmbiguousStream
+		return "", fmt.Sprintf("several have subjects that match the filter: %q; name one with Stream", found), ErrAmbiguousStream
 	}
 	return found[0], "", nil
 }
@@ -246,8 +269,8 @@ func (r *route) streamInfo(ctx context.Context, name string) (info *jetstream.St
 	return info, err
 }
 
-// tryOn asks JetStream's API for a route that starts, again and again while the failure
-// is transient. One that does not answer at all is given up.
+// tryOn sends a request to the JetStream API for a route that starts, and retries
+// transient failures. It gives up if JetStream does not answer within startPatience.
 func (r *route) tryOn(ctx context.Context, try func(context.Context) error) error {
 	begun := time.Now()
 	var absent error

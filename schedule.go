@@ -9,15 +9,14 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// scheduleToken is a token of the subjects that schedules are kept on.
+// scheduleToken is a token in the subjects of schedules.
 const scheduleToken = "natsx-schedule"
 
-// schedule finds a subject of its own for a schedule, in the stream that captures its
-// target.
+// schedule sets the subject of a schedule, in the stream that captures its target.
 //
-// The server wants it to differ from the target and in the same stream, and a
-// later schedule on one subject replaces the earlier: so that of a handler has the
-// same subject in each run, and is one beyond the duplicate window too.
+// The server requires that it differs from the target and is in the same stream. A later
+// schedule on the same subject replaces the earlier one, so a schedule of a handler has
+// the same subject in each run: it is stored once even after the duplicate window.
 func (c *call) schedule(ctx context.Context, o *outgoing) error {
 	target := o.e.subject
 	info, err := c.streamOf(ctx, target)
@@ -44,22 +43,22 @@ func (c *call) schedule(ctx context.Context, o *outgoing) error {
 		id = digest(sum[:len(digest{})]).String()
 	}
 	above, below := scheduleToken+"."+id+"."+target, target+"."+scheduleToken+"."+id
-	switch beside := besideSubject(info, target, id); {
+	switch wildcard := wildcardSubject(info, target, id); {
 	case captures(info, above):
 		o.subject = above
 	case limits && captures(info, below):
 		o.subject = below
-	case limits && beside != "":
-		o.subject = beside
+	case limits && wildcard != "":
+		o.subject = wildcard
 	default:
 		return refuse(fmt.Sprintf("captures no subject for a schedule, such as %q", scheduleToken+".*."+target))
 	}
 	return nil
 }
 
-// besideSubject is the target with a unique token where a subject of the stream
-// has its last *, or empty when no subject of the stream has one there.
-func besideSubject(info *jetstream.StreamInfo, target, id string) string {
+// wildcardSubject is the target with a unique token at the position of the last * of a
+// matching subject of the stream, or empty if there is none.
+func wildcardSubject(info *jetstream.StreamInfo, target, id string) string {
 	for _, pattern := range info.Config.Subjects {
 		if !subjectMatches(pattern, target) {
 			continue

@@ -15,26 +15,25 @@ import (
 	"github.com/nats-io/nats.go/micro"
 )
 
-// WithService lists the broker's reply routes as one NATS micro service (ADR-32), one
-// endpoint for each: tools such as the nats CLI then find it, and read the
-// requests, errors and handler times of every route. Of the name only letters,
-// digits, dash and underscore are allowed, the version is a semantic one
-// ("1.4.0"), the description is free text. [Broker.Run] and [Broker.Replay] refuse
-// others with [ErrInvalidName]. Default is not to be listed.
+// WithService lists the broker's reply routes as one NATS micro service (ADR-32), with one
+// endpoint for each, so that tools such as the nats CLI find it and show the requests,
+// errors and handler times of every route. The name may have letters, digits, dashes and
+// underscores, the version is a semantic version ("1.4.0"), else [Broker.Run] and
+// [Broker.Replay] return [ErrInvalidName]; the description is free text. The default is no
+// service.
 //
-// An endpoint is named after its route, with a dash for each dot and an
-// underscore for whatever else its name may not hold. Where several routes would get one
-// name, those whose subject is another get a hash of it behind that. It tells the route's own
-// queue group: without [RouteBuilder.Queue] every replica answers every request.
-// A refused request counts as one and as an error, like every other that was
-// answered with an error. The service is listed from when the broker is ready
-// until its shutdown begins. Its user needs the permission to subscribe to
-// $SRV.> as well.
+// An endpoint is named after its route, with a dash for each dot and an underscore for
+// every other character that a name may not have. If several routes would get the same
+// name, a hash of the subject is appended for those whose subject differs from it. It reports
+// the route's own queue group:
+// without [RouteBuilder.Queue] every replica answers every request. Refused requests count
+// as requests and as errors. The service is listed from when the broker is ready until its
+// shutdown begins. The user also needs the permission to subscribe to $SRV.>.
 func WithService(name, version, description string) Option {
 	return func(b *Broker) { b.service = &service{name, version, description} }
 }
 
-// service is what WithService was given.
+// service is the arguments of WithService.
 type service struct{ name, version, description string }
 
 var (
@@ -47,15 +46,15 @@ var (
 func (s *service) faults() []error {
 	var faults []error
 	if !serviceName.MatchString(s.name) {
-		faults = append(faults, fmt.Errorf("natsx: service name %q: must be letters, digits, dashes and underscores: %w", s.name, ErrInvalidName))
+		faults = append(faults, failure(fmt.Sprintf("service name %q: must be letters, digits, dashes and underscores", s.name), ErrInvalidName))
 	}
 	if !semanticVersion.MatchString(s.version) {
-		faults = append(faults, fmt.Errorf("natsx: service %q: version %q: must be a semantic version such as 1.0.0: %w", s.name, s.version, ErrInvalidName))
+		faults = append(faults, failure(fmt.Sprintf("service %q: version %q: must be a semantic version such as 1.0.0", s.name, s.version), ErrInvalidName))
 	}
 	return faults
 }
 
-// denied tells whether the service needs what the server refused.
+// denied reports whether the service needs the permission that the server refused.
 func (s *service) denied(e *PermissionError) bool {
 	return e.Operation == "subscribe" && strings.HasPrefix(e.Subject, micro.APIPrefix+".")
 }
@@ -64,25 +63,25 @@ func (s *service) failure(err error) error {
 	return failure(fmt.Sprintf("service %q: %s", s.name, cause(err)), err)
 }
 
-// discovery answers for the service on the subjects of NATS micro. It does not use
-// [micro.AddService], which runs its endpoints' handlers in its own subscriptions
-// and would count and time those instead of the pool's work.
+// discovery answers discovery requests of NATS micro for the service. It does not use
+// [micro.AddService], which would run the handlers in its own subscriptions instead of in
+// the pool.
 type discovery struct {
 	*service
 	eng      *engine
 	identity micro.ServiceIdentity
 	started  time.Time
 	subs     []*nats.Subscription
-	asked    chan *nats.Msg // nats.go sends, and nobody closes it
+	asked    chan *nats.Msg // nats.go sends; never closed
 	stopped  chan struct{}
 	answers  sync.WaitGroup
 }
 
-// mostAsked bounds the questions that wait; nats.go drops more.
+// mostAsked is the most requests that may wait; nats.go drops further ones.
 const mostAsked = 256
 
-// startDiscovery begins to answer. The caller stops what it gets, also when it
-// comes with an error.
+// startDiscovery begins to answer. The caller must stop the result, even if there is an
+// error.
 func startDiscovery(e *engine) (*discovery, error) {
 	s := e.service
 	inbox := e.api.nc.NewInbox()
@@ -113,7 +112,7 @@ func startDiscovery(e *engine) (*discovery, error) {
 
 func (d *discovery) stop() {
 	for _, sub := range d.subs {
-		sub.Unsubscribe() // fails on a closed connection, which is as good
+		sub.Unsubscribe() // an error means that the connection is closed
 	}
 	close(d.stopped)
 	d.answers.Wait()
@@ -127,7 +126,7 @@ func (d *discovery) serve() {
 				continue
 			}
 			if err := d.answer(m); err != nil {
-				d.eng.log.Warn("natsx: service question not answered", "subject", m.Subject, "error", err)
+				d.eng.log.Warn("natsx: service request not answered", "subject", m.Subject, "error", err)
 			}
 		case <-d.stopped:
 			return
@@ -189,7 +188,7 @@ func (d *discovery) stats() micro.Stats {
 			s.AverageProcessingTime = s.ProcessingTime / time.Duration(s.NumRequests)
 		}
 		if last != nil {
-			// What the requester was told, and no more: this leaves the process.
+			// Report only what the requester received, since this leaves the process.
 			reply, _ := replyFor(last)
 			s.LastError = reply.code() + ":" + reply.Message
 		}
@@ -233,7 +232,7 @@ func endpointNames(routes []*coreRoute) []string {
 	return names
 }
 
-// endpointName makes a name that micro allows of a route's subject.
+// endpointName returns a valid endpoint name for a route's subject.
 func endpointName(subject string) string {
 	return strings.Map(func(r rune) rune {
 		switch {

@@ -9,11 +9,11 @@ import (
 	"time"
 )
 
-// errCrashed stands for attempts that never came back: the message took its process
-// down each time it ran, in the end with nothing else of its route in hand.
-var errCrashed = errors.New("natsx: no attempt returned: each time its process ended")
+// errCrashed is the error of a message that crashed its process each time it ran, in the
+// end in isolation.
+var errCrashed = errors.New("natsx: no attempt returned: the process ended each time")
 
-// judgement is what an error of a handler means, whatever the route.
+// judgement is the meaning of a handler's error, independent of the route.
 type judgement struct {
 	verdict verdict
 	after   time.Duration // of verdictRetryAfter
@@ -32,8 +32,8 @@ const (
 	verdictCrashed
 )
 
-// judge reads the outcome out of an error's chain. An error that panics when it is
-// asked for its chain, as a nil pointer in an error does, is replaced by the panic.
+// judge derives a judgement from an error's chain. An error that panics while its chain
+// is read, such as one with a nil pointer, is replaced by the panic.
 func judge(err error) (j judgement, safe error) {
 	if err == nil {
 		return judgement{}, nil
@@ -65,8 +65,8 @@ func judge(err error) (j judgement, safe error) {
 
 // OutcomeOf reports what a durable route with attempts left does with a message whose
 // handler returned err: [OutcomeSucceeded], [OutcomeRetried], [OutcomeDead] or
-// [OutcomeDiscarded]. Of an error in which several outcomes are wrapped it takes the
-// first of Discard, Permanent and retry.
+// [OutcomeDiscarded]. If err wraps several outcomes, the first of Discard, Permanent and
+// retry applies.
 func OutcomeOf(err error) Outcome {
 	j, _ := judge(err)
 	switch j.verdict {
@@ -84,12 +84,12 @@ func OutcomeOf(err error) Outcome {
 type action uint8
 
 const (
-	actAck    action = iota // done
-	actNak                  // deliver again after the delay
-	actReturn               // deliver again at once: it was no attempt
-	actTerm                 // never deliver again, keep no letter
+	actAck    action = iota // acknowledge
+	actNak                  // redeliver after the delay
+	actReturn               // redeliver at once: it was no attempt
+	actTerm                 // terminate without a letter
 	actBury                 // move to the DLQ
-	actHandle               // none yet
+	actHandle               // nothing: the handler is to run
 )
 
 // settlement is the decision about one attempt.
@@ -97,20 +97,21 @@ type settlement struct {
 	action  action
 	delay   time.Duration // of actNak
 	reason  Reason        // of a dead message
-	expires bool          // it is dead since its stream would delete it before the next attempt
+	expires bool          // dead because the stream would delete the message before the next attempt
 	outcome Outcome
 }
 
-// circumstances are what a decision takes into account beside the result.
+// circumstances are the other inputs of a decision.
 type circumstances struct {
 	attempt int           // 1 for the first
-	cut     bool          // the handler's context was ended by a shutdown
+	cut     bool          // a shutdown cancelled the handler's context
+	void    time.Duration // the failure is no attempt, and this is the delay of the redelivery; 0 for an attempt
 	life    time.Duration // until the stream deletes the message, 0 for never
 	spread  float64       // a random number in [0, 1) for the jitter
 }
 
-// decide is what becomes of a message of a durable from the result of an attempt
-// alone. A handler that a shutdown has cut off has not failed.
+// decide returns how to settle a message of a durable. It is a pure function. A handler
+// that was cancelled by a shutdown has not failed.
 func decide(r RouteBuilder, j judgement, c circumstances) settlement {
 	dead := func(reason Reason) settlement {
 		act := actTerm
@@ -134,6 +135,9 @@ func decide(r RouteBuilder, j judgement, c circumstances) settlement {
 	if c.cut {
 		return settlement{action: actReturn, outcome: OutcomeReturned}
 	}
+	if c.void > 0 {
+		return settlement{action: actReturn, delay: c.void, outcome: OutcomeReturned}
+	}
 	last := ReasonExhausted
 	if j.verdict == verdictPanic {
 		last = ReasonPanic
@@ -146,7 +150,7 @@ func decide(r RouteBuilder, j judgement, c circumstances) settlement {
 		low, high := r.backoff()
 		s.delay = backoffDelay(low, high, c.attempt, c.spread)
 	}
-	// A stream's limit is not kept to the moment.
+	// Streams do not apply their age limit exactly on time.
 	if c.life > 0 && s.delay >= c.life-min(c.life/10, time.Second) {
 		s = dead(last)
 		s.expires = true
@@ -154,15 +158,15 @@ func decide(r RouteBuilder, j judgement, c circumstances) settlement {
 	return s
 }
 
-// backoffDelay is the delay before retry k (from 1): low*2^(k-1) spread by ±20 %
-// with a random number in [0, 1), and never above high.
+// backoffDelay is the delay before retry k, from 1: low*2^(k-1), varied by ±20 % by
+// spread, a random number in [0, 1), and at most high.
 func backoffDelay(low, high time.Duration, k int, spread float64) time.Duration {
 	d := math.Ldexp(float64(low), min(k-1, 62)) // at most 2^125, far from overflow
 	d = min(d, float64(high)) * (0.8 + 0.4*spread)
 	return min(time.Duration(min(d, math.MaxInt64/2)), high)
 }
 
-// longestBackoff is the most that all delays between the attempts of r add up to.
+// longestBackoff is the longest sum of all delays between the attempts of r.
 func longestBackoff(r RouteBuilder) time.Duration {
 	low, high := r.backoff()
 	var sum time.Duration
@@ -188,14 +192,23 @@ func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 	return h(ctx, m)
 }
 
-// invokeWithin is invoke with a deadline. What returns after the deadline has
-// failed, also when it says nothing of it: a handler that gave up its work at the
-// end of its context may well return nil.
+// invokeWithin is invoke with a deadline. A handler that returns after the deadline has
+// failed even if it returns nil, since it may have stopped its work at the end of its
+// context.
 func invokeWithin(timeout time.Duration, h Handler, w *work) error {
 	ctx := withDeadline(w.timed, w.delivery, atProcessTime(w.began).Add(timeout))
 	defer ctx.end()
 	err := invoke(h, ctx, &w.msg)
 	if w.ended = processTime(); !ctx.passed(atProcessTime(w.ended)) {
+		return err
+	}
+	return lateness(ctx, timeout, err)
+}
+
+// lateness is the result of a handler that has returned err under a context with a
+// timeout.
+func lateness(ctx context.Context, timeout time.Duration, err error) error {
+	if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return err
 	}
 	if err == nil {
@@ -205,12 +218,13 @@ func invokeWithin(timeout time.Duration, h Handler, w *work) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return fmt.Errorf("natsx: handler did not return within %s: %w: %w", timeout, context.DeadlineExceeded, err)
+	return failure(fmt.Sprintf("handler did not return within %s: %v: %s", timeout, context.DeadlineExceeded, cause(err)),
+		context.DeadlineExceeded, err)
 }
 
-// sound asks an error of users' code all that the engine may ask it later. One that panics
-// is replaced by the panic, one without a text gets one. It may end the goroutine, as may
-// the handler that returned err.
+// sound makes an error of users' code safe for the engine. If reading its chain panics, it
+// is replaced by the panic; if its Error method panics, it gets another text. Like the
+// handler, the error's methods may end the goroutine.
 func sound(err error) error {
 	if err == nil {
 		return nil
@@ -219,7 +233,7 @@ func sound(err error) error {
 	return textual(err)
 }
 
-// textual is err, with a text if it panics when it is asked for its own.
+// textual returns err, or an error with another text if err.Error panics.
 func textual(err error) (safe error) {
 	defer func() {
 		if v := recover(); v != nil {
@@ -230,7 +244,7 @@ func textual(err error) (safe error) {
 	return err
 }
 
-// textlessError gives an error the text that it has not.
+// textlessError is an error whose own Error method panics.
 type textlessError struct {
 	text string
 	err  error
@@ -247,8 +261,8 @@ func wrapHandler(h Handler, middleware []Middleware) Handler {
 	return h
 }
 
-// attempt runs a handler on w within timeout, unless that is 0, and has the owner
-// conclude it exactly once, also when the handler leaves by runtime.Goexit.
+// attempt runs a handler on w within timeout, 0 for no limit, and calls the owner's
+// conclude exactly once, even if the handler calls runtime.Goexit.
 func attempt(owner job, h Handler, w *work, timeout time.Duration) {
 	returned := false
 	defer func() {

@@ -316,7 +316,7 @@ func TestAckWaitIsNotLoweredUnderOthers(t *testing.T) {
 	orders(t, nc)
 	started, end := make(chan struct{}, 10), make(chan struct{})
 	spec := func(ackWait time.Duration) Spec {
-		return Route("orders.*").Durable("d").AckWait(ackWait).Handle(func(context.Context, *Msg) error {
+		return Route("orders.*").Durable("d").AdoptChanges().AckWait(ackWait).Handle(func(context.Context, *Msg) error {
 			started <- struct{}{}
 			<-end
 			return nil

@@ -12,18 +12,15 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// Bounds of what a stream accepts, those of the server.
+// Limits of the server.
 const (
-	// MaxReplicas is the most copies a stream can have.
-	MaxReplicas = 5
-	// MaxDescriptionLength is the longest description in bytes.
-	MaxDescriptionLength = 4096
-	// MinStreamDuration is the shortest MaxAge and DedupWindow.
-	MinStreamDuration = 100 * time.Millisecond
+	maxReplicas          = 5
+	maxDescriptionLength = 4096                   // in bytes
+	minStreamDuration    = 100 * time.Millisecond // of MaxAge and DedupWindow
 )
 
-// subjectSeparator joins subjects in a scalar. Being a control character, it is
-// in no valid subject.
+// subjectSeparator joins subjects in one string. A control character is never in a valid
+// subject.
 const subjectSeparator = "\x00"
 
 // streamOption is one bit for each setter, as option is for routes.
@@ -53,23 +50,22 @@ const (
 	optDenyPurge
 )
 
-// StreamSpec describes a stream for [StreamSpec.Ensure] and [WithStreams]. It is
-// a small comparable value: each setter returns a changed copy, so a base can be
-// kept, shared between goroutines and forked. Setters never fail;
-// [StreamSpec.Validate] reports every fault: a bad name is [ErrInvalidName], a bad
-// subject [ErrInvalidSubject], a value out of its bounds [ErrOutOfRange], and options
-// that do not fit together [ErrOptionConflict]. Of a setter called twice the last
-// call holds.
+// StreamSpec describes a stream for [StreamSpec.Ensure] and [WithStreams]. It is a small
+// comparable value: each setter returns a changed copy, so a base can be kept, shared
+// between goroutines and forked. If a setter is called twice, the last call wins. Setters
+// never fail; [StreamSpec.Validate] reports every fault: [ErrInvalidName],
+// [ErrInvalidSubject], [ErrOutOfRange], or [ErrOptionConflict] for options that exclude
+// each other.
 //
-// The Allow and Deny setters only switch on. Without them a new stream has the option
-// off and an existing one keeps what it has. What a server is too old to know is a
-// [*StreamConflictError] of [StreamSpec.Ensure].
+// The Allow and Deny setters only enable options. Without them an option is off in a new
+// stream and unchanged in an existing one. If the server is too old for an option,
+// [StreamSpec.Ensure] returns a [*StreamConflictError].
 type StreamSpec struct {
 	set streamOption
 
 	name         string
 	subjects     string // joined by subjectSeparator
-	subjectCount int    // tells a separator inside a subject from those between
+	subjectCount int    // to detect a separator inside a subject
 	description  string
 
 	retention   jetstream.RetentionPolicy
@@ -85,44 +81,52 @@ type StreamSpec struct {
 	replicas          int
 	dedupWindow       time.Duration
 
-	letters bool // holds dead letters, see StreamSpec.forLetters
+	js apiChoice
+
+	letters bool // holds dead letters; see StreamSpec.forLetters
 }
 
-// Stream starts the description of the stream of this name, for which the rules of
-// durables' names hold (see [RouteBuilder.Durable]). What is not set keeps its value
-// in a stream that exists. A new stream gets the server's defaults: file storage, kept
-// by limits without any limit set, the oldest messages discarded at a limit, one
-// replica, a dedup window of 2 minutes, and its own name as its only subject.
+// Stream starts the description of the stream of this name. The rules for names are those
+// of [RouteBuilder.Durable]. Options that are not set are unchanged in an existing stream;
+// a new one gets the server's defaults: file storage, limits retention without any limit,
+// [jetstream.DiscardOld], one replica, a duplicate window of 2 minutes, and its own name as
+// its only subject.
 func Stream(name string) StreamSpec { return StreamSpec{name: name} }
 
-// Subjects are all subjects that the stream captures, at least one; wildcards
-// are allowed, overlaps are not. The stream's subjects become these: messages of
-// a subject that is no longer among them stay stored, but a publish to it finds
-// no stream.
+// RetryStream starts the description of a stream for [WithRetryStream]: its only subject is
+// <name>.>, it allows message schedules, and a retry is gone once it was handled
+// (work-queue retention). Set Replicas, 3 in production; no limit, since that would
+// delete retries. It needs nats-server 2.12.
+func RetryStream(name string) StreamSpec {
+	return Stream(name).Subjects(name + ".>").Retention(jetstream.WorkQueuePolicy).AllowMsgSchedules()
+}
+
+// Subjects sets all subjects that the stream captures, at least one; wildcards are
+// allowed, overlaps are not. They replace those of an existing stream: messages of a
+// removed subject stay stored, but a publish to it finds no stream.
 func (s StreamSpec) Subjects(subjects ...string) StreamSpec {
 	s.set |= optSubjects
 	s.subjects, s.subjectCount = strings.Join(subjects, subjectSeparator), len(subjects)
 	return s
 }
 
-// Description is a text for people, at most [MaxDescriptionLength] bytes; the
-// empty one removes it.
+// Description sets a text of at most 4,096 bytes; an empty one removes it.
 func (s StreamSpec) Description(text string) StreamSpec {
 	s.set |= optDescription
 	s.description = text
 	return s
 }
 
-// Retention tells what removes messages. Default is [jetstream.LimitsPolicy].
-// An existing stream is changed only between limits and interest; to interest
-// only while it is empty, since messages without interest would be deleted.
+// Retention sets what removes messages. The default is [jetstream.LimitsPolicy]. An
+// existing stream is changed only between limits and interest, and to interest only while
+// it is empty, since messages without interest would be deleted.
 func (s StreamSpec) Retention(p jetstream.RetentionPolicy) StreamSpec {
 	s.set |= optRetention
 	s.retention = p
 	return s
 }
 
-// Storage is where messages are kept. Default is [jetstream.FileStorage]. An
+// Storage sets where messages are stored. The default is [jetstream.FileStorage]. An
 // existing stream cannot be changed.
 func (s StreamSpec) Storage(t jetstream.StorageType) StreamSpec {
 	s.set |= optStorage
@@ -130,103 +134,98 @@ func (s StreamSpec) Storage(t jetstream.StorageType) StreamSpec {
 	return s
 }
 
-// Discard tells what happens at MaxMsgs or MaxBytes. Default is
-// [jetstream.DiscardOld], which deletes the oldest messages;
-// [jetstream.DiscardNew] refuses new ones.
+// Discard sets what happens at MaxMsgs or MaxBytes. The default is [jetstream.DiscardOld],
+// which deletes the oldest messages; [jetstream.DiscardNew] refuses new ones.
 func (s StreamSpec) Discard(p jetstream.DiscardPolicy) StreamSpec {
 	s.set |= optDiscard
 	s.discard = p
 	return s
 }
 
-// Compression of stored messages. Default is [jetstream.NoCompression]. In an
-// existing stream it holds for what is stored from then on.
+// Compression sets the compression of stored messages. The default is
+// [jetstream.NoCompression]. In an existing stream it applies to new messages.
 func (s StreamSpec) Compression(c jetstream.StoreCompression) StreamSpec {
 	s.set |= optCompression
 	s.compression = c
 	return s
 }
 
-// MaxAge deletes messages older than d, at least [MinStreamDuration]; 0 keeps
-// them for ever, which is the default. It lowers a longer dedup window with it
-// unless DedupWindow is set too. An existing stream that holds older messages is
-// not changed.
+// MaxAge deletes messages older than d, at least 100 ms; 0, the default, keeps them for
+// ever. Unless DedupWindow is set too, a longer duplicate window is shortened to d. An
+// existing stream that holds older messages is not changed.
 func (s StreamSpec) MaxAge(d time.Duration) StreamSpec {
 	s.set |= optMaxAge
 	s.maxAge = d
 	return s
 }
 
-// MaxBytes limits the size of all stored messages, at least 1; -1 is no limit,
-// which is the default. An existing stream with [jetstream.DiscardOld] that
-// holds more is not changed.
+// MaxBytes limits the size of all stored messages, at least 1; -1, the default, is no
+// limit. An existing stream with [jetstream.DiscardOld] that holds more is not changed.
 func (s StreamSpec) MaxBytes(n int64) StreamSpec {
 	s.set |= optMaxBytes
 	s.maxBytes = n
 	return s
 }
 
-// MaxMsgs limits the number of stored messages, at least 1; -1 is no limit,
-// which is the default. An existing stream with [jetstream.DiscardOld] that
-// holds more is not changed.
+// MaxMsgs limits the number of stored messages, at least 1; -1, the default, is no limit.
+// An existing stream with [jetstream.DiscardOld] that holds more is not changed.
 func (s StreamSpec) MaxMsgs(n int64) StreamSpec {
 	s.set |= optMaxMsgs
 	s.maxMsgs = n
 	return s
 }
 
-// MaxMsgsPerSubject limits the stored messages of each subject, at least 1; -1
-// is no limit, which is the default. Beyond it the oldest of the subject is
-// deleted. An existing stream with a subject that holds more is not changed.
+// MaxMsgsPerSubject limits the stored messages of each subject, at least 1; -1, the
+// default, is no limit. At the limit the oldest message of the subject is deleted. An
+// existing stream with a subject that holds more is not changed.
 func (s StreamSpec) MaxMsgsPerSubject(n int64) StreamSpec {
 	s.set |= optMaxMsgsPerSubject
 	s.maxMsgsPerSubject = n
 	return s
 }
 
-// MaxMsgSize refuses new messages of more bytes, headers included; at least 1;
-// -1 is no limit but the server's max payload, which is the default.
+// MaxMsgSize refuses new messages above n bytes, headers included; at least 1. With -1, the
+// default, only the server's max payload applies.
 func (s StreamSpec) MaxMsgSize(n int32) StreamSpec {
 	s.set |= optMaxMsgSize
 	s.maxMsgSize = n
 	return s
 }
 
-// Replicas is the number of servers that keep a copy, 1 to [MaxReplicas].
-// Default is 1, which loses what the one server loses: 3 in production.
+// Replicas sets the number of servers that store a copy, 1 to 5. The default is 1; use 3 in
+// production, so that the loss of one server loses no messages.
 func (s StreamSpec) Replicas(n int) StreamSpec {
 	s.set |= optReplicas
 	s.replicas = n
 	return s
 }
 
-// DedupWindow is how long the stream remembers message ids, at least
-// [MinStreamDuration] and at most MaxAge. Default is 2 minutes, or MaxAge when
-// that is shorter.
+// DedupWindow sets how long the stream remembers message ids, at least 100 ms and at most
+// MaxAge. The default is 2 minutes, or MaxAge if that is shorter.
 func (s StreamSpec) DedupWindow(d time.Duration) StreamSpec {
 	s.set |= optDedupWindow
 	s.dedupWindow = d
 	return s
 }
 
-// AllowMsgTTL lets messages expire one by one (ADR-43), for [Envelope.TTL]. It cannot
-// be taken back. It needs nats-server 2.11.
+// AllowMsgTTL allows a TTL per message (ADR-43), for [Envelope.TTL]. It cannot be disabled
+// again. It needs nats-server 2.11.
 func (s StreamSpec) AllowMsgTTL() StreamSpec {
 	s.set |= optAllowMsgTTL
 	return s
 }
 
-// AllowMsgSchedules lets messages be published for later (ADR-51), for
-// [Envelope.At], which tells the subjects that the stream then needs; with that it
-// allows rollups. It cannot be taken back, and fits neither DenyPurge nor
-// [jetstream.DiscardNew]. It needs nats-server 2.12.
+// AllowMsgSchedules allows delayed messages (ADR-51), for [Envelope.At], which documents
+// the subjects that the stream needs for them. It also allows rollups. It cannot be
+// disabled again, and excludes DenyPurge and [jetstream.DiscardNew]. It needs nats-server
+// 2.12.
 func (s StreamSpec) AllowMsgSchedules() StreamSpec {
 	s.set |= optAllowMsgSchedules
 	return s
 }
 
-// AllowAtomicPublish lets a batch be stored whole or not at all (ADR-50), for
-// [Publisher.PublishAtomic]. It needs nats-server 2.12.
+// AllowAtomicPublish allows atomic batches (ADR-50), for [Publisher.PublishAtomic]. It
+// needs nats-server 2.12.
 func (s StreamSpec) AllowAtomicPublish() StreamSpec {
 	s.set |= optAllowAtomicPublish
 	return s
@@ -239,33 +238,47 @@ func (s StreamSpec) AllowBatchPublish() StreamSpec {
 	return s
 }
 
-// AllowDirect lets every replica, not the leader alone, answer reads of single
-// messages (ADR-31). Such a read may miss what was stored just before. natsx does not
-// use it.
+// AllowDirect allows all replicas, not only the leader, to answer reads of single messages
+// (ADR-31). Such a read may miss the latest messages. natsx does not use it.
 func (s StreamSpec) AllowDirect() StreamSpec {
 	s.set |= optAllowDirect
 	return s
 }
 
-// AllowRollup lets a message replace all earlier ones of its subject or stream, with
-// the header Nats-Rollup "sub" or "all". It does not fit DenyPurge.
+// AllowRollup allows a message to replace all earlier ones of its subject or stream, with
+// the header Nats-Rollup "sub" or "all". It excludes DenyPurge.
 func (s StreamSpec) AllowRollup() StreamSpec {
 	s.set |= optAllowRollup
 	return s
 }
 
-// DenyDelete refuses the deletion of single messages by request; limits still delete.
-// It cannot be taken back. Letters in such a stream can be listed, and neither
-// redriven nor purged ([ErrBadDLQ]).
+// DenyDelete denies the deletion of single messages by request; limits still delete. It
+// cannot be disabled again. Letters in such a stream can be listed, but neither redriven
+// nor purged ([ErrBadDLQ]).
 func (s StreamSpec) DenyDelete() StreamSpec {
 	s.set |= optDenyDelete
 	return s
 }
 
-// DenyPurge refuses to purge the stream, as a whole or by subject. It cannot be taken
-// back, and fits neither AllowRollup nor AllowMsgSchedules.
+// DenyPurge denies purging the stream, as a whole or by subject. It cannot be disabled
+// again, and excludes AllowRollup and AllowMsgSchedules.
 func (s StreamSpec) DenyPurge() StreamSpec {
 	s.set |= optDenyPurge
+	return s
+}
+
+// Domain makes the stream in the JetStream of this domain. It excludes APIPrefix. The
+// default is the JetStream of the connection's account or, with [WithStreams], that of
+// [WithJetStream].
+func (s StreamSpec) Domain(name string) StreamSpec {
+	s.js.hasDomain, s.js.domain = true, name
+	return s
+}
+
+// APIPrefix makes the stream in a JetStream whose API another account exports with a
+// prefix, such as "JS.ops.API". It excludes Domain.
+func (s StreamSpec) APIPrefix(prefix string) StreamSpec {
+	s.js.hasPrefix, s.js.prefix = true, prefix
 	return s
 }
 
@@ -286,8 +299,8 @@ func (s StreamSpec) Validate() error {
 	}
 	if has(optDescription) {
 		switch {
-		case len(s.description) > MaxDescriptionLength:
-			add("description", fmt.Sprintf("of %d bytes", len(s.description)), fmt.Sprintf("is longer than %d bytes", MaxDescriptionLength), ErrOutOfRange)
+		case len(s.description) > maxDescriptionLength:
+			add("description", fmt.Sprintf("of %d bytes", len(s.description)), fmt.Sprintf("is longer than %d bytes", maxDescriptionLength), ErrOutOfRange)
 		case !utf8.ValidString(s.description):
 			add("description", strconv.Quote(s.description), "is not valid UTF-8", ErrOutOfRange)
 		}
@@ -304,8 +317,8 @@ func (s StreamSpec) Validate() error {
 	if c := s.compression; has(optCompression) && c != jetstream.NoCompression && c != jetstream.S2Compression {
 		add("compression", strconv.Itoa(int(c)), "is not a compression", ErrOutOfRange)
 	}
-	if has(optMaxAge) && s.maxAge != 0 && s.maxAge < MinStreamDuration {
-		add("maxAge", s.maxAge.String(), "must be at least "+MinStreamDuration.String()+", or 0 for no limit", ErrOutOfRange)
+	if has(optMaxAge) && s.maxAge != 0 && s.maxAge < minStreamDuration {
+		add("maxAge", s.maxAge.String(), "must be at least "+minStreamDuration.String()+", or 0 for no limit", ErrOutOfRange)
 	}
 	for _, limit := range []struct {
 		opt   streamOption
@@ -321,17 +334,18 @@ func (s StreamSpec) Validate() error {
 			add(limit.field, strconv.FormatInt(limit.n, 10), "must be at least 1, or -1 for no limit", ErrOutOfRange)
 		}
 	}
-	if has(optReplicas) && (s.replicas < 1 || s.replicas > MaxReplicas) {
-		add("replicas", strconv.Itoa(s.replicas), fmt.Sprintf("must be 1 to %d", MaxReplicas), ErrOutOfRange)
+	if has(optReplicas) && (s.replicas < 1 || s.replicas > maxReplicas) {
+		add("replicas", strconv.Itoa(s.replicas), fmt.Sprintf("must be 1 to %d", maxReplicas), ErrOutOfRange)
 	}
 	if has(optDedupWindow) {
 		switch {
-		case s.dedupWindow < MinStreamDuration:
-			add("dedupWindow", s.dedupWindow.String(), "must be at least "+MinStreamDuration.String(), ErrOutOfRange)
+		case s.dedupWindow < minStreamDuration:
+			add("dedupWindow", s.dedupWindow.String(), "must be at least "+minStreamDuration.String(), ErrOutOfRange)
 		case s.maxAge > 0 && s.dedupWindow > s.maxAge:
 			add("dedupWindow", s.dedupWindow.String(), "is longer than the maxAge of "+s.maxAge.String(), ErrOptionConflict)
 		}
 	}
+	s.js.faults(add)
 	if has(optDenyPurge) && has(optAllowRollup) {
 		add("denyPurge", "", "does not fit with allowRollup: a rollup purges", ErrOptionConflict)
 	}
@@ -366,11 +380,11 @@ func (s StreamSpec) subjectFaults(add func(field, value, reason string, err erro
 	}
 }
 
-// captureFault tells why a stream that acknowledges may not capture a valid
-// subject, or nothing.
+// captureFault returns why a stream that acknowledges may not capture a valid subject, or
+// "".
 func captureFault(subject string) string {
 	if subject == ">" {
-		return "captures everything, the acknowledgements too"
+		return "captures everything, also the acknowledgements"
 	}
 	for _, own := range []struct{ reserved, except string }{
 		{"$JS.>", "$JS.EVENT.>"}, {"$JSC.>", ""}, {"$NRG.>", ""}, {"$SYS.>", "$SYS.ACCOUNT.>"},
@@ -382,12 +396,12 @@ func captureFault(subject string) string {
 	return ""
 }
 
-// forLetters describes the same stream with DiscardNew for a new one, when it
-// captures a dead letter subject of specs and says nothing that excludes it.
+// forLetters returns the description with DiscardNew for a new stream, if it captures a
+// DLQ subject of specs and neither Discard nor AllowMsgSchedules is set.
 func (s StreamSpec) forLetters(specs []Spec) StreamSpec {
 	subjects := s.subjectList()
 	if s.set&optSubjects == 0 {
-		subjects = []string{s.name} // what the server gives a new one
+		subjects = []string{s.name} // the server's default
 	}
 	for _, spec := range specs {
 		dlq := spec.route.dlq
@@ -396,6 +410,19 @@ func (s StreamSpec) forLetters(specs []Spec) StreamSpec {
 		}
 	}
 	return s
+}
+
+// has reports whether the durable of a route is one of this stream: it is named, or
+// looked up by the subjects.
+func (s StreamSpec) has(route Spec) bool {
+	if named := route.route.stream; named != "" {
+		return named == s.name
+	}
+	subjects := s.subjectList()
+	if s.set&optSubjects == 0 {
+		subjects = []string{s.name}
+	}
+	return filtersOverlap(subjects, route.route.filters())
 }
 
 func (s StreamSpec) subjectList() []string {
@@ -409,13 +436,16 @@ func (s StreamSpec) subjectList() []string {
 	return list
 }
 
-// validateStreams reports every fault of specs, and what does not fit between
-// them, without a server.
+// validateStreams reports every fault of specs, and conflicts between those in the same
+// JetStream, without a server.
 func validateStreams(specs []StreamSpec) error {
 	var faults []error
 	for i, s := range specs {
 		faults = append(faults, s.Validate())
 		for _, earlier := range specs[:i] {
+			if s.js != earlier.js {
+				continue
+			}
 			if s.name == earlier.name {
 				faults = append(faults, &StreamError{Stream: s.name, Field: "name", Value: strconv.Quote(s.name),
 					Reason: "is already used by another stream of this broker", Err: ErrOptionConflict})

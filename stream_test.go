@@ -29,13 +29,19 @@ func TestStreamValidate(t *testing.T) {
 		{"dedup window as long as the age", s.MaxAge(time.Minute).DedupWindow(time.Minute), nil, nil},
 		{"dedup window without an age", s.MaxAge(0).DedupWindow(time.Hour), nil, nil},
 
+		{"a domain", s.Domain("hub"), nil, nil},
+		{"an API prefix", s.APIPrefix("JS.ops.API."), nil, nil},
+
+		{"domain with a space", s.Domain("a b"), []string{`natsx: stream "S": domain "a b": has white space`}, ErrInvalidName},
+		{"empty API prefix", s.APIPrefix(""), []string{`natsx: stream "S": apiPrefix "": must not be empty`}, ErrInvalidName},
+		{"domain and prefix", s.Domain("hub").APIPrefix("JS.ops.API"), []string{`natsx: stream "S": apiPrefix "JS.ops.API": does not fit with a domain`}, ErrOptionConflict},
 		{"empty name", Stream(""), []string{`natsx: stream "": name "": must not be empty`}, ErrInvalidName},
-		{"name with a dot", Stream("a.b"), []string{`natsx: stream "a.b": name "a.b": must not hold any of . * > / \`}, ErrInvalidName},
+		{"name with a dot", Stream("a.b"), []string{`natsx: stream "a.b": name "a.b": must not contain any of . * > / \`}, ErrInvalidName},
 		{"no subjects", s.Subjects(), []string{`natsx: stream "S": subjects: needs at least one subject`}, ErrInvalidSubject},
 		{"empty subject", s.Subjects("a", ""), []string{`natsx: stream "S": subjects "": must not be empty`}, ErrInvalidSubject},
 		{"separator in a subject", s.Subjects("a\x00b"), []string{`natsx: stream "S": subjects "a\x00b": has a control character`}, ErrInvalidSubject},
 		{"wildcard inside a token", s.Subjects("a*"), []string{`natsx: stream "S": subjects "a*": has a wildcard inside the token "a*"`}, ErrInvalidSubject},
-		{"everything", s.Subjects(">"), []string{`natsx: stream "S": subjects ">": captures everything, the acknowledgements too`}, ErrInvalidSubject},
+		{"everything", s.Subjects(">"), []string{`natsx: stream "S": subjects ">": captures everything, also the acknowledgements`}, ErrInvalidSubject},
 		{"the server's API", s.Subjects("$JS.API.>"), []string{`natsx: stream "S": subjects "$JS.API.>": overlaps with "$JS.>", which belongs to the server`}, ErrInvalidSubject},
 		{"the API by a wildcard", s.Subjects("*.API.x"), []string{
 			`natsx: stream "S": subjects "*.API.x": overlaps with "$JS.>", which belongs to the server`,

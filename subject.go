@@ -12,8 +12,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// filterFault tells why a subject may not be subscribed to, or nothing. A
-// wildcard is a token of its own, and > the last one.
+// filterFault returns why a subject may not be subscribed to, or "". A wildcard must be a
+// whole token, and > the last one.
 func filterFault(subject string) string {
 	if reason := subjectFault(subject); reason != "" {
 		return reason
@@ -31,7 +31,7 @@ func filterFault(subject string) string {
 	return ""
 }
 
-// publishFault tells why a subject may not be published to, or nothing.
+// publishFault returns why a subject may not be published to, or "".
 func publishFault(subject string) string {
 	if reason := subjectFault(subject); reason != "" {
 		return reason
@@ -45,13 +45,13 @@ func publishFault(subject string) string {
 	return ""
 }
 
-// subjectFault holds for subscribing and publishing alike.
+// subjectFault is the common part of filterFault and publishFault.
 func subjectFault(subject string) string {
 	switch {
 	case subject == "":
 		return "must not be empty"
-	case len(subject) > MaxSubjectLength:
-		return fmt.Sprintf("is longer than %d bytes", MaxSubjectLength)
+	case len(subject) > maxSubjectLength:
+		return fmt.Sprintf("is longer than %d bytes", maxSubjectLength)
 	case !utf8.ValidString(subject):
 		return "is not valid UTF-8"
 	case strings.ContainsFunc(subject, unicode.IsSpace):
@@ -64,59 +64,73 @@ func subjectFault(subject string) string {
 	return ""
 }
 
-// nameFault tells why a stream or durable may not have this name, or nothing
-// (ADR-6).
+// nameFault returns why a stream or durable may not have this name, or "" (ADR-6).
 func nameFault(name string) string {
 	switch {
 	case name == "":
 		return "must not be empty"
-	case len(name) > MaxNameLength:
-		return fmt.Sprintf("is longer than %d bytes", MaxNameLength)
+	case len(name) > maxNameLength:
+		return fmt.Sprintf("is longer than %d bytes", maxNameLength)
 	case !utf8.ValidString(name):
 		return "is not valid UTF-8"
 	case strings.ContainsAny(name, ".*>/\\"):
-		return `must not hold any of . * > / \`
+		return `must not contain any of . * > / \`
 	case strings.ContainsFunc(name, unicode.IsSpace):
 		return "has white space"
 	case strings.ContainsFunc(name, func(c rune) bool { return !unicode.IsPrint(c) }):
-		return "has a character that does not print"
+		return "has a character that is not printable"
 	}
 	return ""
 }
 
-// groupFault tells why a queue group may not have this name, or nothing.
+// groupFault returns why a queue group may not have this name, or "".
 func groupFault(name string) string {
 	switch {
 	case name == "":
 		return "must not be empty"
-	case len(name) > MaxNameLength:
-		return fmt.Sprintf("is longer than %d bytes", MaxNameLength)
+	case len(name) > maxNameLength:
+		return fmt.Sprintf("is longer than %d bytes", maxNameLength)
 	}
 	return subjectFault(name)
 }
 
-// headerNameFault tells why a header may not have this name, or nothing: it
-// would not survive the wire.
+// priorityGroupFault returns why a priority group may not have this name, or "".
+func priorityGroupFault(name string) string {
+	const most = 16 // of the server
+	switch {
+	case name == "":
+		return "must not be empty"
+	case len(name) > most:
+		return fmt.Sprintf("is longer than %d bytes", most)
+	case strings.ContainsFunc(name, func(c rune) bool {
+		return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.ContainsRune("/_=-", c))
+	}):
+		return "must have only letters, digits and / _ = -"
+	}
+	return ""
+}
+
+// headerNameFault returns why a header may not have this name, or "".
 func headerNameFault(name string) string {
 	if name == "" {
 		return "must not be empty"
 	}
 	for i := range len(name) {
 		if !headerNameByte(name[i]) {
-			return "must be an HTTP token: letters, digits, dashes and the like"
+			return "must be an HTTP token of letters, digits and characters such as -"
 		}
 	}
 	return ""
 }
 
-// headerNameByte tells whether nats.go sends c in the name of a header: it must be
-// a token of HTTP.
+// headerNameByte reports whether c may be in the name of a header, an HTTP token:
+// nats.go does not send others.
 func headerNameByte(c byte) bool {
 	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' ||
 		strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
 }
 
-// subjectMatches tells whether filter selects every subject that other selects.
+// subjectMatches reports whether filter matches every subject that other matches.
 func subjectMatches(filter, other string) bool {
 	for {
 		f, fRest, fMore := strings.Cut(filter, ".")
@@ -133,7 +147,7 @@ func subjectMatches(filter, other string) bool {
 	}
 }
 
-// subjectsOverlap tells whether some subject is selected by both filters.
+// subjectsOverlap reports whether both filters match some common subject.
 func subjectsOverlap(a, b string) bool {
 	for {
 		at, aRest, aMore := strings.Cut(a, ".")
@@ -150,10 +164,10 @@ func subjectsOverlap(a, b string) bool {
 	}
 }
 
-// EscapeToken makes one subject token of any text, different for different
-// texts. ASCII letters, digits, - and _ stay as they are; every other byte
-// becomes = and its two hexadecimal digits, and the empty text becomes =. The
-// token is up to three times as long.
+// EscapeToken returns a subject token for any text, a different one for each text. ASCII
+// letters, digits, - and _ are unchanged; every other byte becomes = and its two
+// hexadecimal digits, and the empty text becomes =. The token is up to three times as
+// long as the text.
 func EscapeToken(s string) string {
 	if s == "" {
 		return "="
@@ -177,8 +191,8 @@ func EscapeToken(s string) string {
 	return string(token)
 }
 
-// UnescapeToken returns the text of which [EscapeToken] made the token, and an
-// error that is [ErrInvalidSubject] for a token that it does not make.
+// UnescapeToken reverses [EscapeToken]. The error is [ErrInvalidSubject] for a token that
+// EscapeToken does not return.
 func UnescapeToken(token string) (string, error) {
 	if token == "=" {
 		return "", nil
@@ -226,13 +240,16 @@ func captures(info *jetstream.StreamInfo, subject string) bool {
 
 // Bounds of what a route accepts.
 const (
-	// MaxSubjectLength is the longest subject in bytes that natsx takes. A
-	// server closes the connection on a protocol line above 4,096 bytes, which
-	// holds the subject, the reply and the sizes.
-	MaxSubjectLength = 1024
-	// MaxNameLength is the longest name of a stream or durable in bytes, the
+	// maxSubjectLength is the longest subject in bytes that natsx accepts. A server closes
+	// the connection on a protocol line above 4,096 bytes, which includes the subject, the
+	// reply subject and the sizes.
+	maxSubjectLength = 1024
+	// maxNameLength is the longest name of a stream or durable in bytes, the
 	// server's JSMaxNameLen.
-	MaxNameLength = 255
-	// MinAckWait is the shortest lease that can be kept alive in time.
-	MinAckWait = 100 * time.Millisecond
+	maxNameLength = 255
+	// minAckWait is the shortest ack wait that can be extended in time.
+	minAckWait = 100 * time.Millisecond
+	// minInactiveThreshold is the shortest time without a reader after which a durable can
+	// be kept in time.
+	minInactiveThreshold = time.Second
 )

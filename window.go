@@ -3,31 +3,31 @@ package natsx
 import "time"
 
 const (
-	// windowSlot is the resolution of a window, and windowSlots of them its length.
+	// windowSlot is the resolution of a window, which is windowSlots long.
 	windowSlot  = int64(10 * time.Millisecond)
 	windowSlots = 10
-	// deepest is how many messages may wait locally, however much work was done.
+	// deepest is the most messages that may wait locally.
 	deepest = 8192
 )
 
-// window counts what a route got done within the last tenth of a second: so much may
-// wait locally beyond what workers can take. It grows as messages get done, like a
-// congestion window, and is empty again a moment after handlers have become slow.
-// Guarded by the pool's mutex.
+// window counts the messages that a route handled within the last tenth of a second: as
+// many may wait locally beyond what workers can take. It grows with handled messages,
+// like a congestion window, and empties soon after handlers become slow. Guarded by the
+// pool's mutex.
 type window struct {
 	slots [windowSlots]int
 	slot  int64 // number of the current slot
 	sum   int
 }
 
-// done books n messages.
-func (w *window) done(now int64, n int) {
+// add counts n handled messages.
+func (w *window) add(now int64, n int) {
 	w.turn(now)
 	w.slots[w.slot%windowSlots] += n
 	w.sum += n
 }
 
-// recent is how many were done lately.
+// recent is how many messages were handled lately.
 func (w *window) recent(now int64) int {
 	w.turn(now)
 	return w.sum

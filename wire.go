@@ -13,7 +13,7 @@ import (
 	"github.com/nats-io/nats.go/micro"
 )
 
-// Codes of JetStream's API errors that natsx acts on and nats.go does not name.
+// Error codes of the JetStream API that nats.go does not name.
 const (
 	codeClusterNoPeers        jetstream.ErrorCode = 10005
 	codeClusterNoLeader       jetstream.ErrorCode = 10008
@@ -32,19 +32,21 @@ const (
 	codeSubjectOverlap        jetstream.ErrorCode = 10065
 	codeNotEnabled            jetstream.ErrorCode = 10076
 	codeHeaderTooLarge        jetstream.ErrorCode = 10097
+	codeWorkQueueOneConsumer  jetstream.ErrorCode = 10099 // one has no filter
+	codeWorkQueueOverlap      jetstream.ErrorCode = 10100
 	codeStreamOffline         jetstream.ErrorCode = 10118 // its server is down
 	codeConsumerOffline       jetstream.ErrorCode = 10119
 	codeMaxAckPendingLimit    jetstream.ErrorCode = 10121
 	codeConsumerExists        jetstream.ErrorCode = 10148
 )
 
-// hasCode reports whether err is a refusal of JetStream's API with this code.
+// hasCode reports whether err is an error of the JetStream API with this code.
 func hasCode(err error, code jetstream.ErrorCode) bool {
 	var js jetstream.JetStreamError
 	return errors.As(err, &js) && js.APIError() != nil && js.APIError().ErrorCode == code
 }
 
-// ackInfo is what the reply subject of a delivered message says.
+// ackInfo is the content of a delivered message's reply subject.
 type ackInfo struct {
 	stream      string
 	consumer    string
@@ -52,10 +54,10 @@ type ackInfo struct {
 	sequence    uint64
 	consumerSeq uint64
 	time        int64  // Unix nanoseconds
-	pending     uint64 // messages that the consumer had left
+	pending     uint64 // messages that were pending for the consumer
 }
 
-// parseDelivery reads an ack subject of either form (ADR-15, and the form with domain
+// parseDelivery parses an ack subject of either form (ADR-15, and the one with domain
 // and account hash of the server's js_ack_fc_v2):
 //
 //	$JS.ACK.<stream>.<consumer>.<delivered>.<sseq>.<cseq>.<time>.<pending>
@@ -125,7 +127,7 @@ var (
 	ackInProgress = []byte("+WPI")
 )
 
-// ackNak asks for another delivery after a delay, 0 for at once.
+// ackNak asks for redelivery after a delay, 0 for at once.
 func ackNak(delay time.Duration) []byte {
 	if delay <= 0 {
 		return []byte("-NAK")
@@ -140,8 +142,7 @@ func ackSubject(stream, consumer string, seq uint64, stored int64) string {
 	return fmt.Sprintf("$JS.ACK.%s.%s.1.%d.1.%d.0", stream, consumer, seq, stored)
 }
 
-// Keys of a consumer's metadata: its identity, and the messages that ran with nothing
-// else of its route in hand.
+// Keys of a consumer's metadata: its identity, and the messages that ran in isolation.
 const (
 	metadataID    = "natsx-id"
 	metadataAlone = "natsx-alone"
@@ -154,6 +155,8 @@ type pullRequest struct {
 	expires   time.Duration // 0 for none
 	heartbeat time.Duration // 0 for none; else at most half of expires
 	noWait    bool
+	group     string // priority group (ADR-42), empty for none
+	pin       string // of the group's pinned client, empty for a client that is not pinned
 	token     uint64 // last token of the reply subject
 }
 
@@ -172,6 +175,12 @@ func (p pullRequest) body() []byte {
 	if p.noWait {
 		b = append(b, `,"no_wait":true`...)
 	}
+	if p.group != "" {
+		b = append(append(append(b, `,"group":"`...), p.group...), '"')
+	}
+	if p.pin != "" {
+		b = append(append(append(b, `,"id":"`...), p.pin...), '"')
+	}
 	return append(b, '}')
 }
 
@@ -179,28 +188,29 @@ func (p pullRequest) body() []byte {
 type statusKind uint8
 
 const (
-	statusHeartbeat     statusKind = iota // the pull waits on
-	statusNoMessages                      // 404: nothing is there, and the pull did not wait
+	statusHeartbeat     statusKind = iota // the pull still waits
+	statusNoMessages                      // 404: there are no messages, and the pull did not wait
 	statusEnded                           // the pull is over: expired, or its batch is complete
 	statusTooLarge                        // the next message does not fit into the pull's bytes
 	statusLimit                           // the consumer's limits do not allow such a pull
-	statusMoved                           // nobody serves the pull: another leader, a shutdown
+	statusMoved                           // no server serves the pull: a leader election, a shutdown
+	statusUnpinned                        // 423: the pull's pin is not the current one of the consumer
 	statusDeleted                         // the consumer was deleted
 	statusStreamDeleted                   // its stream was deleted
 	statusRefused                         // anything else
 )
 
-// pullStatus is a pull status message: what the server says about one pull.
+// pullStatus is a pull status message of the server about one pull.
 type pullStatus struct {
 	kind       statusKind
 	token      uint64 // of the pull
-	left       int    // messages that the pull did not bring, as far as it says so
+	left       int    // messages that the pull did not deliver, 0 if not reported
 	code, text string
 }
 
-// parseStatus reads a message without a reply subject. Only the server sends those
-// to the inbox of a pull: a message of a stream has an ack subject for its reply,
-// whatever headers its publisher wrote.
+// parseStatus parses a message without a reply subject. In the inbox of a pull these are
+// always from the server: a message of a stream has an ack subject as its reply, whatever
+// headers its publisher has set.
 func parseStatus(m *nats.Msg) pullStatus {
 	s := pullStatus{code: m.Header.Get("Status"), text: m.Header.Get("Description")}
 	s.token, _ = strconv.ParseUint(m.Subject[strings.LastIndexByte(m.Subject, '.')+1:], 10, 64)
@@ -216,6 +226,8 @@ func parseStatus(m *nats.Msg) pullStatus {
 		s.kind = statusTooLarge
 	case strings.HasPrefix(s.text, "Exceeded MaxRequest"):
 		s.kind = statusLimit
+	case s.code == "423":
+		s.kind = statusUnpinned
 	case s.code == "503", strings.HasPrefix(s.text, "Leadership Change"), strings.HasPrefix(s.text, "Server Shutdown"):
 		s.kind = statusMoved
 	case strings.HasPrefix(s.text, "Consumer Deleted"):
@@ -226,6 +238,27 @@ func parseStatus(m *nats.Msg) pullStatus {
 		s.kind = statusRefused
 	}
 	return s
+}
+
+// headerPinID is the header by which the server tells a client that it is pinned.
+const headerPinID = "Nats-Pin-Id"
+
+// takePin removes the pin from the headers of a message of a consumer with a pinned
+// client, where the server has appended it to what the publisher wrote.
+func takePin(m *nats.Msg) (pin string) {
+	values := m.Header[headerPinID]
+	switch n := len(values); {
+	case n == 0:
+		return ""
+	case n > 1:
+		pin, m.Header[headerPinID] = values[n-1], values[:n-1]
+	default:
+		pin = values[0]
+		if delete(m.Header, headerPinID); len(m.Header) == 0 {
+			m.Header = nil
+		}
+	}
+	return pin
 }
 
 // pullLimits are a consumer's limits on pull requests, 0 for none.
@@ -239,8 +272,8 @@ func pullLimitsOf(c jetstream.ConsumerConfig) pullLimits {
 	return pullLimits{c.MaxRequestBatch, int64(c.MaxRequestMaxBytes), c.MaxRequestExpires}
 }
 
-// learn takes the limit out of the text of a statusLimit, such as "Exceeded
-// MaxRequestBatch of 10", and reports whether it understood it.
+// learn parses the limit in the text of a statusLimit, such as "Exceeded MaxRequestBatch
+// of 10", and reports whether it could.
 func (l *pullLimits) learn(text string) bool {
 	name, value, _ := strings.Cut(text, " of ")
 	switch strings.TrimPrefix(name, "Exceeded ") {
@@ -268,7 +301,7 @@ func (l *pullLimits) learn(text string) bool {
 	return true
 }
 
-// apply makes p one that the limits allow.
+// apply returns p within the limits.
 func (l pullLimits) apply(p pullRequest) pullRequest {
 	if l.batch > 0 {
 		p.batch = min(p.batch, l.batch)
@@ -277,14 +310,14 @@ func (l pullLimits) apply(p pullRequest) pullRequest {
 		p.maxBytes = min(p.maxBytes, l.bytes)
 	}
 	if l.expires > 0 && p.expires > l.expires {
-		// The server compares it with a moment that lies later than ours.
+		// The server applies the limit to the time from its receipt of the request.
 		p.expires = l.expires
 	}
 	p.heartbeat = min(p.heartbeat, p.expires/2)
 	return p
 }
 
-// pullError is a pull that the server did not take.
+// pullError is a pull that the server refused.
 type pullError struct{ code, text string }
 
 func (e *pullError) Error() string { return fmt.Sprintf("natsx: pull refused: %s %s", e.code, e.text) }
@@ -299,16 +332,15 @@ func trailingNumber(s string) int {
 	return n
 }
 
-// messageSize is what counts against the server's max payload: headers as they
-// go over the wire, and data. It is of a message that is to be sent.
+// messageSize is the size of a message to be sent that counts against the server's max
+// payload: encoded headers and data.
 func messageSize(m *nats.Msg) int { return m.Size() - len(m.Subject) - len(m.Reply) }
 
-// timeoutHeader tells a responder how long the requester still waits, as a Go
-// duration. It is a duration and not a time so that it needs no common clock; it
-// counts from the arrival of the request.
+// timeoutHeader is how long the requester still waits, as a Go duration from the arrival
+// of the request. A duration, unlike a time, needs no synchronised clocks.
 const timeoutHeader = "Natsx-Timeout"
 
-// replyError is the error in the headers of a reply, or nil.
+// replyError returns the error in the headers of a reply, or nil.
 func replyError(h nats.Header) *ReplyError {
 	code, message := h.Get(micro.ErrorCodeHeader), h.Get(micro.ErrorHeader)
 	if code == "" && message == "" {
@@ -319,11 +351,11 @@ func replyError(h nats.Header) *ReplyError {
 	return e
 }
 
-// requestTimeout is how long the requester of m waits, counted from its arrival;
-// ok is false when it does not say, or nothing that makes sense. The header counts
-// before the reply subject.
+// requestTimeout returns how long the requester waits, from the arrival of the request: by
+// its header or, without one, by its reply subject. ok is false if that is missing or
+// invalid.
 func requestTimeout(m *nats.Msg) (d time.Duration, ok bool) {
-	if text := m.Header.Get(timeoutHeader); text != "" { // which costs an error to parse
+	if text := m.Header.Get(timeoutHeader); text != "" { // avoid the cost of a parse error
 		d, err := time.ParseDuration(text)
 		return d, err == nil && d > 0
 	}
@@ -358,11 +390,11 @@ func appendReplyToken(b []byte, key uint64, left time.Duration) []byte {
 	return b
 }
 
-// withMetadata is a copy of m with one value more.
+// withMetadata returns a copy of m with one more value, without those of the server.
 func withMetadata(m map[string]string, key, value string) map[string]string {
 	next := map[string]string{key: value}
 	for k, v := range m {
-		if k != key && !strings.HasPrefix(k, "_nats.") { // which the server makes
+		if k != key && !strings.HasPrefix(k, "_nats.") { // set by the server
 			next[k] = v
 		}
 	}

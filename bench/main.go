@@ -1,5 +1,5 @@
-// Command bench measures natsx beside what else consumes, publishes and answers
-// over NATS. The README tells how to read what it prints.
+// Command bench compares natsx with other clients that consume, publish and answer over
+// NATS. The README explains its output.
 package main
 
 import (
@@ -86,8 +86,8 @@ func measure() error {
 	return nil
 }
 
-// measure runs the peers in turn, each round beginning with the next one, since
-// who runs first finds another machine than who runs last.
+// measure runs the peers in turn. Each round begins with the next one, since the first and
+// the last peer of a round find the machine in different states.
 func (s section) measure(o order, rounds int, calm float64, only *regexp.Regexp) ([][]figure, error) {
 	srv, err := startServer()
 	if err != nil {

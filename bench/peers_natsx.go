@@ -9,7 +9,7 @@ import (
 	"github.com/natsx/natsx"
 )
 
-// quiet drops the word that a broker is ready, and keeps warnings.
+// quiet logs only warnings and errors.
 var quiet = natsx.WithLogger(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
 
 // natsxConsume is a route as a service would have it, with retries, a dead
@@ -65,8 +65,8 @@ func natsxPublish(j *job) error {
 	})
 }
 
-// natsxPublishAll hands over the envelopes by the ten thousand, and makes them
-// in the time that is measured.
+// natsxPublishAll publishes 10,000 envelopes per call, and makes them within the measured
+// time.
 func natsxPublishAll(opts ...natsx.PublisherOption) func(*job) error {
 	return func(j *job) error {
 		pub := natsx.NewPublisher(j.nc, opts...)

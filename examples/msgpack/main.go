@@ -1,8 +1,7 @@
-// Msgpack has handlers and requests whose payloads are MessagePack. It is a module
-// of its own, so that natsx does not depend on the encoding; a codec over Protocol
-// Buffers looks the same.
+// Msgpack has handlers and requests with MessagePack payloads. It is a separate module, so
+// that natsx does not depend on the encoding; a codec for Protocol Buffers looks the same.
 //
-// It starts a nats-server of its own, or uses that of NATS_URL, and ends by itself.
+// It starts a nats-server, or uses that of NATS_URL, and ends by itself.
 package main
 
 import (
@@ -20,8 +19,8 @@ import (
 	"github.com/natsx/natsx/internal/embedded"
 )
 
-// codec is MessagePack as a [natsx.Codec]. It decodes up to 64 KiB: what is larger
-// is nothing that this service is meant for.
+// codec is MessagePack as a [natsx.Codec]. It decodes up to 64 KiB, since this service
+// needs no larger messages.
 var codec = natsx.LimitCodec(msgpackCodec{}, 64<<10)
 
 type msgpackCodec struct{}
@@ -106,7 +105,7 @@ func run() (err error) {
 	return errors.Join(err, <-stopped)
 }
 
-// talk publishes and requests, and says what it gets.
+// talk publishes and requests, and prints the results.
 func talk(ctx context.Context, pub *natsx.Publisher, stored <-chan reading, letters <-chan natsx.DeadLetter) error {
 	at := time.Unix(1700000000, 0).UTC()
 	if _, err := pub.Publish(ctx, natsx.To("msgpack.readings.roof").Encode(codec, reading{"roof", -3.5, at})); err != nil {

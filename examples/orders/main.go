@@ -1,11 +1,10 @@
-// Orders is a small shop on natsx: it publishes orders, asks a price service, bills
-// what was ordered with retries and a dead letter queue, and audits what goes by.
-// Some orders fail once, some always, some make billing panic, some do not decode.
+// Orders is a small shop on natsx: it requests prices, publishes orders, bills them with
+// retries and a dead letter queue, and audits all of them. Some orders fail once, some
+// always, some make billing panic, some do not decode.
 //
-// It starts a nats-server of its own, or uses that of NATS_URL, and ends by itself
-// after some seconds with a summary that it checks against what it published: its
-// exit status is 1 when they do not fit. With -serve it goes on until it is
-// interrupted.
+// It starts a nats-server, or uses that of NATS_URL, and ends after some seconds with a
+// summary that it compares with what it published: its exit status is 1 if they differ.
+// With -serve it runs until it is interrupted.
 package main
 
 import (
@@ -109,7 +108,7 @@ func run(ctx context.Context, say *screen, serve, verbose bool) (err error) {
 	}()
 	select {
 	case <-served:
-	case err = <-stopped: // a route cannot go on
+	case err = <-stopped: // a route has failed
 		closeShop()
 		<-served
 		return err
@@ -129,7 +128,7 @@ func run(ctx context.Context, say *screen, serve, verbose bool) (err error) {
 	return err
 }
 
-// close prints the summary and reports what does not fit.
+// close prints the summary and reports differences.
 func (s *shop) close(nc *nats.Conn, serve bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -141,7 +140,7 @@ func (s *shop) close(nc *nats.Conn, serve bool) error {
 		letters = append(letters, l)
 	}
 	faults := s.tally.summary(letters)
-	if !serve { // this shop never opens again
+	if !serve { // no later run uses these streams
 		js, err := jetstream.New(nc)
 		if err != nil {
 			return err

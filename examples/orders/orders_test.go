@@ -10,7 +10,7 @@ import (
 	"github.com/natsx/natsx"
 )
 
-// booked is a tally of one good and one declined order that went as they should.
+// booked is a tally of one good and one declined order with the expected outcomes.
 func booked() (*tally, []natsx.DeadLetter) {
 	t := newTally(&screen{begun: time.Now(), out: io.Discard}, "billing", false)
 	t.publish(1, order{ID: "o-01", Item: "tea", Card: cardGood, Cents: 240})
@@ -26,7 +26,7 @@ func TestSummaryIsChecked(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		upset func(*tally, *[]natsx.DeadLetter)
-		fault string // empty when all fits
+		fault string // empty for none
 	}{
 		"all fits":         {func(*tally, *[]natsx.DeadLetter) {}, ""},
 		"handled and lost": {func(t *tally, _ *[]natsx.DeadLetter) { t.seen[1] = fate{outcome: natsx.OutcomeDead} }, "o-01"},

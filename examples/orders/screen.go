@@ -19,7 +19,7 @@ const (
 	bold   colour = "1"
 )
 
-// screen prints what happens, one line each, with colours on a terminal.
+// screen prints one line per event, with colours on a terminal.
 type screen struct {
 	begun    time.Time
 	coloured bool
@@ -37,7 +37,7 @@ func newScreen(f *os.File) *screen {
 	}
 }
 
-// line prints one happening: when, where, about which order, and what.
+// line prints one event: its time, place, order and text.
 func (s *screen) line(c colour, where, id, what string) {
 	at := fmt.Sprintf("%6.2fs", time.Since(s.begun).Seconds())
 	s.printf("%s  %-8s %-5s %s\n", s.paint(grey, at), where, id, s.paint(c, what))

@@ -42,9 +42,9 @@ func (s *shop) routes() []natsx.Spec {
 	}
 }
 
-// bill charges an order. What it returns decides what becomes of the message.
+// bill charges an order. Its result decides how the message is settled.
 func (s *shop) bill(ctx context.Context, o order) error {
-	select { // the bank takes its time
+	select { // a slow bank
 	case <-time.After(30 * time.Millisecond):
 	case <-ctx.Done():
 		return ctx.Err()
@@ -74,7 +74,7 @@ func price(_ context.Context, q priceRequest) (priceReply, error) {
 	return priceReply{Cents: cents}, nil
 }
 
-// audit sees every order that comes by, whether billing can read it or not.
+// audit receives every order, even if billing cannot decode it.
 func (s *shop) audit(context.Context, *natsx.Msg) error {
 	s.tally.audited.Add(1)
 	return nil

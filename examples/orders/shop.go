@@ -9,17 +9,17 @@ import (
 	"github.com/natsx/natsx"
 )
 
-// Cards that the customers pay with, and how billing gets on with them.
+// Cards that the customers pay with, and what billing does with them.
 const (
 	cardGood      = "good"
 	cardBusy      = "busy"      // fails once
 	cardDeclined  = "declined"  // fails always
 	cardCursed    = "cursed"    // panics
-	cardCancelled = "cancelled" // not to be charged any more
+	cardCancelled = "cancelled" // the order is cancelled: not charged
 )
 
-// customers come in again and again, in this order. An empty item stands for an
-// order that does not decode.
+// customers order repeatedly, in this order. An empty item makes an order that does not
+// decode.
 var customers = []struct {
 	item string
 	card string
@@ -30,8 +30,8 @@ var customers = []struct {
 	{"coffee", cardGood},
 }
 
-// shop publishes orders and bills them. Its subjects bear its name, so that shops
-// on one server do not count each other's orders.
+// shop publishes orders and bills them. Its name is in its subjects, so that shops on one
+// server do not count each other's orders.
 type shop struct {
 	name  string
 	pub   *natsx.Publisher
@@ -43,7 +43,7 @@ func (s *shop) orders() string  { return "shop.orders." + s.name }
 func (s *shop) dlq() string     { return "shop.dlq." + s.name }
 func (s *shop) durable() string { return "billing-" + s.name }
 
-// streams that the shop needs. Their messages go after a day: it is a demo.
+// streams that the shop needs. Their messages expire after a day.
 func (s *shop) streams() []natsx.StreamSpec {
 	return []natsx.StreamSpec{
 		natsx.Stream("SHOP_ORDERS").Subjects("shop.orders.*").MaxAge(24 * time.Hour),
@@ -51,11 +51,10 @@ func (s *shop) streams() []natsx.StreamSpec {
 	}
 }
 
-// serve lets n customers in, one each pause, or customers without end when n is
-// 0. It returns early when ctx ends. An order that cannot be sent is shown, and
-// the next customer comes in.
+// serve serves n customers, one per pause, or customers for ever if n is 0. It returns
+// early when ctx ends. It prints an order that cannot be sent, and goes on.
 func (s *shop) serve(ctx context.Context, n int, pause time.Duration) {
-	opened := time.Now().UnixNano() // makes message ids unlike those of an earlier run
+	opened := time.Now().UnixNano() // for message ids that differ from those of an earlier run
 	tick := time.NewTicker(pause)
 	defer tick.Stop()
 	for i := 0; n == 0 || i < n; i++ {
@@ -71,8 +70,8 @@ func (s *shop) serve(ctx context.Context, n int, pause time.Duration) {
 	}
 }
 
-// sell asks for the price and publishes the order of customer i. What it began it
-// ends, also when the shop closes meanwhile.
+// sell requests the price and publishes the order of customer i, even if the shop closes
+// meanwhile.
 func (s *shop) sell(ctx context.Context, i int, opened int64) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
@@ -97,7 +96,7 @@ func (s *shop) sell(ctx context.Context, i int, opened int64) error {
 	if i%10 != 0 {
 		return nil
 	}
-	// A caller that is not sure sends its order again, under the same id.
+	// A caller that does not know the outcome sends its order again with the same id.
 	again, err := s.pub.Publish(ctx, e)
 	if err != nil {
 		return fmt.Errorf("the second time: %w", err)
@@ -111,7 +110,7 @@ func (s *shop) sell(ctx context.Context, i int, opened int64) error {
 
 func orderID(i int) string { return fmt.Sprintf("o-%02d", i+1) }
 
-// ask requests the price of an item, 0 for an item that has none.
+// ask requests the price of an item, 0 if it has none.
 func (s *shop) ask(ctx context.Context, o order) (cents int, err error) {
 	p, err := natsx.RequestJSON[priceReply](ctx, s.pub, natsx.To("shop.prices.get").JSON(priceRequest{o.Item}))
 	var refused *natsx.ReplyError

@@ -14,15 +14,15 @@ import (
 	"github.com/natsx/natsx"
 )
 
-// fate is what becomes of an order.
+// fate is the outcome of an order.
 type fate struct {
 	outcome natsx.Outcome
-	reason  natsx.Reason // of a dead one
+	reason  natsx.Reason // of a dead order
 	retries int
 }
 
-// fateOf tells from an order alone what must become of it. An order without an
-// item stands for one that does not decode.
+// fateOf returns the expected outcome of an order. An order without an item is one that
+// does not decode.
 func fateOf(o order) fate {
 	switch {
 	case o.Item == "":
@@ -41,8 +41,8 @@ func fateOf(o order) fate {
 	return fate{outcome: natsx.OutcomeSucceeded}
 }
 
-// tally keeps what was published beside what became of it, by the sequence in the
-// stream. It is the broker's observer.
+// tally records the published orders and their outcomes by stream sequence. It is the
+// broker's observer.
 type tally struct {
 	say     *screen
 	durable string
@@ -54,7 +54,7 @@ type tally struct {
 	published map[uint64]order
 	seen      map[uint64]fate
 	open      int           // published and not settled
-	progress  chan struct{} // told when open changes; capacity 1
+	progress  chan struct{} // notified when open changes; capacity 1
 }
 
 func newTally(say *screen, durable string, shared bool) *tally {
@@ -69,7 +69,7 @@ func (f fate) settled() bool {
 	return f.outcome == natsx.OutcomeSucceeded || f.outcome == natsx.OutcomeDead || f.outcome == natsx.OutcomeDiscarded
 }
 
-// publish books an order once its stream has it. Billing may have been faster.
+// publish records an order once it is stored. Billing may have handled it before.
 func (t *tally) publish(seq uint64, o order) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -80,7 +80,7 @@ func (t *tally) publish(seq uint64, o order) {
 	t.changed()
 }
 
-// Observe books the attempts of the billing route and shows them.
+// Observe records and prints the attempts of the billing route.
 func (t *tally) Observe(_ context.Context, e natsx.Event) {
 	if e.Durable != t.durable {
 		return
@@ -106,7 +106,7 @@ func (t *tally) show(e natsx.Event) {
 	id = id[strings.LastIndexByte(id, '/')+1:]
 	attempt := e.Msg.Attempt()
 	var o order
-	_ = json.Unmarshal(e.Msg.Data, &o) // the zero order when it does not decode
+	_ = json.Unmarshal(e.Msg.Data, &o) // the zero order if it does not decode
 	switch e.Outcome {
 	case natsx.OutcomeSucceeded:
 		what := fmt.Sprintf("✓ charged %d.%02d for %d %s", o.Cents/100, o.Cents%100, o.Count, o.Item)
@@ -137,7 +137,7 @@ func brief(err error) string {
 	return err.Error()
 }
 
-// changed wakes whoever waits. The tally is locked.
+// changed wakes wait. The tally is locked.
 func (t *tally) changed() {
 	select {
 	case t.progress <- struct{}{}:
@@ -162,7 +162,7 @@ func (t *tally) wait(ctx context.Context) {
 	}
 }
 
-// summary prints what happened, and returns what does not fit what was published.
+// summary prints the outcomes, and returns the differences from what was published.
 func (t *tally) summary(letters []natsx.DeadLetter) (faults []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -1,10 +1,10 @@
-// Redrive is the day after an incident: most orders met a bug in billing and lie in
-// the dead letter queue. It shows what died and why, starts the repaired service,
-// sends the letters back to billing alone, and checks that every order was billed
-// once and audited once: its exit status is 1 when that is not so.
+// Redrive repairs the effects of an incident: a bug in billing has moved most orders to
+// the dead letter queue. It prints what is dead and why, starts the repaired service,
+// redrives the letters to billing alone, and checks that every order was billed once and
+// audited once: otherwise its exit status is 1.
 //
-// It runs a nats-server of its own and ends by itself after some seconds. On a
-// terminal it draws a progress bar; into a pipe or a file it prints plain lines.
+// It starts a nats-server and ends by itself after some seconds. On a terminal it draws a
+// progress bar; to a pipe or a file it prints plain lines.
 package main
 
 import (
@@ -83,7 +83,7 @@ func run(ctx context.Context, out io.Writer, terminal bool) error {
 
 	fmt.Fprintf(out, "\nToday: the repaired billing is up, and the letters go back to it.\n")
 	err = serve(ctx, nc, billed, audited, repairedVAT, func() error {
-		// What has no country will not get one: that is for somebody to look at.
+		// An order without a country fails in every attempt.
 		q := letters.Durable("billing").Reason(natsx.ReasonPanic)
 		dry, err := q.DryRun().Redrive(ctx, nc)
 		if err != nil {
@@ -107,7 +107,7 @@ func run(ctx context.Context, out io.Writer, terminal bool) error {
 	return check(ctx, out, nc, letters, billed, audited)
 }
 
-// show prints what died, as an operator would look at it first.
+// show prints an overview of the dead letters.
 func show(ctx context.Context, out io.Writer, nc *nats.Conn, letters natsx.DeadLetterQuery) error {
 	counts, err := letters.Count(ctx, nc)
 	if err != nil {
@@ -126,7 +126,7 @@ func show(ctx context.Context, out io.Writer, nc *nats.Conn, letters natsx.DeadL
 	return nil
 }
 
-// check compares the books with what was ordered.
+// check compares the records with the orders.
 func check(ctx context.Context, out io.Writer, nc *nats.Conn, letters natsx.DeadLetterQuery, billed, audited *book) error {
 	left, err := letters.Count(ctx, nc)
 	if err != nil {
@@ -217,7 +217,7 @@ func publish(ctx context.Context, nc *nats.Conn) error {
 	return err
 }
 
-// until asks again and again whether something is so.
+// until polls a condition.
 func until(ctx context.Context, what string, is func() (bool, error)) error {
 	for {
 		if ok, err := is(); ok || err != nil {
@@ -231,7 +231,7 @@ func until(ctx context.Context, what string, is func() (bool, error)) error {
 	}
 }
 
-// progress draws a bar on a terminal, and elsewhere prints a line for each tenth.
+// progress draws a bar on a terminal, or else prints a line for each tenth.
 type progress struct {
 	out      io.Writer
 	terminal bool
@@ -259,7 +259,7 @@ func (p *progress) show(now natsx.RedriveProgress) {
 	}
 }
 
-// book counts what was done to each order.
+// book counts how many times each order was handled.
 type book struct {
 	mu   sync.Mutex
 	seen map[string]int // by order

@@ -1,11 +1,10 @@
-// Replay rebuilds the balances of a bank from the stream of its transfers, with
-// natsx. The rebuild is interrupted half-way and goes on where it was; then the
-// transfers of the last seconds are shown again ten times as fast as they happened,
-// and an audit goes through all of them and reports what it objects to.
+// Replay rebuilds the balances of a bank from the stream of its transfers. The rebuild is
+// interrupted half-way and continued; then the latest transfers are replayed ten times as
+// fast as they happened, and an audit of all transfers reports large ones.
 //
-// It starts a nats-server of its own, or uses that of NATS_URL, and ends by itself
-// after some seconds. Its exit status is 1 when a balance is not what it should be.
-// On a terminal it draws progress bars, else it prints a line now and then.
+// It starts a nats-server, or uses that of NATS_URL, and ends by itself after some seconds.
+// Its exit status is 1 if a balance is wrong. On a terminal it draws progress bars, else it
+// prints a line now and then.
 package main
 
 import (
@@ -72,10 +71,10 @@ const (
 	limit     = 9_990
 )
 
-// transfer is what the stream holds, on <bank>.<account>.
+// transfer is a message of the stream, on <bank>.<account>.
 type transfer struct{ Cents int }
 
-// bank knows what every balance should be.
+// bank has the expected balances.
 type bank struct {
 	nc     *nats.Conn
 	broker *natsx.Broker
@@ -91,7 +90,7 @@ func newBank(nc *nats.Conn, name string) *bank {
 
 func (b *bank) stream() string { return b.name }
 
-// trade makes the history: much at once, and a little with pauses.
+// trade publishes the transfers: most at once, and the last ones with pauses.
 func (b *bank) trade(ctx context.Context, out *screen) error {
 	pub := natsx.NewPublisher(b.nc)
 	draw := func() natsx.Envelope {
@@ -125,8 +124,8 @@ func (b *bank) trade(ctx context.Context, out *screen) error {
 	return nil
 }
 
-// rebuild adds the balances up from the transfers. The accounts go on beside each
-// other, each in its order. Half-way it is interrupted.
+// rebuild computes the balances from the transfers: the accounts concurrently, each one in
+// order. It is interrupted half-way.
 func (b *bank) rebuild(ctx context.Context, out *screen) error {
 	var mu sync.Mutex
 	var balances [accounts]int
@@ -168,7 +167,7 @@ func (b *bank) rebuild(ctx context.Context, out *screen) error {
 	return nil
 }
 
-// watch shows the last transfers as they happened, ten times as fast.
+// watch replays the last transfers ten times as fast as they happened.
 func (b *bank) watch(ctx context.Context, out *screen) error {
 	var began, first, last time.Time
 	late := time.Duration(0)
@@ -191,7 +190,7 @@ func (b *bank) watch(ctx context.Context, out *screen) error {
 	return nil
 }
 
-// audit objects to large transfers and goes on.
+// audit reports large transfers and goes on.
 func (b *bank) audit(ctx context.Context, out *screen) error {
 	report, err := b.broker.Replay(ctx, natsx.Replay(b.name+".*").Concurrency(8).ContinueOnError().
 		Handle(natsx.JSON(func(_ context.Context, t transfer) error {

@@ -10,8 +10,8 @@ import (
 	"github.com/natsx/natsx"
 )
 
-// screen prints lines, and bars in place on a terminal. A replay tells its progress
-// while nothing else is printed.
+// screen prints lines and, on a terminal, progress bars. Nothing else is printed while a
+// replay reports its progress.
 type screen struct {
 	out      io.Writer
 	terminal bool
@@ -36,8 +36,8 @@ func (s *screen) line(format string, args ...any) {
 
 const barWidth = 30
 
-// bar returns a progress function: a bar that is drawn again on a terminal, else a
-// line at the first word, at every quarter and at the end.
+// bar returns a progress function: it draws a bar on a terminal, or else prints a line at
+// the start, at every quarter and at the end.
 func (s *screen) bar(title string) func(natsx.ReplayProgress) {
 	shown := -1
 	return func(p natsx.ReplayProgress) {

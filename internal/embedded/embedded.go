@@ -1,5 +1,4 @@
-// Package embedded runs a nats-server inside the process, so that the examples
-// need nothing but Go.
+// Package embedded runs a nats-server inside the process, for the examples and natsxtest.
 package embedded
 
 import (
@@ -16,22 +15,35 @@ import (
 // connect, and stop, which ends the server and removes its files; close the
 // connections before.
 func Run() (url string, stop func(), err error) {
-	dir, err := os.MkdirTemp("", "natsx-example-")
+	s, stop, err := Start()
 	if err != nil {
-		return "", nil, fmt.Errorf("embedded nats-server: %w", err)
+		return "", nil, err
+	}
+	return s.ClientURL(), stop, nil
+}
+
+// Start is [Run] for a server whose options edit may change first.
+func Start(edit ...func(*server.Options)) (s *server.Server, stop func(), err error) {
+	dir, err := os.MkdirTemp("", "natsx-")
+	if err != nil {
+		return nil, nil, fmt.Errorf("embedded nats-server: %w", err)
 	}
 	defer func() {
 		if err != nil {
 			os.RemoveAll(dir)
 		}
 	}()
-	s, err := server.NewServer(&server.Options{
+	opts := &server.Options{
 		Host: "127.0.0.1", Port: server.RANDOM_PORT,
 		JetStream: true, StoreDir: dir,
 		NoLog: true, NoSigs: true,
-	})
+	}
+	for _, fn := range edit {
+		fn(opts)
+	}
+	s, err = server.NewServer(opts)
 	if err != nil {
-		return "", nil, fmt.Errorf("embedded nats-server: %w", err)
+		return nil, nil, fmt.Errorf("embedded nats-server: %w", err)
 	}
 	s.Start()
 	stop = func() {
@@ -41,7 +53,7 @@ func Run() (url string, stop func(), err error) {
 	}
 	if !s.ReadyForConnections(30 * time.Second) {
 		stop()
-		return "", nil, errors.New("embedded nats-server: not ready within 30 s")
+		return nil, nil, errors.New("embedded nats-server: not ready within 30 s")
 	}
-	return s.ClientURL(), stop, nil
+	return s, stop, nil
 }
