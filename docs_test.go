@@ -318,6 +318,7 @@ var (
 	nc     *nats.Conn
 	pub    *natsx.Publisher
 	quiet  natsx.Option
+	handle natsx.Handler
 	logged natsx.Middleware
 	ctx    context.Context
 	bill   func(context.Context, []byte) error
