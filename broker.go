@@ -76,7 +76,8 @@ type Broker struct {
 	nc      *nats.Conn
 	js      jetstream.JetStream
 	streams []StreamSpec
-	service *service // nil without WithService
+	retry   *retryStream // nil without WithRetryStream
+	service *service     // nil without WithService
 
 	ready chan struct{} // closed when every route receives
 	ran   atomic.Pointer[engine]
@@ -146,6 +147,8 @@ func overlapFaults(streams []StreamSpec, specs []Spec) error {
 //     [ErrNoStream], [ErrAmbiguousStream], [ErrDuplicateDurable], [ErrWouldLose],
 //     [ErrBadDLQ], [ErrConsumerConflict], [ErrConsumerDeleted], [ErrStreamDeleted],
 //     [ErrPermission], or an error of the server;
+//   - for [WithRetryStream] a [*StreamError] that wraps [ErrBadRetryStream],
+//     [ErrServerTooOld], [ErrPermission] or an error of the server;
 //   - for [WithService] [ErrPermission];
 //   - [ErrConnectionClosed] if the connection was closed for good;
 //   - a [*DrainError] if the shutdown exceeded the drain timeout, or [ErrDrainTimeout]
@@ -217,6 +220,9 @@ func (b *Broker) validate() error {
 		if mw == nil {
 			add("middleware %d is nil", i)
 		}
+	}
+	if b.retry != nil {
+		faults = append(faults, RetryStream(b.retry.name).Validate())
 	}
 	return errors.Join(append(faults, validateStreams(b.streams))...)
 }
@@ -296,6 +302,40 @@ func (b *Broker) forDurable(name string, fn func(*durableRoute) error) error {
 // [StreamSpec.Domain] or [StreamSpec.APIPrefix] names another one. The default is none.
 func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
+}
+
+// WithRetryStream has the messages of durable routes wait for their retries in a stream of
+// their own, which also takes what is given back at a shutdown. Default is none: a message
+// that waits then stays unsettled in its own stream.
+//
+// A message that fails and has attempts left is stored there as a copy, which the server
+// publishes when the retry is due (ADR-51), and acknowledged in its own stream once the
+// copy is stored. So retries do not count against MaxAckPending, do not end with the
+// MaxAge of their stream, and their attempts are exact: an attempt is a run that returned,
+// however often the message was delivered. A run that ended with its process is repeated
+// as the same attempt; a message that takes down its process again and again is dead
+// with [ReasonCrashed] all the same.
+//
+// The handler sees no difference: subject, headers, payload, sequence, time and stream are
+// those of the original. A retry comes up to a quarter of a second after it is due, since
+// the server looks for what is due that often. The copies of all routes share the stream,
+// each durable with a consumer of its own on it. The retries of routes with
+// OrderedBy or PinnedBy, and of messages within 2 KiB of the server's maximum payload,
+// wait in their own stream.
+//
+// The stream is made as [RetryStream] describes, with as many replicas as the streams of
+// the routes, unless it exists or [WithStreams] makes it. Run refuses one that could lose
+// retries with a [*StreamError] that matches [ErrBadRetryStream], and a server before 2.12
+// with [ErrServerTooOld]; a bad name is [ErrInvalidName]. While the stream takes no
+// copies, failed messages are held, up to 1,000 for each route, and Health tells. Only
+// brokers should be allowed to publish to it. Beside the permissions of a durable on it,
+// a broker needs to publish to <name>.wait.> and <name>.due.>, and $JS.API.STREAM.MSG.GET
+// on it.
+//
+// All brokers of a durable use the same retry stream. A broker without it does not handle
+// what waits there; take it away when it is empty.
+func WithRetryStream(name string) Option {
+	return func(b *Broker) { b.retry = &retryStream{name: name} }
 }
 
 // Replay handles stored messages again, within the bounds of spec. It ends at the last

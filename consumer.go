@@ -195,7 +195,9 @@ func (r *durableRoute) locate(ctx context.Context) error {
 			return err
 		}
 	}
-	r.warnOfMaxAge()
+	if r.mover == nil {
+		r.warnOfMaxAge()
+	}
 	if err := r.ensureConsumer(ctx); err != nil {
 		return err
 	}
@@ -734,7 +736,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 	checks.ackPendingFull = info.NumPending > 0 && info.NumAckPending >= checks.maxAckPending && !standsBy &&
 		r.lane.inHand() < min(r.limit, checks.maxAckPending)
 	// What this process gave back may have been deleted, or handled elsewhere.
-	for r.delayed.after(processTime()) > info.NumAckPending {
+	for r.mover == nil && r.delayed.after(processTime()) > info.NumAckPending {
 		r.delayed.pop()
 	}
 	full := checks.ackPendingFull

@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -120,9 +121,11 @@ func deliveryFrom(ctx context.Context) *delivery {
 type work struct {
 	*delivery
 	raw   *nats.Msg // as received, for its acknowledgement and its dead letter
-	id    messageID
-	count uint64 // the server's delivery count
-	key   string // its order key; see keyedQueue
+	id    messageID // where it came from
+	count uint64    // the server's delivery count
+	lost  uint64    // earlier deliveries of which it is not known what they ran
+	copied
+	key string // its order key; see keyedQueue
 
 	first     bool // it is the one of its key that may run; see sequencer
 	alone     bool // it is to run in isolation
@@ -147,6 +150,30 @@ type work struct {
 	answered atomic.Bool // the request was answered
 
 	letter *heldLetter // on its way to the DLQ; owned by dlq.go
+	copy   *heldCopy   // on its way to the retry stream; owned by retrystream.go
+	again  bool        // it was delivered before, and is to be moved to the retry stream
+}
+
+// copied is which message a work is, which may have come as a copy of a retry stream.
+type copied struct {
+	source messageID // in its own stream
+	token  string    // of its life, empty for the first
+	number uint64    // of the copy, 0 for the message itself
+	from   string    // ack subject of the message that the copy was made of
+}
+
+// life identifies a message of a durable: each redrive begins another life. It is one
+// token of a subject.
+func (c *copied) life() string {
+	if c.token != "" {
+		return c.token
+	}
+	return fmt.Sprintf("%d@%d", c.source.seq, c.source.time)
+}
+
+// held reports whether the letter box or the mover has w and books it.
+func (w *work) held() bool {
+	return w.letter != nil && w.letter.held || w.copy != nil && w.copy.held
 }
 
 // took is how long the handler ran.

@@ -346,15 +346,15 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 	r := b.route
 	l := w.letter
 	core := nats.Header{
-		nats.MsgIdHdr:      {deliveryID(b.stream, b.durable, w.id)},
+		nats.MsgIdHdr:      {b.stream + "/" + b.durable + "/" + w.life()},
 		HeaderDLQSubject:   {w.raw.Subject},
 		HeaderDLQStream:    {b.stream},
-		HeaderDLQSequence:  {strconv.FormatUint(w.id.seq, 10)},
+		HeaderDLQSequence:  {strconv.FormatUint(w.source.seq, 10)},
 		HeaderDLQDurable:   {b.durable},
 		HeaderDLQAttempts:  {strconv.Itoa(w.msg.Attempt())},
 		HeaderDLQReason:    {string(w.reason)},
 		HeaderDLQTime:      {time.Now().UTC().Format(time.RFC3339Nano)},
-		HeaderDLQPublished: {time.Unix(0, w.id.time).UTC().Format(time.RFC3339Nano)},
+		HeaderDLQPublished: {time.Unix(0, w.source.time).UTC().Format(time.RFC3339Nano)},
 		HeaderDLQHost:      {hostname},
 	}
 	maps.Copy(core, b.passer.redriveHeaders(w.raw))

@@ -21,6 +21,7 @@ type engine struct {
 	*env
 	service   *service // nil without WithService
 	streams   []StreamSpec
+	retry     *retryStream // nil for none
 	specs     []Spec
 	ready     chan struct{} // the broker's
 	routes    []runner      // all, in the order given to Run
@@ -59,7 +60,7 @@ type runner interface {
 func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []Spec) *engine {
 	e := &engine{
 		env:     newEnv(ctx, &b.settings, b.nc, js, b.workers),
-		service: b.service, streams: b.streams, specs: specs, ready: b.ready,
+		service: b.service, streams: b.streams, retry: b.retry, specs: specs, ready: b.ready,
 		state: "is starting", claimed: map[string]Spec{}, replays: map[*replay]struct{}{},
 	}
 	e.claim, e.claimFilter = e.claimOnce, e.claimFilterOnce
@@ -71,9 +72,17 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 			r := newDurableRoute(e.env, spec)
 			e.durables, e.routes = append(e.durables, r), append(e.routes, r)
 			e.ownDurables = append(e.ownDurables, spec.route.durable)
+			if e.retry != nil && retried(spec) {
+				r.moveTo(e.retry)
+			}
 		}
 	}
-	e.env.durables = len(e.durables)
+	for _, d := range e.durables {
+		e.env.durables++
+		if d.retries != nil {
+			e.env.durables++
+		}
+	}
 	e.hung.init(e)
 	return e
 }
@@ -110,6 +119,12 @@ func (e *engine) prepare() bool {
 	if !e.awaitConnection() {
 		return false
 	}
+	if e.retries() {
+		if err := e.retry.serverFault(e.api.nc.ConnectedServerVersion()); err != nil {
+			e.fail(err)
+			return false
+		}
+	}
 	for _, s := range e.streams {
 		e.markFound(s.name)
 		if err := s.forLetters(e.specs).ensure(e.intake, e.api, e.log); err != nil && e.intake.Err() == nil {
@@ -120,7 +135,7 @@ func (e *engine) prepare() bool {
 		e.endIntake()
 		return false
 	}
-	if !e.each(func(r runner) error { return r.locate(e.intake) }) {
+	if !e.each(func(r runner) error { return r.locate(e.intake) }) || !e.locateRetries() {
 		return false
 	}
 	e.spawn(e.warnOfLookAlikes)
@@ -145,6 +160,30 @@ func (e *engine) warnOfLookAlikes() {
 				d.names("stream", stream, "existing", other)...)
 		}
 	}
+}
+
+// retries reports whether a route uses the retry stream.
+func (e *engine) retries() bool {
+	return slices.ContainsFunc(e.durables, func(d *durableRoute) bool { return d.retries != nil })
+}
+
+// locateRetries opens the retry stream and finds or makes its consumers.
+func (e *engine) locateRetries() bool {
+	if !e.retries() {
+		return true
+	}
+	if err := e.retry.open(e.intake, e.api, e.log, sources(e.durables)); err != nil {
+		if e.intake.Err() == nil {
+			e.fail(err)
+		}
+		return false
+	}
+	return e.each(func(r runner) error {
+		if d, ok := r.(*durableRoute); ok && d.retries != nil {
+			return d.retries.locateRetries(e.intake)
+		}
+		return nil
+	})
 }
 
 // open starts every route, and reports whether all receive.
@@ -312,6 +351,9 @@ func (e *engine) onStatus(s nats.Status) {
 		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
 		for _, d := range e.durables {
 			d.verify(true, nil)
+			if d.retries != nil {
+				d.retries.verify(true, nil)
+			}
 		}
 	case nats.DRAINING_SUBS:
 		e.fail(fmt.Errorf("%w: the application drained it", ErrConnectionClosed))
@@ -476,6 +518,11 @@ func (e *engine) health() error {
 	}
 	for _, r := range e.routes {
 		errs = append(errs, r.base().health()...)
+	}
+	for _, d := range e.durables {
+		if d.retries != nil {
+			errs = append(errs, d.retries.health()...)
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -58,7 +58,8 @@ type RouteError struct {
 	//   - from Health: "start", the route waits for JetStream; "consumer", it cannot be
 	//     verified; "pull", the server refuses pulls or none serves them; "paused", the
 	//     consumer is paused at the server; "retries", they fill MaxAckPending; "subject",
-	//     the stream no longer captures it; "dlq", it accepts no letter.
+	//     the stream no longer captures it; "dlq", it accepts no letter;
+	//     "retryStream", it accepts no retry.
 	Field  string
 	Value  string // the value as it was given, quoted when it is a string; empty when there is none
 	Reason string // what is wrong with it
@@ -191,6 +192,9 @@ var (
 	// [ErrNoStream]), or several do, or whose stream cannot keep letters; see
 	// [RouteBuilder.DLQ]. From a redrive or purge it is a DLQ that denies deletion.
 	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
+	// ErrBadRetryStream is a stream in which the retries of [WithRetryStream] could be lost;
+	// the [*StreamError] around it names the setting.
+	ErrBadRetryStream = errors.New("natsx: retries would not be kept")
 	// ErrConsumerConflict is an existing durable that is not what the route says, or was
 	// changed while the route ran; see [RouteBuilder.Durable] and
 	// [RouteBuilder.AdoptChanges].
@@ -269,8 +273,9 @@ func (e *ReplayError) Error() string {
 // Unwrap returns the sentinel or cause in Err.
 func (e *ReplayError) Unwrap() error { return e.Err }
 
-// StreamError is one fault of one stream's description. [StreamSpec.Validate] joins all
-// of them with [errors.Join], each on a separate line.
+// StreamError is one fault of one stream's description, or of the stream of
+// [WithRetryStream]. [StreamSpec.Validate] joins all of them with [errors.Join], each on a
+// separate line.
 type StreamError struct {
 	Stream string // the name given to [Stream]
 	Field  string // the option at fault, by its setter's name in lower camel case

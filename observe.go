@@ -110,3 +110,19 @@ type ConsumerStats struct {
 	NumAckPending int       // messages delivered and not settled, including those that wait for a retry
 	At            time.Time // when the server last reported
 }
+
+// add adds the counters of a part of the route.
+func (s *RouteStats) add(part RouteStats) {
+	s.Received += part.Received
+	s.Succeeded += part.Succeeded
+	s.Retried += part.Retried
+	s.Dead += part.Dead
+	s.Discarded += part.Discarded
+	s.Returned += part.Returned
+	s.Lapsed += part.Lapsed
+	s.Running += part.Running
+	s.Waiting += part.Waiting
+	s.Delayed += part.Delayed
+	s.HandlerTime += part.HandlerTime
+	s.OldestRunning = max(s.OldestRunning, part.OldestRunning)
+}

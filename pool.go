@@ -68,6 +68,7 @@ type lane struct {
 	later    func(at int64) // schedules resume
 	name     string         // of the handler, to report one that does not return
 	timeout  time.Duration  // of a work, 0 for none
+	peer     *lane          // another one of the same route, with which it shares its limit; nil for none
 
 	open    bool
 	first   fifo[*work] // runs before queue
@@ -82,6 +83,16 @@ type lane struct {
 // waiting is how many works no worker has taken, and inHand how many there are in all.
 func (l *lane) waiting() int { return l.first.len() + l.queue.len() }
 func (l *lane) inHand() int  { return l.waiting() + l.taken }
+
+// holds is how many workers hold works of the lane's route, and free how many more may.
+func (l *lane) holds() int {
+	if l.peer != nil {
+		return l.running + l.peer.running
+	}
+	return l.running
+}
+
+func (l *lane) free() int { return l.limit - l.holds() }
 
 func (l *lane) pop() *work {
 	if l.first.len() > 0 {
@@ -292,7 +303,7 @@ func (p *pool) updateActive(l *lane) {
 
 // enlist adds l to ready if it has work that it may run. The pool is locked.
 func (p *pool) enlist(l *lane) {
-	if l.listed || l.waiting() == 0 || l.running >= l.limit {
+	if l.listed || l.waiting() == 0 || l.free() <= 0 {
 		return
 	}
 	if l.rate != nil {
@@ -386,7 +397,7 @@ func (p *pool) turn() *lane {
 		l := p.ready.pop()
 		switch {
 		case !p.mayRun(l):
-		case l.running < share:
+		case l.holds() < share:
 			if next != nil {
 				p.ready.push(next)
 			}
@@ -401,7 +412,7 @@ func (p *pool) turn() *lane {
 }
 
 // mayRun reports whether l may have one more of the free workers.
-func (p *pool) mayRun(l *lane) bool { return l.running < l.limit && p.room(l) > 0 }
+func (p *pool) mayRun(l *lane) bool { return l.free() > 0 && p.room(l) > 0 }
 
 // room is how many of the free workers l may have. The pool is locked.
 func (p *pool) room(l *lane) int {
@@ -422,7 +433,7 @@ func (p *pool) roomToPull(l *lane) int {
 	room := p.room(l)
 	for i := 0; room > 0 && i < p.ready.len(); i++ {
 		if other := p.ready.at(i); other != l {
-			room -= min(other.waiting(), other.limit-other.running, max(p.room(other), 0))
+			room -= min(other.waiting(), other.free(), max(p.room(other), 0))
 		}
 	}
 	return room
@@ -495,6 +506,9 @@ func (p *pool) releaseWorker(w *worker, done int) pullRequest {
 	}
 	p.updateActive(l)
 	p.enlist(l)
+	if l.peer != nil {
+		p.enlist(l.peer)
+	}
 	if p.wanting.len() > 0 && p.ready.len() == 0 {
 		p.offerWorkers()
 	}

@@ -23,6 +23,7 @@ type route struct {
 	lane
 	env     *env
 	spec    Spec
+	named   Spec    // in logs, errors and events: spec, or that of the route it is a part of
 	handler Handler // with the broker's middleware; stores a responder's answer in the work
 	from    *origin // of its messages; fixed once started
 	waits   alarm   // of a rate
@@ -39,8 +40,10 @@ type route struct {
 }
 
 func (r *route) init(e *env, spec Spec, owner job) {
-	r.env, r.spec, r.owner = e, spec, owner
-	r.handler = wrap(spec, e.middleware)
+	r.env, r.spec, r.named, r.owner = e, spec, spec, owner
+	if r.handler == nil {
+		r.handler = wrap(spec, e.middleware)
+	}
 	r.troubles = map[string]error{}
 	r.requests = spec.kind == kindReply
 	r.limit = e.workers
@@ -84,9 +87,9 @@ func (r *route) base() *route { return r }
 
 // names are the log attributes that name the route.
 func (r *route) names(more ...any) []any {
-	args := []any{"route", r.spec.route.filter}
-	if r.spec.route.durable != "" {
-		args = append(args, "durable", r.spec.route.durable)
+	args := []any{"route", r.named.route.filter}
+	if r.named.route.durable != "" {
+		args = append(args, "durable", r.named.route.durable)
 	}
 	return append(args, more...)
 }
@@ -95,7 +98,7 @@ func (r *route) names(more ...any) []any {
 func (r *route) about(w *work, more ...any) []any {
 	args := r.names("subject", w.raw.Subject)
 	if w.id.seq > 0 {
-		args = append(args, "stream", w.msg.origin().stream, "sequence", w.id.seq, "attempt", w.msg.Attempt())
+		args = append(args, "stream", w.msg.origin().stream, "sequence", w.source.seq, "attempt", w.msg.Attempt())
 	}
 	if panicked, ok := w.err.(*PanicError); ok && len(panicked.Stack) > 0 {
 		args = append(args, "stack", string(panicked.Stack))
@@ -147,7 +150,7 @@ func (r *route) health() []error {
 	var errs []error
 	for _, kind := range slices.Sorted(maps.Keys(r.troubles)) {
 		err := r.troubles[kind]
-		errs = append(errs, r.spec.fault(kind, "", cause(err), err))
+		errs = append(errs, r.named.fault(kind, "", cause(err), err))
 	}
 	return errs
 }
@@ -194,10 +197,10 @@ func (r *route) observe(w *work) {
 	}
 }
 
-func (r *route) observing() string { return "observer of " + r.spec.String() }
+func (r *route) observing() string { return "observer of " + r.named.String() }
 
 func (r *route) event(w *work) Event {
-	e := w.event(r.spec.route.filter, r.spec.route.durable)
+	e := w.event(r.named.route.filter, r.named.route.durable)
 	if r.spec.kind == kindBatch {
 		e.Batch = max(w.peers, 1)
 	}
