@@ -138,7 +138,9 @@ func ExampleRouteBuilder_DeliverFromSequence() {
 	handleUntil(nc, 2, natsx.Route("orders.*").Durable("billing"))
 
 	publishEmpty(ctx, nc, "orders.sent")
-	handleUntil(nc, 1, natsx.Route("orders.*").Durable("billing").DeliverFromSequence(1)) // not from 1 again
+	handleUntil(nc, 1, natsx.Route("orders.*").Durable("billing")) // not from 1 again
+	from := natsx.Route("orders.*").Durable("billing").DeliverFromSequence(1).Handle(func(context.Context, *natsx.Msg) error { return nil })
+	fmt.Println("conflict:", errors.Is(natsx.NewBroker(nc, quiet).Run(ctx, from), natsx.ErrConsumerConflict))
 
 	report, err := natsx.NewBroker(nc, quiet).Replay(ctx, natsx.Replay("orders.*").FromSequence(2).
 		Handle(func(ctx context.Context, m *natsx.Msg) error { return nil }))
@@ -151,6 +153,7 @@ func ExampleRouteBuilder_DeliverFromSequence() {
 	// stopped: <nil>
 	// billing handles orders.sent
 	// stopped: <nil>
+	// conflict: true
 	// replayed: 2 <nil>
 	// billing-2 handles orders.new
 	// billing-2 handles orders.paid
