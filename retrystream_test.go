@@ -847,3 +847,52 @@ func TestOrderedRouteKeepsItsRetries(t *testing.T) {
 		t.Errorf("order (-want +got):\n%s", diff)
 	}
 }
+
+// A letter goes back to its durable by the retry stream, once for each redrive, and can die
+// again.
+func TestRedriveByTheRetryStream(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc, workQueue)
+	runs := make(chan run, 10)
+	b := NewBroker(nc, WithRetryStream("RETRY"))
+	r := runBroker(t, b, Route("orders.*").Durable("d").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.x").Handle(func(_ context.Context, m *Msg) error {
+		runs <- runOf(m)
+		return errors.New("broken")
+	}))
+	publish(t, nc, &nats.Msg{Subject: "orders.x", Header: nats.Header{"X": {"y"}}, Data: []byte("payload")})
+	first := receive(t, runs, "a run")
+	receive(t, runs, "the retry")
+	for redrives := range 3 {
+		eventually(t, "it is dead", func() bool { return stored(t, nc, "DLQ") == redrives+1 })
+		var last DeadLetter
+		for l, err := range DeadLetters("dlq.x").List(testContext(t), nc) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			last = l
+		}
+		if got := last.header.Get(HeaderDLQRetryStream); got != "RETRY" || last.Sequence != 1 || last.Attempts != 2 {
+			t.Fatalf("letter %+v of retry stream %q", last, got)
+		}
+		if redrives == 2 {
+			break
+		}
+		for range 2 { // as by two redrives at once
+			publish(t, nc, ordersPlace.redriven(&last, &nats.Msg{Header: last.Header, Data: last.Data}, redrives+1))
+		}
+		for attempt := 1; attempt <= 2; attempt++ {
+			first.Attempt = attempt
+			if diff := cmp.Diff(first, receive(t, runs, "a run")); diff != "" {
+				t.Errorf("redrive %d (-first +got):\n%s", redrives+1, diff)
+			}
+		}
+	}
+	eventually(t, "nothing is left", func() bool { return idle(t, nc, "ORDERS", "d") })
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	if n := len(runs); n != 0 {
+		t.Errorf("%d more runs", n)
+	}
+}
