@@ -100,6 +100,39 @@ func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 	return b
 }
 
+// Validate reports every fault of the broker's options, its streams and specs, without a
+// server, as [Broker.Run] does before its first network call. Beyond [Validate] it
+// compares the routes with the streams of [WithStreams]: two durables of a work-queue
+// stream whose filters overlap are [ErrOptionConflict], since such a stream gives each
+// message to one durable.
+func (b *Broker) Validate(specs ...Spec) error {
+	return errors.Join(b.validate(), Validate(specs...), overlapFaults(b.streams, specs))
+}
+
+// overlapFaults are the durables of work-queue streams that want the same messages.
+func overlapFaults(streams []StreamSpec, specs []Spec) error {
+	var faults []error
+	for _, stream := range streams {
+		if stream.set&optRetention == 0 || stream.retention != jetstream.WorkQueuePolicy {
+			continue
+		}
+		var of []Spec
+		for _, s := range specs {
+			if stream.has(s) {
+				of = append(of, s)
+			}
+		}
+		for i, s := range of {
+			for _, earlier := range of[:i] {
+				if s.overlaps(earlier) {
+					faults = append(faults, s.overlapWith(earlier, stream.name))
+				}
+			}
+		}
+	}
+	return errors.Join(faults...)
+}
+
 // Run consumes specs until ctx ends or a route fails, and then drains. Pulling stops,
 // and running handlers go on with a live context. Waiting messages of durables are
 // started for 200 ms more; the rest is given back to the server. Acks are flushed. At the
@@ -107,7 +140,7 @@ func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 // at most a second after that in any case. It returns nil after a clean drain that ctx
 // has started, else the joined causes:
 //
-//   - the faults of [Validate] and of the options, before any network call;
+//   - the faults of [Broker.Validate], before any network call;
 //   - for [WithStreams] a [*StreamConflictError], [ErrPermission] or an error of the
 //     server; no route is started then;
 //   - a [*RouteError] for each route that could not start or has failed. It wraps
@@ -127,7 +160,7 @@ func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 // [ErrNoJetStream], while [WithStreams] keeps waiting. A broker runs once: another Run
 // returns [ErrAlreadyRun], unless the first was refused for faults.
 func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
-	if err := errors.Join(b.validate(), Validate(specs...)); err != nil {
+	if err := b.Validate(specs...); err != nil {
 		return err
 	}
 	js, err := b.jetStream()

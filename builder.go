@@ -55,7 +55,9 @@ const (
 // RouteBuilder describes where messages come from and how they are handled. It is a small
 // comparable value: each setter returns a changed copy, so a base route can be kept,
 // shared between goroutines and forked. If a setter is called twice, the last call wins.
-// Setters never fail; [Spec.Validate] reports every fault. A terminal
+// Setters never fail; [Spec.Validate] reports every fault. A call whose result is dropped
+// does nothing: staticcheck reports it with SA4017, except for [RouteBuilder.Also],
+// [RouteBuilder.DeliverFromTime] and the terminals. A terminal
 // ([RouteBuilder.Handle], [RouteBuilder.HandleBatch], [RouteBuilder.Reply]) ends the
 // chain.
 type RouteBuilder struct {
@@ -524,9 +526,28 @@ func (s Spec) sharesDurable(o Spec) bool {
 	if a.stream != "" || b.stream != "" {
 		return a.stream == b.stream
 	}
-	return slices.ContainsFunc(a.filters(), func(f string) bool {
-		return slices.ContainsFunc(b.filters(), func(g string) bool { return subjectsOverlap(f, g) })
+	return filtersOverlap(a.filters(), b.filters())
+}
+
+// filtersOverlap reports whether some subject is selected by a filter of both.
+func filtersOverlap(a, b []string) bool {
+	return slices.ContainsFunc(a, func(f string) bool {
+		return slices.ContainsFunc(b, func(g string) bool { return subjectsOverlap(f, g) })
 	})
+}
+
+// overlaps reports whether two different durables want the same messages.
+func (s Spec) overlaps(o Spec) bool {
+	a, b := s.route, o.route
+	return a.durable != "" && b.durable != "" && a.durable != b.durable && filtersOverlap(a.filters(), b.filters())
+}
+
+// overlapWith is the fault of two durables that want the same messages of a work-queue
+// stream.
+func (s Spec) overlapWith(o Spec, stream string) error {
+	return s.fault("subject", strconv.Quote(s.route.filter),
+		fmt.Sprintf("overlaps with %q of the durable %q, and the work-queue stream %q gives each message to one durable",
+			o.route.filter, o.route.durable, stream), ErrOptionConflict)
 }
 
 func (s Spec) duplicateOf(earlier Spec) error {

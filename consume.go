@@ -27,6 +27,7 @@ type durableRoute struct {
 	route
 	target  consumerTarget         // stream, consumer and their identity
 	located atomic.Bool            // target is complete
+	created bool                   // the durable is new; set before located
 	inbox   atomic.Pointer[string] // pulls reply to inbox.<token>
 	gate    chan struct{}          // held by resume, pause and stop, one at a time; capacity 1
 	alarm   alarm

@@ -327,9 +327,9 @@ type LetterCounts struct {
 
 // LetterGroup is the letters of one durable with one reason.
 type LetterGroup struct {
-	Durable string
-	Reason  Reason
-	Count   int
+	Durable string // that gave them up
+	Reason  Reason // why
+	Count   int    // how many letters
 }
 
 // Count counts the selected letters by durable and reason, without their payloads.

@@ -89,7 +89,7 @@ func (b *letterBox) check(ctx context.Context) error {
 	case err != nil:
 		return r.spec.fault("dlq", strconv.Quote(subject), "could not be looked up: "+cause(err), err)
 	case len(names) == 0:
-		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it", failure("dead letters would not be kept: no stream", ErrBadDLQ, ErrNoStream))
+		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it; "+r.env.api.nearStreams(ctx, "", subject), failure("dead letters would not be kept: no stream", ErrBadDLQ, ErrNoStream))
 	case len(names) > 1:
 		return bad("several streams capture it: %q", names)
 	}
@@ -105,6 +105,7 @@ func (b *letterBox) check(ctx context.Context) error {
 	if reason := letterFault(&info.Config, b.owner.source(), subject); reason != "" {
 		return bad("stream %q %s", names[0], reason)
 	}
+	r.env.foundStream(info)
 	c := info.Config
 	warn := func(what string, args ...any) {
 		r.env.log.Warn("natsx: the DLQ's stream "+what, r.names(append(args, "stream", c.Name)...)...)

@@ -29,6 +29,7 @@ type engine struct {
 	cores     []*coreRoute
 	discovery *discovery // nil until it is started, and without WithService
 	hung      hungWatch
+	outages   connectLog // of the connection
 
 	replaying sync.WaitGroup // replays that use the pool
 
@@ -38,6 +39,9 @@ type engine struct {
 	replays   map[*replay]struct{}
 	noReplays bool // the drain has begun
 }
+
+// hasStopped is the state of an engine whose Run has returned.
+const hasStopped = "has stopped"
 
 // runner is a route that runs.
 type runner interface {
@@ -59,7 +63,7 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		service: b.service, streams: b.streams, retry: b.retry, specs: specs, ready: b.ready,
 		state: "is starting", claimed: map[string]Spec{}, replays: map[*replay]struct{}{},
 	}
-	e.claim = e.claimOnce
+	e.claim, e.claimFilter = e.claimOnce, e.claimFilterOnce
 	for _, spec := range specs {
 		if spec.route.durable == "" {
 			r := newCoreRoute(e.env, spec)
@@ -67,6 +71,7 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		} else {
 			r := newDurableRoute(e.env, spec)
 			e.durables, e.routes = append(e.durables, r), append(e.routes, r)
+			e.ownDurables = append(e.ownDurables, spec.route.durable)
 			if e.retry != nil && retried(spec) {
 				r.moveTo(e.retry)
 			}
@@ -101,7 +106,7 @@ func (e *engine) run() error {
 	e.link.unwatch(status)
 	async.stop()
 	e.close()
-	e.setState("has stopped")
+	e.setState(hasStopped)
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -121,6 +126,7 @@ func (e *engine) prepare() bool {
 		}
 	}
 	for _, s := range e.streams {
+		e.markFound(s.name)
 		if err := s.forLetters(e.specs).ensure(e.intake, e.api, e.log); err != nil && e.intake.Err() == nil {
 			e.note(err)
 		}
@@ -129,7 +135,31 @@ func (e *engine) prepare() bool {
 		e.endIntake()
 		return false
 	}
-	return e.each(func(r runner) error { return r.locate(e.intake) }) && e.locateRetries()
+	if !e.each(func(r runner) error { return r.locate(e.intake) }) || !e.locateRetries() {
+		return false
+	}
+	e.spawn(e.warnOfLookAlikes)
+	return true
+}
+
+// warnOfLookAlikes warns of durables that were created beside one with nearly the same
+// name: a slip of the pen, which would have the new one handle the whole stream.
+func (e *engine) warnOfLookAlikes() {
+	names := map[string][]string{} // by stream
+	for _, d := range e.durables {
+		stream := d.target.stream
+		if !d.created || e.intake.Err() != nil {
+			continue
+		}
+		if _, asked := names[stream]; !asked {
+			names[stream], _ = e.api.consumerNames(e.intake, stream) // without the permission there is no warning
+			names[stream] = slices.DeleteFunc(names[stream], func(name string) bool { return slices.Contains(e.ownDurables, name) })
+		}
+		if other := lookAlike(d.target.consumer, names[stream]); other != "" {
+			e.log.Warn("natsx: the durable is new, and looks like one that exists: is its name spelled as intended?",
+				d.names("stream", stream, "existing", other)...)
+		}
+	}
 }
 
 // retries reports whether a route uses the retry stream.
@@ -256,10 +286,30 @@ func (e *engine) claimOnce(stream string, s Spec) error {
 	return nil
 }
 
+// claimFilterOnce refuses a route of a work-queue stream whose filter overlaps with that
+// of another durable.
+func (e *engine) claimFilterOnce(stream string, s Spec) error {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	for key, other := range e.claimed {
+		if of, _, _ := strings.Cut(key, "\x00"); of == stream && s.overlaps(other) {
+			return s.overlapWith(other, stream)
+		}
+	}
+	return nil
+}
+
 func (e *engine) setState(s string) {
 	e.stateMu.Lock()
 	defer e.stateMu.Unlock()
 	e.state = s
+}
+
+// stopped reports whether Run has returned, or is about to.
+func (e *engine) stopped() bool {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	return e.state == hasStopped
 }
 
 func (e *engine) isReady() bool {
@@ -292,8 +342,11 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 func (e *engine) onStatus(s nats.Status) {
 	switch s {
 	case nats.RECONNECTING, nats.DISCONNECTED:
-		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.lastCause())
+		if why := e.link.lastCause(); e.outages.worth(why) { // each failed attempt has the same status
+			e.log.Warn("natsx: connection lost, routes wait for it", "error", why)
+		}
 	case nats.CONNECTED:
+		e.outages.end()
 		e.acks.connected()
 		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
 		for _, d := range e.durables {

@@ -19,7 +19,7 @@ import (
 // Nothing was changed, unless a Reason says that the server did not apply an option, since
 // it is too old. It matches [ErrStreamConflict].
 type StreamConflictError struct {
-	Stream string
+	Stream string       // its name
 	Diffs  []StreamDiff // every difference at fault, in the order of the setters' declaration
 	Err    error        // the server's refusal, nil if natsx refused the change
 }
@@ -73,7 +73,8 @@ func (e *StreamConflictError) Unwrap() []error {
 // [slog.Default]. A server without JetStream cannot be distinguished from one that starts,
 // so give ctx a deadline. The error is [ErrConnectionClosed] if the connection was closed,
 // [ErrPermission] if a permission is missing; any other refusal of the server is returned
-// at once with its [*jetstream.APIError].
+// at once with its [*jetstream.APIError]. The stream is logged at info level: found,
+// created or changed.
 //
 // The stream is made in the JetStream of nc's account, unless [StreamSpec.Domain] or
 // [StreamSpec.APIPrefix] names another one.
@@ -99,11 +100,18 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 		a = newAPI(a.nc, js)
 	}
 	tries := 0
+	var report streamReport
 	err := retry{told: func(err error) {
 		if tries++; tries == 3 { // earlier failures may be caused by other processes that start
 			log.Warn("natsx: stream cannot be ensured, trying again", "stream", s.name, "error", err)
 		}
-	}}.do(ctx, func(ctx context.Context) error { return s.ensureOnce(ctx, a) })
+	}}.do(ctx, func(ctx context.Context) (err error) {
+		report, err = s.ensureOnce(ctx, a)
+		return err
+	})
+	if err == nil {
+		report.log(log)
+	}
 	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
 		return fmt.Errorf("%w: %w", err, ctx.Err())
 	}
@@ -112,7 +120,7 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 
 // ensureOnce is one attempt of ensure. If another process interferes between its requests,
 // the error is transient, and the next attempt sees the result.
-func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
+func (s StreamSpec) ensureOnce(ctx context.Context, a *api) (report streamReport, err error) {
 	js := a.js
 	var stream jetstream.Stream
 	request := func(verb, operation string, do func(context.Context) (jetstream.Stream, error)) error {
@@ -130,7 +138,7 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 		return failure(fmt.Sprintf("%s stream %q: %s", verb, s.name, cause(err)), err)
 	}
 
-	err := request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
+	err = request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
 		return js.Stream(ctx, s.name)
 	})
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
@@ -143,12 +151,12 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 			return js.CreateStream(ctx, cfg)
 		})
 		if err != nil {
-			return err
+			return report, err
 		}
-		return s.verify(stream.CachedInfo().Config)
+		return streamReport{did: "created", info: stream.CachedInfo()}, s.verify(stream.CachedInfo().Config)
 	}
 	if err != nil {
-		return err
+		return report, err
 	}
 
 	info := stream.CachedInfo()
@@ -156,7 +164,7 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 	s.apply(&next)
 	diffs := s.differences(info.Config, next)
 	if len(diffs) == 0 {
-		return nil
+		return streamReport{did: "found", info: info}, nil
 	}
 	if next.MaxMsgsPerSubject > 0 && slices.ContainsFunc(diffs, func(d StreamDiff) bool { return d.Field == "maxMsgsPerSubject" }) {
 		existing := stream
@@ -165,23 +173,38 @@ func (s StreamSpec) ensureOnce(ctx context.Context, a *api) error {
 			return existing, err
 		})
 		if err != nil {
-			return err
+			return report, err
 		}
 	}
 	if refused := refuse(diffs, info, next); len(refused) > 0 {
-		return &StreamConflictError{Stream: s.name, Diffs: refused}
+		return report, &StreamConflictError{Stream: s.name, Diffs: refused}
 	}
 	err = request("update", "STREAM.UPDATE", func(ctx context.Context) (jetstream.Stream, error) {
 		return js.UpdateStream(ctx, next)
 	})
 	var refusal *jetstream.APIError
 	if errors.As(err, &refusal) && !transient(err) {
-		return &StreamConflictError{Stream: s.name, Diffs: diffs, Err: refusal}
+		return report, &StreamConflictError{Stream: s.name, Diffs: diffs, Err: refusal}
 	}
 	if err != nil {
-		return err
+		return report, err
 	}
-	return s.verify(stream.CachedInfo().Config)
+	return streamReport{did: "changed", info: stream.CachedInfo(), diffs: diffs}, s.verify(stream.CachedInfo().Config)
+}
+
+// streamReport is what was done with a stream, for the log.
+type streamReport struct {
+	did   string
+	info  *jetstream.StreamInfo
+	diffs []StreamDiff // of one that was changed
+}
+
+func (r streamReport) log(log *slog.Logger) {
+	args := streamAttrs(&r.info.Config, "messages", r.info.State.Msgs)
+	if len(r.diffs) > 0 {
+		args = append(args, "changes", changes(r.diffs))
+	}
+	log.Info("natsx: stream "+r.did, args...)
 }
 
 // verify compares the server's result with the description: an older server ignores

@@ -58,8 +58,14 @@ type env struct {
 
 	// claim reserves a durable of a stream for one route, or returns a fault.
 	claim func(stream string, s Spec) error
+	// claimFilter makes the filter one durable's own, on a work-queue stream that it
+	// has claimed.
+	claimFilter func(stream string, s Spec) error
+
+	ownDurables []string // of all routes
 
 	mu        sync.Mutex
+	found     map[string]bool // streams that were logged as found
 	failures  []error
 	userCalls map[*userCall]struct{} // that have not returned
 }
@@ -102,6 +108,27 @@ func (e *env) close() {
 
 // spawn starts a goroutine that a drain waits for.
 func (e *env) spawn(fn func()) { e.background.Go(fn) }
+
+// foundStream logs a stream that a route uses, once for all routes.
+func (e *env) foundStream(info *jetstream.StreamInfo) {
+	if e.markFound(info.Config.Name) {
+		streamReport{did: "found", info: info}.log(e.log)
+	}
+}
+
+// markFound notes that a stream is logged, and reports whether it was not before.
+func (e *env) markFound(stream string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.found[stream] {
+		return false
+	}
+	if e.found == nil {
+		e.found = map[string]bool{}
+	}
+	e.found[stream] = true
+	return true
+}
 
 // note records a failure; fail also ends the intake.
 func (e *env) note(err error) {

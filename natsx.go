@@ -84,8 +84,8 @@ type Middleware func(Handler) Handler
 // Msg return what they return for an empty message of core NATS. Package natsxtest makes
 // messages for unit tests.
 type Msg struct {
-	Subject string
-	Data    []byte
+	Subject string      // as it was published
+	Data    []byte      // the payload
 	Header  nats.Header // nil if the message has none; names are case-sensitive (ADR-4)
 
 	from    *origin   // nil if no route has received it

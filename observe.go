@@ -39,6 +39,7 @@ type Event struct {
 // by many at once. A panic of it is logged and changes nothing. The context is the one
 // that the broker's first middleware gets.
 type Observer interface {
+	// Observe is called for each attempt.
 	Observe(ctx context.Context, e Event)
 }
 
@@ -55,8 +56,8 @@ const (
 
 // BreakerEvent is a change of a breaker: it has opened or closed.
 type BreakerEvent struct {
-	Route   string // the filter of the route
-	Durable string
+	Route   string       // the filter of the route
+	Durable string       // the name of its durable
 	State   BreakerState // BreakerOpen or BreakerClosed
 	Err     error        // the failure that opened it, nil if it has closed
 }
@@ -65,6 +66,7 @@ type BreakerEvent struct {
 // closes. The rules for Observe apply.
 type BreakerObserver interface {
 	Observer
+	// ObserveBreaker is called for each change.
 	ObserveBreaker(e BreakerEvent)
 }
 

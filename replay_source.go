@@ -67,7 +67,7 @@ func (r *replay) locate() (*jetstream.StreamInfo, error) {
 			return err
 		})
 		return names, err
-	})
+	}, func() string { return r.env.api.nearStreams(context.Background(), "", want.filter) })
 	if err != nil {
 		if errors.Is(err, ErrConnectionClosed) {
 			return nil, r.unreadable(err)

@@ -245,7 +245,7 @@ func (r *route) unsubscribe(ctx context.Context) {
 
 // locateStream returns the name of the stream of a route or replay: the given one, or the
 // only one with subjects that match the filter.
-func locateStream(given string, names func() ([]string, error)) (name string, reason string, err error) {
+func locateStream(given string, names func() ([]string, error), near func() string) (name string, reason string, err error) {
 	if given != "" {
 		return given, "", nil
 	}
@@ -254,7 +254,7 @@ func locateStream(given string, names func() ([]string, error)) (name string, re
 	case err != nil:
 		return "", "could not be looked up by the filter: " + cause(err), err
 	case len(found) == 0:
-		return "", "no stream has subjects that match the filter", ErrNoStream
+		return "", "no stream has subjects that match the filter; " + near(), ErrNoStream
 	case len(found) > 1:
 		return "", fmt.Sprintf("several have subjects that match the filter: %q; name one with Stream", found), ErrAmbiguousStream
 	}

@@ -412,6 +412,19 @@ func (s StreamSpec) forLetters(specs []Spec) StreamSpec {
 	return s
 }
 
+// has reports whether the durable of a route is one of this stream: it is named, or
+// looked up by the subjects.
+func (s StreamSpec) has(route Spec) bool {
+	if named := route.route.stream; named != "" {
+		return named == s.name
+	}
+	subjects := s.subjectList()
+	if s.set&optSubjects == 0 {
+		subjects = []string{s.name}
+	}
+	return filtersOverlap(subjects, route.route.filters())
+}
+
 func (s StreamSpec) subjectList() []string {
 	if s.subjectCount == 0 {
 		return nil

@@ -30,6 +30,8 @@ const (
 	codeStreamNotFound        jetstream.ErrorCode = 10059
 	codeNotEnabled            jetstream.ErrorCode = 10076
 	codeHeaderTooLarge        jetstream.ErrorCode = 10097
+	codeWorkQueueOneConsumer  jetstream.ErrorCode = 10099 // one has no filter
+	codeWorkQueueOverlap      jetstream.ErrorCode = 10100
 	codeStreamOffline         jetstream.ErrorCode = 10118 // its server is down
 	codeConsumerOffline       jetstream.ErrorCode = 10119
 	codeMaxAckPendingLimit    jetstream.ErrorCode = 10121
