@@ -34,6 +34,7 @@ type letterBox struct {
 	passer  *passer
 	stream  string // of the route
 	durable string
+	retries string // name of the retry stream, empty for none
 
 	// Guarded by the pool's mutex.
 	queue  fifo[*work]
@@ -356,6 +357,9 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 		HeaderDLQTime:      {time.Now().UTC().Format(time.RFC3339Nano)},
 		HeaderDLQPublished: {time.Unix(0, w.source.time).UTC().Format(time.RFC3339Nano)},
 		HeaderDLQHost:      {hostname},
+	}
+	if b.retries != "" {
+		core.Set(HeaderDLQRetryStream, b.retries)
 	}
 	maps.Copy(core, b.passer.redriveHeaders(w.raw))
 	why := nats.Header{HeaderDLQError: {headerText(l.text, maxLetterError)}}
