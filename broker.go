@@ -328,9 +328,9 @@ func WithStreams(specs ...StreamSpec) Option {
 // retries with a [*StreamError] that matches [ErrBadRetryStream], and a server before 2.12
 // with [ErrServerTooOld]; a bad name is [ErrInvalidName]. While the stream takes no
 // copies, failed messages are held, up to 1,000 for each route, and Health tells. Only
-// brokers should be allowed to publish to it. Beside the permissions of a durable on it,
-// a broker needs to publish to <name>.wait.> and <name>.due.>, and $JS.API.STREAM.MSG.GET
-// on it.
+// brokers should be allowed to publish to it. In addition to the permissions of a durable
+// on it, a broker needs $JS.API.STREAM.INFO.<name> and $JS.API.STREAM.MSG.GET.<name>, and to
+// publish to <name>.wait.> and <name>.due.>.
 //
 // All brokers of a durable use the same retry stream. A broker without it does not handle
 // what waits there; take it away when it is empty.

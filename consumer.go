@@ -306,7 +306,7 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 			err = r.cannotAdopt("it is a push consumer")
 		}
 	}
-	if hasCode(err, codeWorkQueueOverlap) || hasCode(err, codeWorkQueueOneConsumer) {
+	if did == "created" && (hasCode(err, codeWorkQueueOverlap) || hasCode(err, codeWorkQueueOneConsumer)) {
 		return r.overlap(ctx, err)
 	}
 	if err != nil {

@@ -32,6 +32,7 @@ type letterBox struct {
 	owner   letterOwner
 	stream  string // of the route
 	durable string
+	retries string // name of the retry stream, empty for none
 
 	// Guarded by the pool's mutex.
 	queue  fifo[*work]
@@ -354,6 +355,9 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 		HeaderDLQTime:      {time.Now().UTC().Format(time.RFC3339Nano)},
 		HeaderDLQPublished: {time.Unix(0, w.source.time).UTC().Format(time.RFC3339Nano)},
 		HeaderDLQHost:      {hostname},
+	}
+	if b.retries != "" {
+		core.Set(HeaderDLQRetryStream, b.retries)
 	}
 	if c := w.redrive; c != nil {
 		core[HeaderDLQRedrives], core[HeaderDLQOriginal] = []string{strconv.Itoa(c.count)}, []string{c.original.String()}

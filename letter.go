@@ -72,6 +72,9 @@ const (
 	HeaderDLQTime      = "Natsx-Dlq-Time"      // when it was dead, RFC 3339 with nanoseconds
 	HeaderDLQPublished = "Natsx-Dlq-Published" // when the original was stored, in the same form
 	HeaderDLQHost      = "Natsx-Dlq-Host"      // host of the process that failed
+	// HeaderDLQRetryStream names the retry stream of the broker that gave the message up. It
+	// is missing if that had none.
+	HeaderDLQRetryStream = "Natsx-Dlq-Retry-Stream"
 	// HeaderDLQPointer is "true" on a letter without the payload, which was too large for
 	// a letter, and missing on others. The original is still in its stream, unless that
 	// has deleted it. In a stream with work-queue or interest retention it is left
