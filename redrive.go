@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/textproto"
 	"slices"
 	"strconv"
 	"strings"
@@ -88,6 +89,7 @@ type redrive struct {
 	marks      *redriveMarks
 	sources    map[string]*redriveSource // by stream
 	copies     map[string]*copies        // by stream
+	detours    map[string]*detour        // by retry stream, nil for none
 	unfinished bool                      // a copy may be stored whose letter is not removed
 }
 
@@ -136,7 +138,13 @@ func faultf(err error, format string, args ...any) error {
 // killed redrive stays for the next one, for 30 days. If there can be none (because of the
 // retention, MaxConsumers or a permission), each redrive reads the original streams once.
 //
-// A letter that cannot be redriven stays and is a failure in the report: its stream is
+// A letter that cannot be published on its subject, because its stream does not capture or
+// would transform that or would delete a newer message, goes through the retry stream
+// ([WithRetryStream]) of the broker that wrote it, to the durable alone. That needs the
+// permission to publish to <retry stream>.due.>.
+//
+// Without a retry stream, a letter that cannot be redriven stays and is a failure in the
+// report: its stream is
 // gone, does not capture the subject, which is so for mirrors and sourced subjects, or
 // transforms it ([ErrNoStream]); its durable is gone
 // ([ErrConsumerDeleted]) or its filter does not match the subject ([ErrConsumerConflict]);
@@ -247,6 +255,15 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 	if err != nil {
 		return "", err
 	}
+	var way *detour
+	if refusal := src.refuses(l); refusal != nil {
+		if way, err = r.detourOf(ctx, l); err != nil {
+			return "", err
+		}
+		if way == nil {
+			return "", refusal
+		}
+	}
 	most := DefaultMaxRedrives
 	if r.set&optLetterMaxRedrives != 0 {
 		most = r.maxRedrives
@@ -259,6 +276,9 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 		return "", err
 	}
 	m := src.copyOf(l, header, data)
+	if way != nil {
+		return r.through(ctx, l, m, way)
+	}
 	begun := time.Now()
 	pause := backoff{first: 50 * time.Millisecond, most: time.Second}
 	for lost := false; ; {
@@ -289,6 +309,15 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 			return SkipGone, nil
 		}
 		if err := r.keepNewer(ctx, l, src, m); err != nil {
+			if errors.Is(err, ErrWouldEvict) {
+				way, failed := r.detourOf(ctx, l)
+				if failed != nil {
+					return "", failed
+				}
+				if way != nil {
+					return r.through(ctx, l, m, way)
+				}
+			}
 			return "", err
 		}
 		if r.dryRun {
@@ -319,8 +348,6 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 				return "", r.removeLetter(ctx, l)
 			}
 		}
-		var api *jetstream.APIError
-		errors.As(err, &api)
 		switch {
 		case errors.Is(err, ErrPermission), errors.Is(err, nats.ErrConnectionClosed):
 			return "", err
@@ -328,9 +355,7 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 			if time.Since(begun) > redrivePatience {
 				return "", faultf(err, "copy not stored in stream %q, which keeps %d messages a subject: others are stored on %q all the time", l.Stream, src.info.Config.MaxMsgsPerSubject, l.Subject)
 			}
-		case api != nil && api.ErrorCode != codeIDInProcess && api.ErrorCode != codeTooManyRequests && api.ErrorCode != codeClusterNotLeader &&
-			api.ErrorCode != codeClusterNoLeader && api.ErrorCode != jetstream.JSErrCodeStreamWrongLastSequenceConstant,
-			errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
+		case refusesCopy(err):
 			return "", faultf(err, "copy not stored in stream %q: %s", l.Stream, cause(err))
 		case errors.Is(err, nats.ErrNoResponders):
 			// The stream has no leader, is gone, or was recreated.
@@ -401,12 +426,6 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 		src = &redriveSource{info: info, asked: time.Now(), durables: map[string]*jetstream.ConsumerInfo{}}
 		r.sources[l.Stream] = src
 	}
-	if why := takesNoCopy(&src.info.Config, l.Subject); why != "" {
-		return nil, faultf(ErrNoStream, "original stream %q %s", l.Stream, why)
-	}
-	if !captures(src.info, l.Subject) {
-		return nil, faultf(ErrNoStream, "original stream %q does not take the subject %q any more", l.Stream, l.Subject)
-	}
 	c := src.durables[l.Durable]
 	if c == nil {
 		c = new(jetstream.ConsumerInfo)
@@ -427,9 +446,23 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 		filters = []string{c.Config.FilterSubject}
 	}
 	if len(filters) > 0 && !slices.ContainsFunc(filters, func(f string) bool { return subjectMatches(f, l.Subject) }) {
+		if refusal := src.refuses(l); refusal != nil {
+			return nil, refusal
+		}
 		return nil, faultf(ErrConsumerConflict, "durable %q of stream %q does not take the subject %q any more", l.Durable, l.Stream, l.Subject)
 	}
 	return src, nil
+}
+
+// refuses returns why the copy of a letter cannot be published on its subject, or nil.
+func (s *redriveSource) refuses(l *DeadLetter) error {
+	if why := takesNoCopy(&s.info.Config, l.Subject); why != "" {
+		return faultf(ErrNoStream, "original stream %q %s", l.Stream, why)
+	}
+	if !captures(s.info, l.Subject) {
+		return faultf(ErrNoStream, "original stream %q does not take the subject %q any more", l.Stream, l.Subject)
+	}
+	return nil
 }
 
 // content returns the headers and payload of a letter, as they are redriven.
@@ -456,6 +489,11 @@ func (r *redrive) content(ctx context.Context, l *DeadLetter) (nats.Header, []by
 	if err := r.edit(&edited); err != nil {
 		return nil, nil, faultf(err, "edit: %v", err)
 	}
+	for k := range edited.Header {
+		if reason := headerNameFault(k); reason != "" {
+			return nil, nil, faultf(ErrInvalidName, "edit: header %q %s", k, reason)
+		}
+	}
 	return edited.Header, edited.Data, nil
 }
 
@@ -467,9 +505,11 @@ func (s *redriveSource) key(durable string) string {
 // copyOf makes the copy of a letter.
 func (s *redriveSource) copyOf(l *DeadLetter, header nats.Header, data []byte) *nats.Msg {
 	m := &nats.Msg{Subject: l.Subject, Header: nats.Header{}, Data: data}
-	for k, v := range header {
+	for k, values := range header {
 		if !hasPrefixFold(k, "Nats-") && !hasPrefixFold(k, redrivePrefix) {
-			m.Header[k] = v
+			for _, v := range values {
+				m.Header[k] = append(m.Header[k], sentValue.Replace(textproto.TrimString(v)))
+			}
 		}
 	}
 	if id := header[nats.MsgIdHdr]; len(id) > 0 && l.Redrives == 0 {

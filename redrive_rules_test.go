@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"regexp"
 	"slices"
 	"strings"
@@ -703,4 +704,153 @@ func TestRedriveWithARetryStream(t *testing.T) {
 			redriveAll(t, nc, RedriveReport{Redriven: 1})
 		}
 	}
+}
+
+// What cannot be published on its subject goes through the retry stream of its broker, once,
+// to its durable alone.
+func TestRedriveThroughTheRetryStream(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		cfg    jetstream.StreamConfig
+		filter string
+	}{
+		{"mirror", jetstream.StreamConfig{Mirror: &jetstream.StreamSource{Name: "ORDERS"}}, "orders.>"},
+		{"source with a transform", jetstream.StreamConfig{Sources: []*jetstream.StreamSource{{Name: "ORDERS",
+			SubjectTransforms: []jetstream.SubjectTransformConfig{{Source: "orders.>", Destination: "all.>"}}}}}, "all.>"},
+		{"transform", jetstream.StreamConfig{Subjects: []string{"raw.>"}, SubjectTransform: &jetstream.SubjectTransformConfig{Source: "raw.>", Destination: "all.>"}}, "all.>"},
+		{"newer message", jetstream.StreamConfig{Subjects: []string{"raw.>"}, MaxMsgsPerSubject: 1}, "raw.>"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			nc := connect(t, startServer(t).ClientURL())
+			orders(t, nc)
+			createStream(t, nc, jetstream.StreamConfig{Name: "BILLS", Subjects: []string{"bills.>"}})
+			c.cfg.Name = "COPY"
+			createStream(t, nc, c.cfg)
+			pub := NewPublisher(nc)
+			book, log := newLogBook()
+			var cured atomic.Bool
+			var billing, audit tally
+			ids := make(chan string, 10)
+			run := func() *running {
+				return runBroker(t, NewBroker(nc, WithLogger(log), WithRetryStream("RETRIES")),
+					Route(c.filter).Stream("COPY").Durable("billing").DLQ("dlq.orders").Handle(func(ctx context.Context, m *Msg) error {
+						if _, err := pub.Publish(ctx, To("bills.new").Data(m.Data)); err != nil {
+							return err
+						}
+						if !cured.Load() && string(m.Data) == "0" {
+							return Permanent(errors.New("ill"))
+						}
+						billing.add(string(m.Data))
+						ids <- m.Subject + " " + m.Header.Get(HeaderOriginalMsgID)
+						return nil
+					}),
+					Route(c.filter).Stream("COPY").Durable("audit").Handle(func(_ context.Context, m *Msg) error {
+						audit.add(string(m.Data))
+						return nil
+					}))
+			}
+			r := run()
+			if got := book.alarms("may not be redriven"); len(got) != 0 {
+				t.Errorf("warned of %q", got)
+			}
+			subject := "orders.new"
+			if len(c.cfg.Subjects) > 0 {
+				subject = "raw.new"
+			}
+			say := func(data string) {
+				publish(t, nc, &nats.Msg{Subject: subject, Data: []byte(data), Header: nats.Header{"Nats-Msg-Id": {"o-" + data}}})
+			}
+			say("0")
+			// Twice dead, and redriven to a route that does not run at the time.
+			for redrives := range 2 {
+				eventually(t, "it is dead", func() bool { return stored(t, nc, "DLQ") == 1 })
+				if found, _ := listed(t, nc, DeadLetters("dlq.orders")); found[0].Redrives != redrives {
+					t.Errorf("the letter tells of %d redrives, want %d", found[0].Redrives, redrives)
+				}
+				if err := r.stop(t); err != nil {
+					t.Fatal(err)
+				}
+				if redrives == 0 && c.cfg.MaxMsgsPerSubject > 0 {
+					say("1")
+				}
+				redriveQuery(t, nc, DeadLetters("dlq.orders").DryRun(), RedriveReport{Redriven: 1})
+				cured.Store(redrives == 1)
+				redriveAll(t, nc, RedriveReport{Redriven: 1})
+				redriveAll(t, nc, RedriveReport{})
+				r = run()
+			}
+			eventually(t, "it is handled", func() bool { return billing.get("0") == 1 })
+			eventually(t, "nothing is left", func() bool { return stored(t, nc, "RETRIES") == 0 && stored(t, nc, "DLQ") == 0 })
+			if n := audit.get("0"); n != 1 {
+				t.Errorf("the other durable handled it %d times", n)
+			}
+			want := 1
+			if c.cfg.MaxMsgsPerSubject > 0 {
+				want = 2
+				if left := letters(t, nc, "COPY"); len(left) != 1 || string(left[0].Data) != "1" {
+					t.Errorf("got %v, want the newer message", left)
+				}
+			}
+			if n := stored(t, nc, "BILLS"); n != want {
+				t.Errorf("%d bills, want %d", n, want)
+			}
+			seen := map[string]bool{}
+			for len(ids) > 0 {
+				seen[<-ids] = true
+			}
+			if subject := strings.Replace(c.filter, ">", "new", 1); !seen[subject+" o-0"] {
+				t.Errorf("got %v, want the original's subject and message id", seen)
+			}
+		})
+	}
+}
+
+// A redrive through a retry stream that was killed before it removed the letter is found.
+func TestRedriveThroughTheRetryStreamAfterAKill(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	createStream(t, nc, jetstream.StreamConfig{Name: "COPY", Mirror: &jetstream.StreamSource{Name: "ORDERS"}})
+	if err := RetryStream("RETRIES").DedupWindow(100*time.Millisecond).Ensure(testContext(t), nc); err != nil {
+		t.Fatal(err)
+	}
+	var billing patient
+	route := Route("orders.>").Stream("COPY").Durable("billing").DLQ("dlq.orders").Handle(billing.handle)
+	b := func() *Broker {
+		return NewBroker(nc, WithRetryStream("RETRIES"), WithLogger(slog.New(slog.DiscardHandler)))
+	}
+	r := runBroker(t, b(), route)
+	publishMany(t, nc, 2, numbered("orders.new"))
+	eventually(t, "all are dead", func() bool { return stored(t, nc, "DLQ") == 2 })
+	if err := r.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	ctx, kill := context.WithCancel(testContext(t))
+	defer kill()
+	var gone atomic.Bool
+	proxyAPI(t, connect(t, nc.ConnectedUrl()), "KILL.API", func(operation string, m *nats.Msg) {
+		if operation == "STREAM.MSG.DELETE.DLQ" && !gone.Swap(true) {
+			m.Respond([]byte(`{"error":{"code":400,"err_code":10000,"description":"killed"}}`))
+			kill()
+			return
+		}
+		nc.PublishRequest("$JS.API."+operation, m.Reply, m.Data)
+	})
+	if report, err := DeadLetters("dlq.orders").APIPrefix("KILL.API").Redrive(ctx, nc); err == nil || report.Redriven != 0 {
+		t.Fatalf("got %+v, %v, want it to be stopped", report, err)
+	}
+	probe := func() bool {
+		m := &nats.Msg{Subject: "RETRIES.due.probe.probe.x.1", Header: nats.Header{"Nats-Msg-Id": {"probe"}}}
+		ack, err := jetStream(t, nc).PublishMsg(testContext(t), m)
+		return err == nil && !ack.Duplicate
+	}
+	probe()
+	eventually(t, "the duplicate window is over", probe)
+	redriveAll(t, nc, RedriveReport{Redriven: 1, Skipped: 1, Skips: map[SkipReason]int{SkipRedriven: 1}})
+	billing.cured.Store(true)
+	runBroker(t, b(), route)
+	eventually(t, "all are handled", func() bool { return billing.handled.keys() == 2 })
+	billing.handled.wantOnce(t, 2)
 }
