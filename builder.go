@@ -50,6 +50,7 @@ const (
 	optAlso
 	optAdoptChanges
 	optInactiveThreshold
+	optTombstones
 )
 
 // RouteBuilder describes where messages come from and how they are handled. It is a small
@@ -435,6 +436,15 @@ func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 	return r
 }
 
+// Tombstones hands the handler the markers too that the server puts in the place of a
+// subject's last message when that has expired or was deleted, on a stream with
+// SubjectDeleteMarkerTTL: they have no payload, and MaxAge, Purge or Remove in the header
+// Nats-Marker-Reason. Default is to acknowledge them unhandled.
+func (r RouteBuilder) Tombstones() RouteBuilder {
+	r.set |= optTombstones
+	return r
+}
+
 // Handle ends the chain with the function that handles each message; nil is
 // [ErrNoHandler].
 func (r RouteBuilder) Handle(fn Handler) Spec { return Spec{route: r, handler: fn} }
@@ -735,6 +745,7 @@ var durableOptions = []struct {
 	{optPinnedBy, "pinnedBy", func(r RouteBuilder) string { return strconv.Quote(r.group) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
+	{optTombstones, "tombstones", func(RouteBuilder) string { return "" }},
 }
 
 // orderGroup is the priority group of a durable whose messages are ordered by key.
