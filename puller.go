@@ -43,6 +43,7 @@ type puller struct {
 	heard       int64 // when the last message or status arrived
 	unheard     int64 // when the oldest pull was sent whose end was not announced, 0 for none
 	notBefore   int64 // no request before this time
+	past        int64 // what the server delivered before this time has arrived
 	unserved    int   // requests in a row that no server served
 	single      bool  // the next real request is for one message of any size
 	starved     bool  // the budget did not allow the last request
@@ -118,6 +119,10 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	if i >= 0 {
 		ended = p.pulls[i]
 		p.end(i, s.left)
+		p.past = max(p.past, ended.sent)
+		if s.code == "408" && s.left > 0 { // it expired
+			p.past = max(p.past, min(ended.expires, now))
+		}
 	}
 	switch s.kind {
 	case statusNoMessages, statusEnded:
@@ -349,14 +354,16 @@ func (p *puller) waitsUntil() (at int64) {
 }
 
 // since is when the oldest real pull was sent that may still deliver messages, or now if
-// there is none. The server delivered no message that arrives now before that time.
+// there is none. The server delivered no message that arrives now before that time, nor
+// before it announced the end of another pull: the server does not announce the end of a
+// pull that has delivered all, which therefore stays for longer than it is of use.
 func (p *puller) since(now int64) int64 {
 	if p.unheard != 0 {
 		return p.unheard
 	}
 	for _, q := range p.pulls {
 		if !q.idle {
-			return q.sent
+			return max(q.sent, p.past)
 		}
 	}
 	return now

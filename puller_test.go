@@ -106,6 +106,21 @@ func TestPuller(t *testing.T) {
 			s.p.open = false
 			s.at(0).want(ten, "").want(idle, "")
 		}},
+		{"a full pull is no longer the oldest once a later one has expired", func(s *pullScript) {
+			pull := func(n int) string { return fmt.Sprintf(`{"batch":%d,"expires":250000000}`, n) }
+			two := demand{messages: 2, stay: 250 * time.Millisecond}
+			s.at(0).want(two, pull(2)).at(100).messages(1, 100).want(two, pull(1)).messages(1, 100).at(200).want(two, pull(1))
+			if got := s.p.since(s.now); got != ms(0) {
+				s.t.Errorf("since %d, want the time of the first pull", got)
+			}
+			s.p.tokens-- // the second one
+			s.at(360).status("408", "Request Timeout", 1, pullGoesOn)
+			s.p.tokens++
+			if got := s.p.since(s.now); got != ms(350) {
+				s.t.Errorf("since %d, want the end of the second pull", got)
+			}
+			s.outstanding(1)
+		}},
 		{"expired brings less", func(s *pullScript) {
 			s.at(0).want(ten, pull(10)).messages(3, 100)
 			s.at(1000).status("408", "Request Timeout", 7, pullGoesOn).outstanding(0).want(ten, pull(10))
