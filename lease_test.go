@@ -107,6 +107,44 @@ func TestFirstMessagesAreNotTakenForFastOnes(t *testing.T) {
 	}
 }
 
+// A message that comes at the end of a pull that has waited for it has its lease: with a
+// short one too it is delivered once.
+func TestShortLeaseOfAMessageThatWasWaitedFor(t *testing.T) {
+	t.Parallel()
+	const messages = 6
+	for _, ackWait := range []time.Duration{2 * minAckWait, 500 * time.Millisecond, time.Second} {
+		t.Run(ackWait.String(), func(t *testing.T) {
+			t.Parallel()
+			for range 5 {
+				stalled := stalls()
+				nc := connect(t, startServer(t).ClientURL())
+				orders(t, nc, inMemory)
+				seen := make(chan string, messages)
+				b := NewBroker(nc, WithWorkers(2))
+				r := runBroker(t, b, Route("orders.*").Durable("d").AckWait(ackWait).Handle(func(_ context.Context, m *Msg) error {
+					seen <- string(m.Data)
+					return nil
+				}))
+				for i := range messages {
+					<-time.After(mostStay - 50*time.Millisecond) // not yet idle
+					publishAcked(t, nc, "orders.x", fmt.Sprint(i))
+					receive(t, seen, "the message")
+				}
+				eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
+				r.stop(t)
+				st, stood := b.Stats().Routes[0], stalled()
+				if st.Received == messages && st.Lapsed == 0 {
+					return
+				}
+				if stood < ackWait/4 {
+					t.Fatalf("got %+v, want %d received and none lapsed", st, messages)
+				}
+			}
+			t.Skip("the machine stands still for too long, again and again")
+		})
+	}
+}
+
 func TestLeases(t *testing.T) {
 	t.Parallel()
 	var l leases
