@@ -376,11 +376,12 @@ type ReplyError struct {
 	Message string // the responder's message
 	RawCode string // the code as it was sent; other services may send any text
 
-	// Data and Header are the body and headers that a responder sends with the error, in
-	// place of the data that it returns and in addition to [Msg.ReplyHeader]. In a received
-	// error they are empty, since they are in the message that is returned with it, except
-	// for [RequestJSON], which returns no message.
-	Data   []byte
+	// Data is the body that a responder sends with the error, in place of the data that it
+	// returns. In a received error it is empty, since it is in the message that is returned
+	// with it, except for [RequestJSON], which returns no message.
+	Data []byte
+	// Header are the headers that a responder sends with the error, in addition to
+	// [Msg.ReplyHeader]. In a received error they are where Data is.
 	Header nats.Header
 }
 

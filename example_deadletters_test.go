@@ -227,3 +227,63 @@ func ExampleOnDeadLetter() {
 	// billing gave up "bad" of orders.created: not an order
 	// stopped: <nil>
 }
+
+// Single letters by their sequence in the DLQ, and letters that a function selects.
+func ExampleDeadLetterQuery_Where() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "o-1", "bad", "o-2", "o-3")
+
+	short := func(l natsx.DeadLetter) bool { return strings.HasPrefix(string(l.Data), "o-") && string(l.Data) >= "o-2" }
+	for _, query := range []natsx.DeadLetterQuery{
+		natsx.DeadLetters("dlq.orders").Sequence(1, 4),
+		natsx.DeadLetters("dlq.orders").Where(short),
+	} {
+		for l, err := range query.List(ctx, nc) {
+			if err != nil {
+				fmt.Println("stopped:", err)
+				return
+			}
+			fmt.Printf("letter %d: %s\n", l.DLQSequence, l.Data)
+		}
+	}
+
+	// Output:
+	// letter 1: o-1
+	// letter 4: o-3
+	// letter 3: o-2
+	// letter 4: o-3
+}
+
+// What made the messages die is mended on their way back.
+func ExampleWithRedriveEdit() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "bad order 7")
+
+	mend := natsx.WithRedriveEdit(func(l *natsx.DeadLetter) error {
+		rest, ok := strings.CutPrefix(string(l.Data), "bad ")
+		if !ok {
+			return errors.New("this is not the fault that is mended here")
+		}
+		l.Data = []byte(rest)
+		return nil
+	})
+	report, err := natsx.DeadLetters("dlq.orders").Redrive(ctx, nc, mend)
+	fmt.Println("redriven:", report.Redriven, err)
+	again := natsx.Replay("orders.*").FromSequence(2).Handle(func(_ context.Context, m *natsx.Msg) error {
+		fmt.Printf("%s: %s\n", m.Subject, m.Data)
+		return nil
+	})
+	if _, err := natsx.NewBroker(nc, quiet).Replay(ctx, again); err != nil {
+		fmt.Println(err)
+	}
+
+	// Output:
+	// redriven: 1 <nil>
+	// orders.created: order 7
+}
