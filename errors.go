@@ -41,7 +41,8 @@ var (
 	ErrDuplicateDurable = errors.New("natsx: durable used twice on one stream")
 	// ErrDLQLoop is a dead letter subject that the route itself consumes.
 	ErrDLQLoop = errors.New("natsx: dead letters would come back to their route")
-	// ErrNotSupported is an option that this version does not implement yet.
+	// ErrNotSupported is an option that this version knows and does not implement; at present
+	// there is none.
 	ErrNotSupported = errors.New("natsx: not supported by this version")
 )
 

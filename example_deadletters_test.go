@@ -236,7 +236,9 @@ func ExampleDeadLetterQuery_Where() {
 	defer cancel()
 	makeLetters(ctx, nc, "o-1", "bad", "o-2", "o-3")
 
-	short := func(l natsx.DeadLetter) bool { return strings.HasPrefix(string(l.Data), "o-") && string(l.Data) >= "o-2" }
+	short := func(l natsx.DeadLetter) bool {
+		return strings.HasPrefix(string(l.Data), "o-") && string(l.Data) >= "o-2"
+	}
 	for _, query := range []natsx.DeadLetterQuery{
 		natsx.DeadLetters("dlq.orders").Sequence(1, 4),
 		natsx.DeadLetters("dlq.orders").Where(short),
