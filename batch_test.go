@@ -235,7 +235,7 @@ func TestBatchKeepsWhatItGathers(t *testing.T) {
 	publishMany(t, nc, 7, numbered("orders.x"))
 	var runs tally
 	var calls atomic.Int64
-	spec := Route("orders.*").Durable("d").AckWait(300*time.Millisecond).Batch(100, time.Hour).HandleBatch(func(_ context.Context, ms []*Msg) error {
+	spec := Route("orders.*").Durable("d").AckWait(time.Second).Batch(100, time.Hour).HandleBatch(func(_ context.Context, ms []*Msg) error {
 		calls.Add(1)
 		for _, m := range ms {
 			runs.add(string(m.Data))
@@ -248,7 +248,7 @@ func TestBatchKeepsWhatItGathers(t *testing.T) {
 	}
 	eventually(t, "all are gathered", func() bool { return all[0].Stats().Routes[0].Waiting+all[1].Stats().Routes[0].Waiting == 7 })
 	began := time.Now()
-	eventually(t, "some leases are over", func() bool { return time.Since(began) > 1500*time.Millisecond })
+	eventually(t, "some leases are over", func() bool { return time.Since(began) > 2500*time.Millisecond })
 	if n := consumerInfo(t, nc, "ORDERS", "d").Delivered.Consumer; n != 7 {
 		t.Errorf("%d deliveries, want 7", n)
 	}

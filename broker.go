@@ -347,7 +347,8 @@ func WithRetryStream(name string) Option {
 // Messages are replayed as they are stored. A redriven message (see
 // [DeadLetterQuery.Redrive]) is in the stream twice, as the original and as its copy with
 // [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to publish
-// a message later, is skipped; the message that it published is not.
+// a message later, is skipped; the message that it published is not. So are the markers
+// that [RouteBuilder.Tombstones] describes.
 //
 // While Run is active the replay uses its pool, where it takes turns with the routes;
 // else it has its own pool. It also has its own if ctx is a handler's, since that handler

@@ -83,8 +83,8 @@ func (r *durableRoute) setUp(e *env, spec Spec) {
 	r.init(e, spec, r)
 	r.alarm.ring = r.tick
 	r.puller.budget = &e.link.budget
-	r.passer.route = &r.route
-	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	r.passer.route, r.passer.key = &r.route, new(atomic.Pointer[string])
+	r.letters = letterBox{route: &r.route, owner: r}
 	if spec.route.set&optOrderedBy != 0 {
 		r.order = newSequencer(spec.route.order)
 	}
@@ -437,7 +437,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery, w.raw = nil, nil
 	w.copy, w.again = nil, false
 	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, false, "", ""
-	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, false, 0
+	w.began, w.ended, w.err, w.due, w.answer, w.redrive, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
 	}

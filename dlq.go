@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"os"
 	"strconv"
@@ -31,7 +30,6 @@ const (
 type letterBox struct {
 	route   *route
 	owner   letterOwner
-	passer  *passer
 	stream  string // of the route
 	durable string
 	retries string // name of the retry stream, empty for none
@@ -361,7 +359,9 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 	if b.retries != "" {
 		core.Set(HeaderDLQRetryStream, b.retries)
 	}
-	maps.Copy(core, b.passer.redriveHeaders(w.raw))
+	if c := w.redrive; c != nil {
+		core[HeaderDLQRedrives], core[HeaderDLQOriginal] = []string{strconv.Itoa(c.count)}, []string{c.original.String()}
+	}
 	why := nats.Header{HeaderDLQError: {headerText(l.text, maxLetterError)}}
 	if panicked, ok := errors.AsType[*PanicError](w.err); ok && len(panicked.Stack) > 0 {
 		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), maxLetterStack))

@@ -46,7 +46,7 @@ func (r *durableRoute) locateRetries(ctx context.Context) error {
 	r.target.config.Store(r.mover.to.config)
 	r.letters.stream, r.letters.durable = place.stream, place.durable
 	r.letters.target = own.letters.target
-	r.passer.stream, r.passer.durable, r.passer.created = own.passer.stream, own.passer.durable, own.passer.created
+	r.passer.stream, r.passer.durable, r.passer.key = own.passer.stream, own.passer.durable, own.passer.key
 	if err := r.ensureConsumer(ctx); err != nil {
 		return err
 	}

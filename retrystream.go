@@ -328,7 +328,7 @@ func (v *mover) forget(ctx context.Context, w *work) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	if err := v.route.env.api.remove(ctx, v.to.name, w.id.seq); err != nil {
+	if _, err := v.route.env.api.remove(ctx, v.to.name, w.id.seq); err != nil {
 		v.to.undeleted.Do(func() {
 			v.route.env.log.Warn("natsx: handled retries stay in the retry stream, which has limits retention", v.route.names("stream", v.to.name, "error", err)...)
 		})
