@@ -5,6 +5,7 @@ go 1.26.0
 replace github.com/natsx/natsx => ../..
 
 require (
+	github.com/creack/pty v1.1.24
 	github.com/google/go-cmp v0.7.0
 	github.com/nats-io/jsm.go v0.5.1
 	github.com/nats-io/nats-server/v2 v2.15.2

@@ -72,6 +72,12 @@ type command struct {
 }
 
 var commands = []command{
+	{"letters ls", "DLQ [SEQUENCE...]", "List dead letters.", prepareLettersLs},
+	{"letters show", "DLQ SEQUENCE...", "Show single letters with error, headers and payload.", prepareLettersShow},
+	{"letters count", "DLQ [SEQUENCE...]", "Count letters by durable and reason.", prepareLettersCount},
+	{"letters redrive", "DLQ [SEQUENCE...]", "Send letters back to the durables that failed.", prepareLettersRedrive},
+	{"letters edit", "DLQ [SEQUENCE...]", "Change letters and redrive them.", prepareLettersEdit},
+	{"letters purge", "DLQ [SEQUENCE...]", "Delete letters for good.", prepareLettersPurge},
 	{"routes", "[STREAM...]", "Show durables: lag, ack pending, last activity.", prepareRoutes},
 	{"lint", "STREAM", "Report what natsx would refuse or warn of when it starts on a stream.", prepareLint},
 	{"replay", "FILTER", "Print, count or copy the stored messages that a replay would handle.", prepareReplay},
