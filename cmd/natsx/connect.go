@@ -159,7 +159,24 @@ func (c *connection) open(ctx context.Context) (*nats.Conn, jetstream.JetStream,
 		nc.Close()
 		return nil, nil, usageError{err}
 	}
+	// natsx waits long for a JetStream that may be starting; a person who has misspelt a
+	// domain is told at once. With a prefix only some of the API may be there.
+	if _, err := nc.Request(apiOf(js)+"INFO", nil, time.Second); c.apiPrefix == "" && errors.Is(err, nats.ErrNoResponders) {
+		nc.Close()
+		return nil, nil, fmt.Errorf("no JetStream answers on %s", apiOf(js))
+	}
 	return nc, js, nil
+}
+
+// apiOf is the prefix of the subjects of a JetStream API, with its last dot.
+func apiOf(js jetstream.JetStream) string {
+	switch o := js.Options(); {
+	case o.APIPrefix != "":
+		return strings.TrimSuffix(o.APIPrefix, ".") + "."
+	case o.Domain != "":
+		return "$JS." + o.Domain + ".API."
+	}
+	return "$JS.API."
 }
 
 // redacted hides the users and passwords of URLs.

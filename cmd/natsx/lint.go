@@ -313,12 +313,7 @@ type understudy struct {
 
 func newUnderstudy(nc *nats.Conn, js jetstream.JetStream) (*understudy, error) {
 	prefix := nc.NewInbox() + ".API"
-	u := &understudy{nc: nc, prefix: prefix + ".", real: "$JS.API.", plays: map[string]json.RawMessage{}}
-	if o := js.Options(); o.APIPrefix != "" {
-		u.real = strings.TrimSuffix(o.APIPrefix, ".") + "."
-	} else if o.Domain != "" {
-		u.real = "$JS." + o.Domain + ".API."
-	}
+	u := &understudy{nc: nc, prefix: prefix + ".", real: apiOf(js), plays: map[string]json.RawMessage{}}
 	var err error
 	if u.js, err = jetstream.NewWithAPIPrefix(nc, prefix); err != nil {
 		return nil, err
