@@ -161,6 +161,62 @@ func ExampleDeadLetterQuery_Redrive() {
 	// stopped: <nil>
 }
 
+// Single letters are selected by their sequences in the DLQ, and any by a function.
+func ExampleDeadLetterQuery_Where() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "o-1", "bad", "o-2")
+
+	show := func(q natsx.DeadLetterQuery) {
+		for l, err := range q.List(ctx, nc) {
+			fmt.Printf("letter %d: %s %v\n", l.DLQSequence, l.Data, err)
+		}
+	}
+	letters := natsx.DeadLetters("dlq.orders")
+	show(letters.Sequence(1, 3))
+	show(letters.Where(func(l natsx.DeadLetter) bool { return strings.HasPrefix(string(l.Data), "bad") }))
+
+	// Output:
+	// letter 1: o-1 <nil>
+	// letter 3: o-2 <nil>
+	// letter 2: bad <nil>
+}
+
+// An edit repairs letters before they are redriven. A letter for which it returns an error
+// stays.
+func ExampleWithRedriveEdit() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "bad-1", "bad-2")
+
+	report, err := natsx.DeadLetters("dlq.orders").Redrive(ctx, nc, natsx.WithRedriveEdit(func(l *natsx.DeadLetter) error {
+		number, _ := strings.CutPrefix(string(l.Data), "bad-")
+		if number == "2" {
+			return errors.New("nobody knows what it means")
+		}
+		l.Data = []byte("o-" + number)
+		l.Header.Set("Repaired", "yes")
+		return nil
+	}))
+	fmt.Println(report.Redriven, "redriven,", report.Errors[0], err)
+	err = natsx.NewBroker(nc, quiet).Run(ctx, natsx.Route("orders.*").Durable("billing").DLQ("dlq.orders").
+		Handle(func(ctx context.Context, m *natsx.Msg) error {
+			fmt.Printf("%s, repaired: %s\n", m.Data, m.Header.Get("Repaired"))
+			cancel()
+			return nil
+		}))
+	fmt.Println("stopped:", err)
+
+	// Output:
+	// 1 redriven, natsx: dead letter 2 of stream "DLQ": edit: nobody knows what it means <nil>
+	// o-1, repaired: yes
+	// stopped: <nil>
+}
+
 // A dry run reports what a redrive would do. Here billing fails again, and messages that
 // were redriven before are skipped.
 func ExampleDeadLetterQuery_Redrive_dryRun() {
@@ -226,66 +282,4 @@ func ExampleOnDeadLetter() {
 	// Output:
 	// billing gave up "bad" of orders.created: not an order
 	// stopped: <nil>
-}
-
-// Single letters by their sequence in the DLQ, and letters that a function selects.
-func ExampleDeadLetterQuery_Where() {
-	nc, stop := exampleServer()
-	defer stop()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	makeLetters(ctx, nc, "o-1", "bad", "o-2", "o-3")
-
-	short := func(l natsx.DeadLetter) bool {
-		return strings.HasPrefix(string(l.Data), "o-") && string(l.Data) >= "o-2"
-	}
-	for _, query := range []natsx.DeadLetterQuery{
-		natsx.DeadLetters("dlq.orders").Sequence(1, 4),
-		natsx.DeadLetters("dlq.orders").Where(short),
-	} {
-		for l, err := range query.List(ctx, nc) {
-			if err != nil {
-				fmt.Println("stopped:", err)
-				return
-			}
-			fmt.Printf("letter %d: %s\n", l.DLQSequence, l.Data)
-		}
-	}
-
-	// Output:
-	// letter 1: o-1
-	// letter 4: o-3
-	// letter 3: o-2
-	// letter 4: o-3
-}
-
-// What made the messages die is mended on their way back.
-func ExampleWithRedriveEdit() {
-	nc, stop := exampleServer()
-	defer stop()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	makeLetters(ctx, nc, "bad order 7")
-
-	mend := natsx.WithRedriveEdit(func(l *natsx.DeadLetter) error {
-		rest, ok := strings.CutPrefix(string(l.Data), "bad ")
-		if !ok {
-			return errors.New("this is not the fault that is mended here")
-		}
-		l.Data = []byte(rest)
-		return nil
-	})
-	report, err := natsx.DeadLetters("dlq.orders").Redrive(ctx, nc, mend)
-	fmt.Println("redriven:", report.Redriven, err)
-	again := natsx.Replay("orders.*").FromSequence(2).Handle(func(_ context.Context, m *natsx.Msg) error {
-		fmt.Printf("%s: %s\n", m.Subject, m.Data)
-		return nil
-	})
-	if _, err := natsx.NewBroker(nc, quiet).Replay(ctx, again); err != nil {
-		fmt.Println(err)
-	}
-
-	// Output:
-	// redriven: 1 <nil>
-	// orders.created: order 7
 }

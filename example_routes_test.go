@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
-
 	"github.com/natsx/natsx"
 )
 
@@ -195,47 +193,5 @@ func ExampleWithRetryStream() {
 	// o-1: message 1 of ORDERS, attempt 1
 	// o-1: message 1 of ORDERS, attempt 2
 	// o-1: message 1 of ORDERS, attempt 3
-	// stopped: <nil>
-}
-
-// A mirror of what is stored by key: the marker of an expired message removes its entry.
-func ExampleRouteBuilder_Tombstones() {
-	nc, stop := exampleServer()
-	defer stop()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	js, err := jetstream.New(nc)
-	if err != nil {
-		fmt.Println(err)
-		return
-	}
-	if _, err := js.CreateStream(ctx, jetstream.StreamConfig{
-		Name: "PRICES", Subjects: []string{"prices.*"}, MaxMsgsPerSubject: 1,
-		AllowMsgTTL: true, AllowRollup: true, SubjectDeleteMarkerTTL: time.Hour,
-	}); err != nil {
-		fmt.Println(err)
-		return
-	}
-	if _, err := natsx.NewPublisher(nc).Publish(ctx, natsx.To("prices.coffee").Data([]byte("3")).TTL(time.Second)); err != nil {
-		fmt.Println(err)
-		return
-	}
-	handled := make(chan string)
-	end := begin(natsx.NewBroker(nc, quiet), natsx.Route("prices.*").Durable("mirror").Tombstones().
-		Handle(func(ctx context.Context, m *natsx.Msg) error {
-			if why := m.Header.Get("Nats-Marker-Reason"); why != "" {
-				handled <- fmt.Sprintf("%s is gone: %s", m.Subject, why)
-				return nil
-			}
-			handled <- fmt.Sprintf("%s is %s", m.Subject, m.Data)
-			return nil
-		}))
-	fmt.Println(<-handled)
-	fmt.Println(<-handled)
-	end()
-
-	// Output:
-	// prices.coffee is 3
-	// prices.coffee is gone: MaxAge
 	// stopped: <nil>
 }
