@@ -358,7 +358,7 @@ func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 // must name the same group; the others stand by. One of them takes over
 //
 //   - at once when the pinned one ends its Run;
-//   - one and a half AckWaits after the pinned one was killed, lost its connection or
+//   - two AckWaits after the pinned one was killed, lost its connection or
 //     paused its route with nothing in hand. The messages that it had in hand are
 //     delivered first then;
 //   - at once when another server becomes the leader of the durable, or its leader

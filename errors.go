@@ -41,7 +41,8 @@ var (
 	ErrDuplicateDurable = errors.New("natsx: durable used twice on one stream")
 	// ErrDLQLoop is a dead letter subject that the route itself consumes.
 	ErrDLQLoop = errors.New("natsx: dead letters would come back to their route")
-	// ErrNotSupported is an option that this version does not implement yet.
+	// ErrNotSupported is an option that this version knows and does not implement; at present
+	// there is none.
 	ErrNotSupported = errors.New("natsx: not supported by this version")
 )
 
@@ -380,8 +381,8 @@ type ReplyError struct {
 	// returns. In a received error it is empty, since it is in the message that is returned
 	// with it, except for [RequestJSON], which returns no message.
 	Data []byte
-	// Header has the headers of the answer, in addition to those of [Msg.ReplyHeader]. In a
-	// received error it is as Data.
+	// Header are the headers that a responder sends with the error, in addition to
+	// [Msg.ReplyHeader]. In a received error they are where Data is.
 	Header nats.Header
 }
 

@@ -755,7 +755,7 @@ func TestRedriveOverElections(t *testing.T) {
 					leader.stop()
 					c.leader(t, stream, "")
 					leader.start(t)
-					c.whole(t, nc, "ORDERS", "DLQ")
+					whole(t, nc, "ORDERS", "DLQ")
 				}
 			}()
 		}
