@@ -93,8 +93,8 @@ func (r *coreRoute) newWork(d *delivery, m *nats.Msg, arrived int64) *work {
 	return w
 }
 
-// recycle has w used again. Nobody else may hold it; once the pool is closed abandon may.
-// The pool is locked.
+// recycle allows w to be used again. After the pool was closed it does not, since abandon
+// may use w. The pool is locked.
 func (r *coreRoute) recycle(w *work) {
 	if r.env.pool.closed {
 		return

@@ -133,7 +133,7 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 		if !e.unlocked {
 			break
 		}
-		// Another process may write over it what it has read before: see that it stays.
+		// Another process may overwrite the change: make sure that it stays.
 		if unchanged++; e.changed {
 			unchanged = 0
 		}
@@ -146,8 +146,8 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 }
 
 const (
-	// settledLooks is how often a change that was made without a lock must be seen to
-	// stay, after pauses of settlePause.
+	// settledLooks is how many times in a row a change made without the lock must still be
+	// there, after pauses of settlePause.
 	settledLooks = 3
 	settlePause  = 100 * time.Millisecond
 )
@@ -163,14 +163,14 @@ type ensuring struct {
 	report   streamReport            // of what was done
 }
 
-// overtakenError is a change that was refused or did not come out as it was made,
-// perhaps since somebody else had changed the stream meanwhile.
+// overtakenError is a change that was refused, or is not in the server's result, perhaps
+// because another process changed the stream at the same time.
 type overtakenError struct{ err error }
 
 func (e *overtakenError) Error() string { return e.err.Error() }
 
-// judge is the end of a change of a stream that was as told before it. A failure counts
-// when it is the same once more.
+// judge returns the result of a change of a stream that had the configuration before. A
+// failure is final if that configuration is the same as at the last failure.
 func (e *ensuring) judge(before *jetstream.StreamConfig, err error) error {
 	known := e.before
 	if e.before = before; err == nil || known != nil && reflect.DeepEqual(known, before) {
@@ -198,8 +198,8 @@ func (e *ensuring) lookUp(ctx context.Context) (jetstream.Stream, error) {
 	})
 }
 
-// once brings the stream to what was described. What another process does between its
-// requests ends in an error that passes, and the next attempt sees it.
+// once creates or changes the stream. If another process interferes between its requests,
+// the error is transient, and the next attempt sees the result.
 func (e *ensuring) once(ctx context.Context, policy retry) error {
 	var stream jetstream.Stream
 	differs := false
@@ -312,8 +312,8 @@ func (e *ensuring) update(ctx context.Context, stream jetstream.Stream, locked b
 	return e.judge(&have, e.verify(stream.CachedInfo().Config, e.api.nc.ConnectedServerVersion()))
 }
 
-// tooOld is the error of a server that refused a configuration, since it does not know
-// an option that was set, or nil. An older one drops what it does not know.
+// tooOld returns the error for a server that refuses the configuration because it does not
+// know an option, or nil. Servers before 2.12 ignore such options instead.
 func (s StreamSpec) tooOld(refusal error, version string) error {
 	if !hasCode(refusal, codeInvalidJSON) {
 		return nil
@@ -334,8 +334,7 @@ func needs(minor int, version string) string {
 	return fmt.Sprintf("needs nats-server 2.%d, this is %s", minor, version)
 }
 
-// taken names the other stream that has one of the subjects, or nothing when it cannot
-// be found out.
+// taken describes which other stream captures one of the subjects, or returns "".
 func (e *ensuring) taken(ctx context.Context, subjects []string) string {
 	for _, subject := range subjects {
 		names, _ := e.api.streamNames(ctx, subject)

@@ -11,33 +11,34 @@ import (
 )
 
 const (
-	// lockConsumer is the name of the consumer that locks the configuration of its
-	// stream, and lockFilter its filter, a subject that no stream has.
+	// lockConsumer is the name of the consumer that locks the configuration of its stream,
+	// and lockFilter is its filter, a subject that no stream captures.
 	lockConsumer = "natsx-ensure"
 	lockFilter   = "$NATSX.ensure"
-	// lockLife is when the server takes away the lock of a process that was killed, and
-	// lockPatience for how long a lock is waited for in all.
+	// lockLife is when the server deletes the lock of a killed process, and lockPatience is
+	// how long a process waits for the lock.
 	lockLife     = 10 * time.Second
 	lockPatience = 30 * time.Second
 	// lockPause is the mean time between two tries.
 	lockPause = 10 * time.Millisecond
 )
 
-// streamLock has the processes that change the configuration of a stream do so one after
-// the other. A change writes the whole configuration, and the server does not compare:
-// without the lock, one that was read before another's change would take that back.
+// streamLock makes processes change the configuration of a stream one after another. An
+// update writes the whole configuration, and the server has no compare-and-set: without the
+// lock, a process could revert the change of another that it had not read.
 //
-// The lock is a consumer, which the server makes once. It takes no message and ends by
-// itself. Where there can be none, the configuration is changed without it.
+// The lock is a consumer, which only one process can create. It receives no messages, and
+// the server deletes it if the process was killed. If it cannot be created, the
+// configuration is changed without a lock.
 type streamLock struct {
 	api    *api
 	stream string
-	wanted time.Time // since when
+	wanted time.Time // when it was first tried
 	taken  time.Time // zero when it is not held
 }
 
-// take waits for the lock and reports whether it is held. It is not when there can be
-// none, when somebody has it for too long, and at the end of ctx.
+// take waits for the lock and reports whether it is held. It is not if there can be none,
+// if another process holds it for too long, or if ctx ends.
 func (l *streamLock) take(ctx context.Context, c *jetstream.StreamConfig) bool {
 	if c.Retention == jetstream.WorkQueuePolicy { // whose consumers exclude each other
 		return false
@@ -62,7 +63,7 @@ func (l *streamLock) take(ctx context.Context, c *jetstream.StreamConfig) bool {
 	return false
 }
 
-// try takes the lock if nobody has it.
+// try takes the lock unless another process holds it.
 func (l *streamLock) try(ctx context.Context, c *jetstream.StreamConfig) error {
 	ctx, cancel := context.WithTimeout(ctx, patience(2))
 	defer cancel()
@@ -75,7 +76,7 @@ func (l *streamLock) try(ctx context.Context, c *jetstream.StreamConfig) error {
 	if err != nil {
 		return err
 	}
-	// Two that a cluster made at the same time are one in the end.
+	// A cluster may accept two creations at the same time: the last one counts.
 	info, err := l.api.consumerInfo(ctx, l.stream, lockConsumer)
 	if err != nil {
 		l.taken = began
@@ -92,10 +93,10 @@ func (l *streamLock) try(ctx context.Context, c *jetstream.StreamConfig) error {
 // valid reports whether the lock is held for long enough to make a change.
 func (l *streamLock) valid() bool { return time.Since(l.taken) < lockLife/2 }
 
-// release lets the next one take the lock.
+// release deletes the lock.
 func (l *streamLock) release(ctx context.Context) {
 	if !l.valid() {
-		return // it may be another's by now; the server takes it away
+		return // by now it may belong to another process
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()

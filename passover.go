@@ -41,8 +41,8 @@ type passer struct {
 	keys map[string]durableKey // of other durables of the stream
 }
 
-// durableKey is what was last learned of a durable: its key, empty when it has none or
-// the user may not ask, or that it does not exist.
+// durableKey is what is known about a durable: whether it exists, and its key, which is
+// empty if natsx gave it none or the user may not ask for it.
 type durableKey struct {
 	key    string
 	exists bool
@@ -67,10 +67,10 @@ func (p *passer) judge(ctx context.Context, w *work, c *jetstream.StreamConfig) 
 	return actNak, untilDue(w.raw.Header.Get(headerSchedule))
 }
 
-// isTombstone reports whether m is a marker that the server puts in the place of a
-// subject's last message when that is gone (ADR-43). It has neither a payload nor a
-// header of an application, and only a stream with SubjectDeleteMarkerTTL, or one that
-// takes its messages from others, has markers: elsewhere the header means nothing.
+// isTombstone reports whether m is a marker that the server stores when the last message
+// of a subject expires or is deleted (ADR-43). It has no payload and no headers of an
+// application, and is only in streams with SubjectDeleteMarkerTTL, or with messages of
+// other streams: elsewhere the header means nothing.
 func isTombstone(m *nats.Msg, c *jetstream.StreamConfig) bool {
 	if m.Header[headerMarker] == nil || len(m.Data) > 0 ||
 		c == nil || c.SubjectDeleteMarkerTTL == 0 && c.Mirror == nil && len(c.Sources) == 0 {
@@ -91,8 +91,8 @@ func isSchedule(m *nats.Msg, c *jetstream.StreamConfig) bool {
 	return c != nil && c.AllowMsgSchedules && len(m.Header[headerSchedule]) > 0
 }
 
-// takesNoCopy is why a stream does not store what is published on a subject under that
-// subject, so that its letters cannot be redriven, or empty.
+// takesNoCopy returns why a message that is published on a subject would not be stored on
+// that subject in the stream, so that letters cannot be redriven, or "".
 func takesNoCopy(c *jetstream.StreamConfig, subject string) string {
 	captured := slices.ContainsFunc(c.Subjects, func(s string) bool { return subjectMatches(s, subject) })
 	switch {
@@ -120,12 +120,12 @@ func untilDue(schedule string) time.Duration {
 	return max(time.Until(at), 0) + 5*time.Second
 }
 
-// redriven reports whether a message with the header of a redrive is for another
-// durable, and one that this durable has the original of. Of one that is for this
-// durable it removes the letter.
+// redriven reports whether a message with the headers of a redrive is for another durable
+// and this durable had its original. For a proven redrive for this durable it removes the
+// letter.
 //
-// Headers prove nothing, since anybody may write them. What is for this durable is
-// handled in any case; its token decides whether the rest is believed.
+// Anybody may write the headers. A message for this durable is handled in any case; only a
+// valid token lets it have the letter removed and the message ids of its original.
 func (p *passer) redriven(ctx context.Context, w *work, config *jetstream.StreamConfig) bool {
 	c, ok := readCopy(w.raw.Header)
 	if !ok || c.stream != p.stream {
@@ -144,14 +144,13 @@ func (p *passer) redriven(ctx context.Context, w *work, config *jetstream.Stream
 	return false
 }
 
-// hasOriginal reports whether the copy of another durable is proven, and its original
-// was, or is to be, delivered to this one as well: the stream has it, with the same
-// subject and time, before the copy. What an interest stream has no more, all its
-// durables have settled.
+// hasOriginal reports whether a copy for another durable is proven, and its original was or
+// will be delivered to this durable too: the stream has it, with the same subject and time.
+// A message that an interest stream has deleted was settled by all its durables.
 //
-// A durable that natsx gave no identity, or whose identity the user may not ask for,
-// cannot prove anything: then the original must have the copy's payload, so that nothing
-// is passed over that this durable does not get.
+// If the other durable has no identity, or the user may not ask for it, the token proves
+// nothing. Then the original must also have the copy's payload, so that no message is
+// skipped that this durable does not receive.
 func (p *passer) hasOriginal(ctx context.Context, m *nats.Msg, c redriveCopy, config *jetstream.StreamConfig) bool {
 	k, err := p.keyOf(ctx, c.durable)
 	if err != nil || !k.exists || !provenCopy(k.key, m.Subject, m.Header, m.Data) {

@@ -11,25 +11,25 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// A redrive that is killed after a copy was stored and before its letter is removed
-// leaves no trace at the letter, and the copy may be anywhere behind the original: the
-// next redrive would have to read all of that. So each redrive keeps a mark at the DLQ
-// for as long as it runs. It is a consumer that nobody reads, whose metadata says behind
-// which sequence of which stream the copies are. A redrive that ends well takes its mark
-// away; copies are searched for only where the mark of another one says so.
+// If a redrive is killed after it stored a copy and before it removed the letter, the next
+// redrive must find that copy, which may be anywhere after the original. To avoid reading
+// all of that, each redrive keeps a mark on the DLQ's stream while it runs: a consumer that
+// nobody pulls from, whose metadata has, for each original stream, a sequence after which
+// its copies are. A redrive that ends normally deletes its mark, and copies are searched
+// for only as far as the marks of other redrives require.
 const (
 	markConsumer    = "natsx-redrive-"
 	metadataRedrive = "natsx-redrive"
 
-	markRenew = time.Minute         // how often a redrive shows that it lives
-	markDead  = 10 * time.Minute    // after which its mark is that of a killed one
-	markKept  = 30 * 24 * time.Hour // by the server, for the next redrive to find
+	markRenew = time.Minute         // how often a running redrive updates its mark
+	markDead  = 10 * time.Minute    // after which a mark belongs to a killed redrive
+	markKept  = 30 * 24 * time.Hour // how long the server keeps the mark of a killed redrive
 )
 
 // redriveMark is what a mark says.
 type redriveMark struct {
 	Subject string            `json:"subject"` // of the query
-	At      int64             `json:"at"`      // last sign of life, Unix seconds
+	At      int64             `json:"at"`      // when it was last updated, Unix seconds
 	Behind  map[string]uint64 `json:"behind"`  // by stream
 }
 
@@ -39,26 +39,25 @@ type redriveMarks struct {
 	name      string // of the own
 	own       redriveMark
 	written   time.Time
-	inherited bool // the own stands for killed redrives too
-	homeless  bool // the DLQ's stream keeps no marks
+	inherited bool // own includes the marks of killed redrives
+	unmarked  bool // the DLQ's stream cannot have marks
 }
 
 func newRedriveMarks(d *deadLetters) *redriveMarks {
 	c := &d.dlq.Config
 	return &redriveMarks{
 		d: d, name: markConsumer + rand.Text(), own: redriveMark{Subject: d.subject, Behind: map[string]uint64{}},
-		homeless: c.Retention != jetstream.LimitsPolicy || inactiveThreshold(c, markKept) < markKept,
+		unmarked: c.Retention != jetstream.LimitsPolicy || inactiveThreshold(c, markKept) < markKept,
 	}
 }
 
-// put has the mark say that copies may be stored in a stream from now on, which has got
-// to last.
+// put records that copies may be stored in a stream after its sequence last.
 func (k *redriveMarks) put(ctx context.Context, stream string, last uint64) error {
 	behind, known := k.own.Behind[stream]
-	if known && behind <= last && time.Since(k.written) < markRenew || k.homeless {
+	if known && behind <= last && time.Since(k.written) < markRenew || k.unmarked {
 		return nil
 	}
-	if !known || last < behind { // it was recreated
+	if !known || last < behind { // the stream was recreated
 		k.own.Behind[stream] = last
 	}
 	return k.write(ctx)
@@ -71,7 +70,7 @@ func (k *redriveMarks) write(ctx context.Context) error {
 		return err
 	}
 	cfg := jetstream.ConsumerConfig{
-		Name: k.name, Durable: k.name, Description: "a redrive that is under way or was killed",
+		Name: k.name, Durable: k.name, Description: "a redrive that is running or was killed",
 		AckPolicy: jetstream.AckNonePolicy, DeliverPolicy: jetstream.DeliverNewPolicy, InactiveThreshold: markKept,
 		Metadata: map[string]string{metadataRedrive: string(text)},
 	}
@@ -91,19 +90,19 @@ func (k *redriveMarks) write(ctx context.Context) error {
 	return err
 }
 
-// refused reports whether err means that there can be no marks.
+// refused reports whether marks are impossible, by err or an earlier error.
 func (k *redriveMarks) refused(err error) bool {
 	var api jetstream.JetStreamError
-	k.homeless = k.homeless || errors.Is(err, ErrPermission) ||
+	k.unmarked = k.unmarked || errors.Is(err, ErrPermission) ||
 		errors.As(err, &api) && api.APIError() != nil && !transient(err) && !hasCode(err, codeStreamNotFound)
-	return k.homeless
+	return k.unmarked
 }
 
-// others is where, by stream, the copies of other redrives may be. The own mark takes
-// over those of killed ones, unless nothing is to be changed. All is true when that is
-// unknown, so that they may be anywhere.
+// others returns, by stream, the sequence after which copies of other redrives may be. The
+// marks of killed redrives are merged into the own one, except in a dry run. all is true if
+// copies may be anywhere.
 func (k *redriveMarks) others(ctx context.Context) (behind map[string]uint64, all bool, err error) {
-	if k.homeless {
+	if k.unmarked {
 		return nil, true, nil
 	}
 	a, stream := k.d.api, k.d.dlq.Config.Name
@@ -126,8 +125,8 @@ func (k *redriveMarks) others(ctx context.Context) (behind map[string]uint64, al
 				continue
 			}
 			mark, err := k.read(ctx, name)
-			if k.homeless || err != nil {
-				return nil, k.homeless, err
+			if k.unmarked || err != nil {
+				return nil, k.unmarked, err
 			}
 			if !subjectsOverlap(mark.Subject, k.d.subject) {
 				continue
@@ -150,13 +149,13 @@ func (k *redriveMarks) others(ctx context.Context) (behind map[string]uint64, al
 	}
 	for _, name := range dead {
 		if err := a.deleteConsumer(ctx, stream, name); err != nil {
-			break // it is found again
+			break // the next redrive finds it
 		}
 	}
 	return behind, false, nil
 }
 
-// read reads the mark of another redrive, which is empty when it is gone.
+// read returns the mark of another redrive, which is empty if it was deleted.
 func (k *redriveMarks) read(ctx context.Context, name string) (mark redriveMark, err error) {
 	var info jetstream.ConsumerInfo
 	err = k.d.api.ask(ctx, "CONSUMER.INFO."+k.d.dlq.Config.Name+"."+name, struct{}{}, &info)
@@ -172,7 +171,7 @@ func (k *redriveMarks) read(ctx context.Context, name string) (mark redriveMark,
 	return mark, err
 }
 
-// lower makes each of have no higher than in with.
+// lower lowers the sequences in have to those in with.
 func lower(have, with map[string]uint64) {
 	for stream, behind := range with {
 		if known, ok := have[stream]; !ok || behind < known {
@@ -181,13 +180,13 @@ func lower(have, with map[string]uint64) {
 	}
 }
 
-// end takes the own mark away once no copy has a letter left. Whole means that the
-// redrive has dealt with every letter.
+// end deletes the own mark. If that includes the marks of killed redrives, it is kept unless
+// this redrive was whole, which means that it processed every letter.
 func (k *redriveMarks) end(ctx context.Context, whole bool) {
 	if k.written.IsZero() || k.inherited && !whole {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), apiTimeout)
 	defer cancel()
-	k.d.api.deleteConsumer(ctx, k.d.dlq.Config.Name, k.name) // what stays costs the next redrive a search
+	k.d.api.deleteConsumer(ctx, k.d.dlq.Config.Name, k.name) // if that fails, the next redrive searches once more
 }

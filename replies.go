@@ -10,10 +10,10 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// replies receives the answers to the requests of one connection that have no headers.
-// nats.go does so too, but chooses the reply subject itself; here it has the time that the
-// requester waits in it, which costs neither side a header. It is safe for concurrent use,
-// and ends with its connection.
+// replies receives the answers to requests without headers, for one connection. Unlike that
+// of nats.go, its reply subject contains the time that the requester waits, which is
+// cheaper than a header on both sides. It is safe for concurrent use, and ends with the
+// connection.
 type replies struct {
 	nc     *nats.Conn
 	prefix string           // of the reply subjects
@@ -37,7 +37,7 @@ var inboxes = struct {
 	of map[*nats.Conn]*replies
 }{of: map[*nats.Conn]*replies{}}
 
-// repliesOf returns the replies of a connection.
+// repliesOf returns the replies of a connection, and subscribes on the first call.
 func repliesOf(nc *nats.Conn) (*replies, error) {
 	inboxes.Lock()
 	defer inboxes.Unlock()
@@ -56,7 +56,8 @@ func repliesOf(nc *nats.Conn) (*replies, error) {
 	return r, nil
 }
 
-// expect has somebody wait for an answer; of left, unless it is 0, the responder is told.
+// expect registers a waiter and returns its reply subject, which contains left unless that
+// is 0. ok is false if the connection is closed.
 func (r *replies) expect(left time.Duration) (key uint64, reply string, w *waiter, ok bool) {
 	w = waiters.Get().(*waiter)
 	key = rand.Uint64()
@@ -72,7 +73,7 @@ func (r *replies) expect(left time.Duration) (key uint64, reply string, w *waite
 	return key, string(appendReplyToken(b, key, left)), w, ok
 }
 
-// forget takes back expect, and returns false when the answer has come.
+// forget removes a waiter, and returns false if its answer has arrived.
 func (r *replies) forget(key uint64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -100,7 +101,7 @@ func (r *replies) receive(m *nats.Msg) {
 	}
 }
 
-// watch ends, when the connection is lost, the requests that were sent on it.
+// watch ends all requests when the connection is lost.
 func (r *replies) watch() {
 	for range r.events {
 		if r.nc.IsReconnecting() {
@@ -109,7 +110,7 @@ func (r *replies) watch() {
 	}
 }
 
-// lose ends all that wait.
+// lose ends all requests.
 func (r *replies) lose(closed bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
