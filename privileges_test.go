@@ -194,7 +194,7 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 	f.until("the route removes the letter", func() bool { return handled.get("bad") == 1 && dlq() == 0 })
 	stop()
 
-	_, stop = run(2) // finds its durable
+	b, stop = run(2) // finds its durable
 	publish("bad")
 	f.until("it is dead", func() bool { return dlq() == 1 })
 	letters := DeadLetters("dlq.orders")
@@ -213,6 +213,23 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 		return err
 	})
 	f.until("it is handled", func() bool { return handled.get("bad") == 2 })
+
+	publish("bad")
+	f.until("another is dead", func() bool { return dlq() == 1 })
+	f.do("pause", func() error { return b.Pause("billing") })
+	f.do("another redrive is killed", func() error {
+		if _, err := DeadLetters("dlq.orders").Redrive(f.ctx, killed); err == nil {
+			return errors.New("it could delete the letter")
+		}
+		return nil
+	})
+	f.do("the redrive is repeated, and finds the copy", func() error {
+		_, err := letters.Redrive(f.ctx, oncall)
+		return err
+	})
+	f.do("resume", func() error { return b.Resume("billing") })
+	f.until("it is handled once", func() bool { return handled.get("bad") == 3 && dlq() == 0 })
+
 	publish("bad")
 	f.until("one more is dead", func() bool { return dlq() == 1 })
 	f.do("purge", func() error {
