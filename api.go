@@ -423,21 +423,34 @@ func (a *api) get(ctx context.Context, stream string, req getRequest) (*storedMs
 	return m, nil
 }
 
-// remove deletes a message. It is no error if the message does not exist.
-func (a *api) remove(ctx context.Context, stream string, seq uint64) error {
-	err := a.ask(ctx, "STREAM.MSG.DELETE."+stream, struct {
+// remove deletes a message and reports whether this call did it. It is no error if the
+// message does not exist.
+func (a *api) remove(ctx context.Context, stream string, seq uint64) (bool, error) {
+	body, err := json.Marshal(struct {
 		Seq     uint64 `json:"seq"`
 		NoErase bool   `json:"no_erase"`
-	}{seq, true}, &struct{}{})
-	if err == nil || hasCode(err, codeStreamNotFound) {
+	}{seq, true})
+	if err != nil {
+		return false, err
+	}
+	unanswered := false
+	err = retry{limit: readPatience, enough: isStreamNotFound}.do(ctx, func(ctx context.Context) error {
+		err := a.askOnce(ctx, "STREAM.MSG.DELETE."+stream, body, &struct{}{})
+		var refused *jetstream.APIError
+		unanswered = unanswered || err != nil && !errors.As(err, &refused) && !errors.Is(err, nats.ErrNoResponders)
 		return err
+	})
+	if err == nil || isStreamNotFound(err) {
+		return err == nil, err
 	}
 	// The server has several errors for a message that does not exist.
 	if m, gone := a.get(ctx, stream, getRequest{Seq: seq}); m == nil && gone == nil {
-		return nil
+		return unanswered, nil
 	}
-	return err
+	return false, err
 }
+
+func isStreamNotFound(err error) bool { return hasCode(err, codeStreamNotFound) }
 
 // ask makes one request to the API, and retries transient failures for readPatience.
 func (a *api) ask(ctx context.Context, operation string, request, response any) error {
@@ -445,8 +458,7 @@ func (a *api) ask(ctx context.Context, operation string, request, response any) 
 	if err != nil {
 		return err
 	}
-	missing := func(err error) bool { return hasCode(err, codeStreamNotFound) }
-	return retry{limit: readPatience, enough: missing}.do(ctx, func(ctx context.Context) error { return a.askOnce(ctx, operation, body, response) })
+	return retry{limit: readPatience, enough: isStreamNotFound}.do(ctx, func(ctx context.Context) error { return a.askOnce(ctx, operation, body, response) })
 }
 
 // askStreamInfo is streamInfo with the retries of ask.

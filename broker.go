@@ -328,9 +328,9 @@ func WithStreams(specs ...StreamSpec) Option {
 // retries with a [*StreamError] that matches [ErrBadRetryStream], and a server before 2.12
 // with [ErrServerTooOld]; a bad name is [ErrInvalidName]. While the stream takes no
 // copies, failed messages are held, up to 1,000 for each route, and Health tells. Only
-// brokers should be allowed to publish to it. Beside the permissions of a durable on it,
-// a broker needs to publish to <name>.wait.> and <name>.due.>, and $JS.API.STREAM.MSG.GET
-// on it.
+// brokers should be allowed to publish to it. In addition to the permissions of a durable
+// on it, a broker needs $JS.API.STREAM.INFO.<name> and $JS.API.STREAM.MSG.GET.<name>, and to
+// publish to <name>.wait.> and <name>.due.>.
 //
 // All brokers of a durable use the same retry stream. A broker without it does not handle
 // what waits there; take it away when it is empty.
@@ -347,7 +347,8 @@ func WithRetryStream(name string) Option {
 // Messages are replayed as they are stored. A redriven message (see
 // [DeadLetterQuery.Redrive]) is in the stream twice, as the original and as its copy with
 // [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to publish
-// a message later, is skipped; the message that it published is not.
+// a message later, is skipped; the message that it published is not. So are the markers
+// that [RouteBuilder.Tombstones] describes.
 //
 // While Run is active the replay uses its pool, where it takes turns with the routes;
 // else it has its own pool. It also has its own if ctx is a handler's, since that handler

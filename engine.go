@@ -568,6 +568,9 @@ func (h *hungWatch) look(now int64) {
 	hung := all
 	h.mu.Lock()
 	for w := range p.workers {
+		if w.lane == nil {
+			continue
+		}
 		since, known := h.since[w]
 		if !known || since.turn != w.turns {
 			since = hungWork{w.turns, now}

@@ -52,8 +52,8 @@ type pool struct {
 	waking   bool                 // a worker was signalled and has not woken up yet
 	alive    int                  // workers that have not ended
 	watching bool                 // watch is scheduled
-	workers  map[*worker]struct{} // that hold work
-	bursts   map[*worker]int32    // those of them with several works, and how many were started at the last watch
+	workers  map[*worker]struct{} // all
+	bursts   map[*worker]int32    // those with several works, and how many were started at the last watch
 	closed   bool
 	allDone  chan struct{} // of drained, closed once nothing is in hand; or nil
 }
@@ -124,6 +124,7 @@ type worker struct {
 	since atomic.Int64 // when the burst was begun, which what runs of it was soon after; 0 until it is
 
 	// Guarded by the pool's mutex.
+	size   int // of the burst when it was taken
 	count  int // works in burst that still belong to it
 	booked int // those of them that are booked already
 }
@@ -200,6 +201,7 @@ func (p *pool) work(only *worker) {
 		p.mu.Lock()
 		l := w.lane
 		next := p.releaseWorker(w, done+1)
+		delete(p.workers, w)
 		if only == nil {
 			go p.work(nil)
 		} else {
@@ -209,6 +211,7 @@ func (p *pool) work(only *worker) {
 		l.owner.send(next)
 	}()
 	p.mu.Lock()
+	p.workers[w] = struct{}{}
 	for {
 		if w.lane == nil && !p.take(w) {
 			break
@@ -249,6 +252,7 @@ func (p *pool) work(only *worker) {
 		}
 	}
 	left = false
+	delete(p.workers, w)
 	p.workerEnded()
 	p.mu.Unlock()
 }
@@ -367,7 +371,7 @@ func (p *pool) assign(w *worker, l *lane) {
 	for i := range n {
 		w.burst[i] = l.pop()
 	}
-	w.lane, w.count, w.booked = l, n, 0
+	w.lane, w.size, w.count, w.booked = l, n, n, 0
 	w.turns++
 	w.next.Store(0)
 	w.since.Store(0)
@@ -390,7 +394,6 @@ func (p *pool) assign(w *worker, l *lane) {
 		p.serving++
 	}
 	p.waiting -= n
-	p.workers[w] = struct{}{}
 	if n > 1 {
 		p.bursts[w] = 0
 		p.watchIn(watchEvery)
@@ -502,9 +505,9 @@ func (p *pool) releaseWorker(w *worker, done int) pullRequest {
 	l := w.lane
 	p.reclaim(w)
 	next := p.book(w, done)
-	clear(w.burst[:])
-	delete(p.bursts, w)
-	delete(p.workers, w)
+	if clear(w.burst[:w.count]); w.size > 1 {
+		delete(p.bursts, w)
+	}
 	w.lane = nil
 	l.running--
 	p.busy--
@@ -607,6 +610,7 @@ func (p *pool) watch() {
 		if l.unserved() && p.busy >= p.size {
 			w := &worker{}
 			p.alive++
+			p.workers[w] = struct{}{}
 			p.assign(w, l)
 			go p.work(w)
 			continue
@@ -672,7 +676,9 @@ func (p *pool) stuck() []string {
 	defer p.mu.Unlock()
 	count := map[string]int{}
 	for w := range p.workers {
-		count[w.lane.name]++
+		if w.lane != nil {
+			count[w.lane.name]++
+		}
 	}
 	return counted(count)
 }

@@ -45,7 +45,7 @@ func (r *replay) openSource() error {
 	}
 	p := r.env.pool
 	p.mu.Lock()
-	r.stream, r.schedules = c.Name, c.AllowMsgSchedules
+	r.stream, r.config = c.Name, c
 	r.from = &origin{filter: r.want.replay.filter, stream: c.Name, ctx: r.serving}
 	p.mu.Unlock()
 	r.reader, err = openReader(r.env.api, r.env.link, r.env.log, info, readerOptions{
@@ -250,7 +250,7 @@ func (r *replay) take(d *delivery, a arrival, now int64) {
 	waited := now - r.asking
 	r.asking = now
 	r.received = a.sequence
-	if r.schedules && len(a.msg.Header[headerSchedule]) > 0 {
+	if len(a.msg.Header) > 0 && (isSchedule(a.msg, r.config) || isTombstone(a.msg, r.config)) {
 		return
 	}
 	w := r.newWork(d, a)

@@ -111,6 +111,19 @@ func (p retryPlace) message(c *retryCopy, original *nats.Msg, at time.Time) *nat
 	return m
 }
 
+// redriven is the copy that sends the message of a letter back to its durable alone, also
+// if its stream takes no publishes: due at once, with its attempts starting anew. m is the
+// message with the headers of its redrive number count. Like every copy it is stored once,
+// and anyOf its life finds it until it is settled.
+func (p retryPlace) redriven(l *DeadLetter, m *nats.Msg, count int) *nats.Msg {
+	c := retryCopy{
+		stream: l.Stream, durable: l.Durable, subject: l.Subject, number: 1, attempt: 1,
+		id: messageID{l.Sequence, l.Published.UnixNano()},
+	}
+	c.life = fmt.Sprintf("%d@%d-%d", c.id.seq, c.id.time, count)
+	return p.message(&c, m, time.Time{})
+}
+
 // openCopy reads a message of a retry stream: the original, with the copy's reply
 // subject, and what the copy says of it. The error tells what is wrong with it.
 func (p retryPlace) openCopy(m *nats.Msg) (original *nats.Msg, c retryCopy, err error) {

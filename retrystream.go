@@ -328,22 +328,27 @@ func (v *mover) forget(ctx context.Context, w *work) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	if err := v.route.env.api.remove(ctx, v.to.name, w.id.seq); err != nil {
+	if _, err := v.route.env.api.remove(ctx, v.to.name, w.id.seq); err != nil {
 		v.to.undeleted.Do(func() {
 			v.route.env.log.Warn("natsx: handled retries stay in the retry stream, which has limits retention", v.route.names("stream", v.to.name, "error", err)...)
 		})
 	}
 }
 
-// giveBack moves messages that were not started, and are not in hand any more, to be
-// delivered at once. It returns those that it did not move.
+// giveBack moves messages that were not started, and are no longer in hand, to be delivered
+// at once. It returns those that it did not move: all others once one cannot be moved.
 func (v *mover) giveBack(back []*work) (left []*work) {
+	ctx, cancel := context.WithTimeout(v.route.env.closing, apiTimeout)
+	defer cancel()
+	var failed atomic.Bool
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	turns := make(chan struct{}, returnersAtOnce)
 	for _, w := range back {
-		if !v.takes(w) || !v.route.env.link.up() || w.number == 0 && len(w.raw.Header[HeaderRedriveTo])+len(w.raw.Header[headerSchedule]) > 0 {
-			left = append(left, w) // of these, some are none for the route
+		if !v.takes(w) || !v.route.env.link.up() || failed.Load() || w.number == 0 && len(w.raw.Header[HeaderRedriveTo])+len(w.raw.Header[headerSchedule]) > 0 {
+			mu.Lock()
+			left = append(left, w) // a redriven message may be for another route
+			mu.Unlock()
 			continue
 		}
 		turns <- struct{}{}
@@ -351,7 +356,10 @@ func (v *mover) giveBack(back []*work) (left []*work) {
 			defer func() { <-turns }()
 			c := v.copyOf(w, w.msg.attempt, w.lost)
 			w.copy = &heldCopy{msg: v.message(&c, w.raw, time.Time{})}
-			if err := v.moveCopy(v.route.env.closing, w); err != nil {
+			if err := v.moveCopy(ctx, w); err != nil {
+				if !failed.Swap(true) {
+					v.route.env.log.Warn("natsx: messages given back to their stream, since the retry stream does not take them", v.route.names("error", err)...)
+				}
 				mu.Lock()
 				left = append(left, w)
 				mu.Unlock()

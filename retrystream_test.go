@@ -769,3 +769,147 @@ func TestBreakerOfRetries(t *testing.T) {
 	}
 	attempts.wantOnce(t, 2*messages)
 }
+
+// A user with the documented permissions needs no more, and one who may not publish to the
+// retry stream is told.
+func TestRetryStreamPermissions(t *testing.T) {
+	t.Parallel()
+	name := ordersPlace.consumer()
+	least := []string{
+		"$JS.API.CONSUMER.CREATE.ORDERS.d.>", "$JS.API.CONSUMER.INFO.ORDERS.d", "$JS.API.CONSUMER.MSG.NEXT.ORDERS.d", "$JS.ACK.ORDERS.d.>",
+		"$JS.API.CONSUMER.CREATE.RETRY." + name + ".>", "$JS.API.CONSUMER.INFO.RETRY." + name, "$JS.API.CONSUMER.MSG.NEXT.RETRY." + name, "$JS.ACK.RETRY." + name + ".>",
+		"$JS.API.STREAM.INFO.RETRY", "$JS.API.STREAM.MSG.GET.RETRY", "RETRY.due.>", "RETRY.wait.>",
+	}
+	for _, allowed := range [][]string{least, least[:len(least)-1]} {
+		admin, user := startGuarded(t, &server.Permissions{Publish: &server.SubjectPermission{Allow: allowed}})
+		orders(t, admin)
+		if err := RetryStream("RETRY").Ensure(testContext(t), admin); err != nil {
+			t.Fatal(err)
+		}
+		_, log := newLogBook()
+		b := NewBroker(user, WithRetryStream("RETRY"), WithLogger(log))
+		r := runBroker(t, b, Route("orders.*").Stream("ORDERS").Durable("d").Backoff(time.Millisecond, time.Millisecond).Handle(func(_ context.Context, m *Msg) error {
+			if m.Attempt() < 3 {
+				return errors.New("broken")
+			}
+			return nil
+		}))
+		publishAcked(t, admin, "orders.x", "payload")
+		if len(allowed) < len(least) {
+			var denied *PermissionError
+			if err := r.wait(t); !errors.As(err, &denied) || !strings.HasPrefix(denied.Subject, "RETRY.wait.ORDERS.d.") {
+				t.Errorf("got %v, want the subject that may not be published to", err)
+			}
+			continue
+		}
+		eventually(t, "it is handled", func() bool { return b.Stats().Routes[0].Succeeded == 1 && idle(t, admin, "ORDERS", "d") })
+		if err := errors.Join(b.Health(), r.stop(t)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// Without its retry stream a broker cannot go on.
+func TestDeletedRetryStream(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	_, log := newLogBook()
+	r := runBroker(t, NewBroker(nc, WithRetryStream("RETRY"), WithLogger(log)), Route("orders.*").Durable("d").Handle(succeed))
+	if err := jetStream(t, nc).DeleteStream(testContext(t), "RETRY"); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.wait(t); !errors.Is(err, ErrStreamDeleted) {
+		t.Errorf("got %v, want ErrStreamDeleted", err)
+	}
+}
+
+// An ordered route keeps its retries, which hold up what is behind them.
+func TestOrderedRouteKeepsItsRetries(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	var order []string
+	b := NewBroker(nc, WithRetryStream("RETRY"))
+	r := runBroker(t, b, Route("orders.*").Durable("d").OrderedBy(SubjectKey()).Backoff(100*time.Millisecond, 100*time.Millisecond).Handle(func(_ context.Context, m *Msg) error {
+		order = append(order, fmt.Sprint(string(m.Data), m.Attempt()))
+		if string(m.Data) == "a" && m.Attempt() == 1 {
+			return errors.New("broken")
+		}
+		return nil
+	}))
+	publishAcked(t, nc, "orders.x", "a", "b")
+	eventually(t, "both are handled", func() bool { return b.Stats().Routes[0].Succeeded == 2 })
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]string{"a1", "a2", "b1"}, order); diff != "" {
+		t.Errorf("order (-want +got):\n%s", diff)
+	}
+}
+
+// A letter goes back to its durable by the retry stream, once for each redrive, and can die
+// again.
+func TestRedriveByTheRetryStream(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc, workQueue)
+	runs := make(chan run, 10)
+	b := NewBroker(nc, WithRetryStream("RETRY"))
+	r := runBroker(t, b, Route("orders.*").Durable("d").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.x").Handle(func(_ context.Context, m *Msg) error {
+		runs <- runOf(m)
+		return errors.New("broken")
+	}))
+	publish(t, nc, &nats.Msg{Subject: "orders.x", Header: nats.Header{"X": {"y"}}, Data: []byte("payload")})
+	first := receive(t, runs, "a run")
+	receive(t, runs, "the retry")
+	for redrives := range 3 {
+		eventually(t, "it is dead", func() bool { return stored(t, nc, "DLQ") == redrives+1 })
+		var last DeadLetter
+		for l, err := range DeadLetters("dlq.x").List(testContext(t), nc) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			last = l
+		}
+		if got := last.header.Get(HeaderDLQRetryStream); got != "RETRY" || last.Sequence != 1 || last.Attempts != 2 {
+			t.Fatalf("letter %+v of retry stream %q", last, got)
+		}
+		if redrives == 2 {
+			break
+		}
+		for range 2 { // as by two redrives at once
+			publish(t, nc, ordersPlace.redriven(&last, &nats.Msg{Header: last.Header, Data: last.Data}, redrives+1))
+		}
+		for attempt := 1; attempt <= 2; attempt++ {
+			first.Attempt = attempt
+			if diff := cmp.Diff(first, receive(t, runs, "a run")); diff != "" {
+				t.Errorf("redrive %d (-first +got):\n%s", redrives+1, diff)
+			}
+		}
+	}
+	eventually(t, "nothing is left", func() bool { return idle(t, nc, "ORDERS", "d") })
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	if n := len(runs); n != 0 {
+		t.Errorf("%d more runs", n)
+	}
+}
+
+// A redeployed route takes the consumer of its retries along.
+func TestRetriesFollowAChangedRoute(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	route := Route("orders.*").Durable("d")
+	for _, next := range []RouteBuilder{route, route.AckWait(time.Minute).MaxAckPending(100).AdoptChanges()} {
+		r := runBroker(t, NewBroker(nc, WithRetryStream("RETRY")), next.Handle(succeed))
+		if err := r.stop(t); err != nil {
+			t.Error(err)
+		}
+	}
+	if c := consumerInfo(t, nc, "RETRY", ordersPlace.consumer()).Config; c.AckWait != time.Minute || c.MaxAckPending != 100 {
+		t.Errorf("got %s and %d, want those of the route", c.AckWait, c.MaxAckPending)
+	}
+}

@@ -42,6 +42,7 @@ var features = []feature{
 	{"publishing with deduplication, replay, core routes, request-reply", nil, tryBasics},
 	{"`TTL` of a message", ErrTTLNotAllowed, tryTTL},
 	{"`At` and `After`", ErrSchedulesNotAllowed, tryDelay},
+	{"`OrderedBy`, `PinnedBy`", ErrServerTooOld, tryOrder},
 	{"`WithRetryStream`", ErrServerTooOld, tryRetryStream},
 	{"`PublishAtomic`", ErrAtomicNotAllowed, tryAtomic},
 }
@@ -378,6 +379,39 @@ func tryRetryStream(t *testing.T, nc *nats.Conn, restart func()) error {
 		if m.Attempt() != 2 || m.Header.Get("X") != "y" {
 			return Permanent(errors.New("another message"))
 		}
+		return nil
+	}))
+}
+
+// tryOrder handles what is ordered by key through a retry and a restart of the server.
+func tryOrder(t *testing.T, nc *nats.Conn, restart func()) error {
+	if err := Stream("ORDERS").Subjects("orders.*").Ensure(t.Context(), nc); err != nil {
+		return err
+	}
+	var order []uint64
+	_, log := newLogBook()
+	b := NewBroker(nc, WithLogger(log))
+	return withinBroker(b, func(*Broker) error {
+		for i := range 4 {
+			if i == 2 {
+				restart()
+			}
+			if _, err := NewPublisher(nc).Publish(t.Context(), To("orders.x").Data([]byte{byte(i)})); err != nil {
+				return err
+			}
+		}
+		if err := until("all are handled", func() bool { return b.Stats().Routes[0].Succeeded == 4 }); err != nil {
+			return err
+		}
+		if !slices.IsSorted(order) {
+			return fmt.Errorf("handled in the order %v", order)
+		}
+		return nil
+	}, Route("orders.*").Durable("d").OrderedBy(SubjectKey()).AckWait(time.Second).Backoff(time.Millisecond, 10*time.Millisecond).Handle(func(_ context.Context, m *Msg) error {
+		if m.Attempt() == 1 && m.Sequence()%2 == 1 {
+			return errors.New("not yet")
+		}
+		order = append(order, m.Sequence())
 		return nil
 	}))
 }
