@@ -244,7 +244,7 @@ func (r *durableRoute) warnOfMaxAge() {
 // warnOfRedrives warns where letters could not be redriven.
 func (r *durableRoute) warnOfRedrives() {
 	c := r.target.config.Load()
-	if c == nil {
+	if c == nil || r.mover != nil {
 		return
 	}
 	why := takesNoCopy(c, r.spec.route.filter)
