@@ -365,6 +365,7 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		return false
 	}
 	if r.history.wasHandled(w.id) {
+		r.countOutcome(r.history.settledLate(w.id))
 		r.recycle(w)
 		return true
 	}
@@ -436,7 +437,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
 	w.copy, w.again = nil, false
-	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, false, "", ""
+	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason, w.late = "", false, false, false, false, "", "", ""
 	w.began, w.ended, w.err, w.due, w.answer, w.redrive, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
@@ -599,7 +600,7 @@ func (r *durableRoute) settleAttempt(w *work, j judgement, err error, cut bool, 
 	if w.ended >= w.ends.Load() {
 		r.lapse(w)
 		if j.verdict == verdictSuccess {
-			w.reason = reasonHandledLate
+			w.late = OutcomeSucceeded
 		}
 		r.observe(w)
 		return
@@ -615,9 +616,6 @@ func (r *durableRoute) settleAttempt(w *work, j judgement, err error, cut bool, 
 	}
 	r.carryOut(w, decide(r.spec.route, j, c))
 }
-
-// reasonHandledLate marks a work whose handler succeeded after its lease was lost.
-const reasonHandledLate Reason = "handled late"
 
 // carryOut executes the decision about an attempt.
 func (r *durableRoute) carryOut(w *work, s settlement) {
@@ -667,6 +665,9 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 	}
 	if w.number > 0 && w.copy == nil && w.due == 0 && w.outcome != OutcomeLapsed {
 		r.mover.forget(r.env.closing, w)
+	}
+	if w.outcome == OutcomeLapsed && (s.outcome == OutcomeSucceeded || s.outcome == OutcomeDiscarded) {
+		w.late = s.outcome
 	}
 	r.observe(w)
 }
@@ -757,19 +758,22 @@ func (r *durableRoute) settle(w *work, ack []byte) {
 // gives up when the lease is lost, the route is over, or ctx ends.
 func (r *durableRoute) confirm(ctx context.Context, w *work, ack []byte) bool {
 	pause := backoff{first: 50 * time.Millisecond, most: time.Second}
-	for tried := false; (!tried || processTime() < w.ends.Load()) && !r.over.Load(); tried = true {
-		try, cancel := context.WithTimeout(ctx, 2*time.Second)
+	lease, cancel := context.WithTimeout(ctx, max(time.Duration(w.ends.Load()-processTime()), leastConfirm))
+	defer cancel()
+	for lease.Err() == nil && !r.over.Load() {
+		try, cancel := context.WithTimeout(lease, 2*time.Second)
 		_, err := r.env.api.nc.RequestWithContext(try, w.raw.Reply, ack)
 		cancel()
 		if err == nil {
 			return true
 		}
-		if !pause.wait(ctx) {
-			return false
-		}
+		pause.wait(lease)
 	}
 	return false
 }
+
+// leastConfirm is the least time to confirm an acknowledgement, however soon the lease ends.
+const leastConfirm = 100 * time.Millisecond
 
 // bookAll books finished works and plans the next pull. The pool is locked.
 func (r *durableRoute) bookAll(done []*work) pullRequest {
@@ -822,14 +826,14 @@ func (r *durableRoute) finishBatch(batch *work) (ran int) {
 func (r *durableRoute) book(w *work) {
 	switch w.outcome {
 	case OutcomeLapsed:
-		if w.reason == reasonHandledLate {
-			r.history.addHandled(w.ended, w.id)
+		if w.late != "" {
+			r.history.addLate(w.id, w.late)
 		} else if w.began == w.ended {
 			r.history.ranNothing(w.id)
 		}
 	case OutcomeReturned:
 		r.history.ranNothing(w.id)
-	case OutcomeSucceeded:
+	case OutcomeSucceeded, OutcomeDiscarded:
 		if !w.confirmed {
 			r.history.addHandled(w.ended, w.id)
 		}

@@ -741,6 +741,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 		}
 	}
 	r.ackWait = c.AckWait
+	r.puller.short = c.AckWait/4 < mostStay+statusGrace
 	r.puller.limits, r.puller.group, r.puller.pinKeep = pullLimitsOf(c), r.spec.route.pinGroup(), int64(c.PinnedTTL/pinRenewals)
 	r.inactive = c.InactiveThreshold
 	checks := &r.checks

@@ -152,6 +152,7 @@ type work struct {
 	// The attempt, written by the worker that runs it.
 	outcome  Outcome
 	reason   Reason  // of a dead message
+	late     Outcome // of one that lapsed when only its acknowledgement was missing, else empty
 	members  []*work // of a batch, which has no delivery of its own
 	shared   bool    // it is one of a batch, whose time is counted once
 	peers    int     // messages of the batch that were handled together, 0 for none

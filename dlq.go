@@ -239,11 +239,17 @@ func (b *letterBox) writeLetters() {
 // same id.
 func (b *letterBox) moveLetter(ctx context.Context, w *work) error {
 	r := b.route
-	if processTime() >= w.ends.Load() || r.over.Load() {
+	l := w.letter
+	lapse := func() {
 		b.owner.lapse(w)
+		if l.stored && l.msg.Header.Get(HeaderDLQPointer) == "" { // else the original must stay
+			w.late = OutcomeDead
+		}
+	}
+	if processTime() >= w.ends.Load() || r.over.Load() {
+		lapse()
 		return nil
 	}
-	l := w.letter
 	for !l.stored {
 		err := b.storeLetter(ctx, w)
 		if tooLarge(err) && l.form < letterForms-1 {
@@ -269,7 +275,7 @@ func (b *letterBox) moveLetter(ctx context.Context, w *work) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		b.owner.lapse(w)
+		lapse()
 	}
 	return nil
 }

@@ -41,7 +41,8 @@ var (
 	ErrDuplicateDurable = errors.New("natsx: durable used twice on one stream")
 	// ErrDLQLoop is a dead letter subject that the route itself consumes.
 	ErrDLQLoop = errors.New("natsx: dead letters would come back to their route")
-	// ErrNotSupported is an option that this version does not implement yet.
+	// ErrNotSupported is an option that this version knows and does not implement; at present
+	// there is none.
 	ErrNotSupported = errors.New("natsx: not supported by this version")
 )
 
@@ -376,11 +377,12 @@ type ReplyError struct {
 	Message string // the responder's message
 	RawCode string // the code as it was sent; other services may send any text
 
-	// Data and Header are the body and headers that a responder sends with the error, in
-	// place of the data that it returns and in addition to [Msg.ReplyHeader]. In a received
-	// error they are empty, since they are in the message that is returned with it, except
-	// for [RequestJSON], which returns no message.
-	Data   []byte
+	// Data is the body that a responder sends with the error, in place of the data that it
+	// returns. In a received error it is empty, since it is in the message that is returned
+	// with it, except for [RequestJSON], which returns no message.
+	Data []byte
+	// Header are the headers that a responder sends with the error, in addition to
+	// [Msg.ReplyHeader]. In a received error they are where Data is.
 	Header nats.Header
 }
 

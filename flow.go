@@ -18,7 +18,9 @@ const (
 	idleStay      = 30 * time.Second
 	idleHeartbeat = 10 * time.Second
 	// leastStay and mostStay bound how long a real pull waits at the server. A pull
-	// cannot be cancelled, so a pause or a stop waits for its end.
+	// cannot be cancelled, so a pause or a stop waits for its end. A quarter of the lease
+	// bounds it too: a lease is counted from the pull where the message may have been long
+	// in transit.
 	leastStay = 200 * time.Millisecond
 	mostStay  = time.Second
 	// heldFor is how long a message may wait for a worker before the route checks whether
@@ -49,7 +51,7 @@ const (
 // pool is locked.
 func (r *durableRoute) demand(now int64) demand {
 	p := r.env.pool
-	d := demand{stay: min(max(time.Duration(now-r.openedAt)/2, leastStay), mostStay)}
+	d := demand{stay: min(max(time.Duration(now-r.openedAt)/2, leastStay), mostStay, r.ackWait/4)}
 	if r.letters.down || r.mover.full() || r.checks.suspended || r.isolating() || r.other().isolating() {
 		return d
 	}

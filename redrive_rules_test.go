@@ -671,3 +671,36 @@ func TestRedriveOfAnEditedPointer(t *testing.T) {
 		t.Errorf("the copy has %d bytes", len(copied.Data))
 	}
 }
+
+// A redriven message that waits for its retry in a retry stream is still known to be one.
+func TestRedriveWithARetryStream(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	createStream(t, nc, jetstream.StreamConfig{Name: "BILLS", Subjects: []string{"bills.>"}})
+	pub := NewPublisher(nc)
+	var runs atomic.Int32
+	runBroker(t, NewBroker(nc, WithRetryStream("RETRIES")),
+		Route("orders.>").Durable("billing").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.orders").
+			Handle(func(ctx context.Context, m *Msg) error {
+				if _, err := pub.Publish(ctx, To("bills.new").Data([]byte("bill"))); err != nil {
+					return err
+				}
+				runs.Add(1)
+				return errors.New("ill")
+			}))
+	publish(t, nc, &nats.Msg{Subject: "orders.new", Data: []byte("0"), Header: nats.Header{"Nats-Msg-Id": {"o-42"}}})
+	for redrives := range 3 {
+		eventually(t, "it is dead", func() bool { return stored(t, nc, "DLQ") == 1 && int(runs.Load()) == 2*(redrives+1) })
+		found, _ := listed(t, nc, DeadLetters("dlq.orders"))
+		if l := found[0]; l.Redrives != redrives || l.Attempts != 2 || redrives > 0 && l.Header.Get(HeaderOriginalMsgID) != "o-42" {
+			t.Errorf("after %d redrives and %d runs: %d redrives, %d attempts, headers %v", redrives, runs.Load(), l.Redrives, l.Attempts, l.Header)
+		}
+		if n := stored(t, nc, "BILLS"); n != 1 {
+			t.Errorf("%d bills after %d redrives, want one", n, redrives)
+		}
+		if redrives < 2 {
+			redriveAll(t, nc, RedriveReport{Redriven: 1})
+		}
+	}
+}

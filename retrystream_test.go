@@ -896,3 +896,20 @@ func TestRedriveByTheRetryStream(t *testing.T) {
 		t.Errorf("%d more runs", n)
 	}
 }
+
+// A redeployed route takes the consumer of its retries along.
+func TestRetriesFollowAChangedRoute(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	route := Route("orders.*").Durable("d")
+	for _, next := range []RouteBuilder{route, route.AckWait(time.Minute).MaxAckPending(100).AdoptChanges()} {
+		r := runBroker(t, NewBroker(nc, WithRetryStream("RETRY")), next.Handle(succeed))
+		if err := r.stop(t); err != nil {
+			t.Error(err)
+		}
+	}
+	if c := consumerInfo(t, nc, "RETRY", ordersPlace.consumer()).Config; c.AckWait != time.Minute || c.MaxAckPending != 100 {
+		t.Errorf("got %s and %d, want those of the route", c.AckWait, c.MaxAckPending)
+	}
+}

@@ -160,7 +160,11 @@ func (r *route) count(w *work) {
 	if !w.shared {
 		r.stats.HandlerTime += w.took()
 	}
-	switch w.outcome {
+	r.countOutcome(w.outcome)
+}
+
+func (r *route) countOutcome(o Outcome) {
+	switch o {
 	case OutcomeSucceeded:
 		r.stats.Succeeded++
 	case OutcomeRetried:
