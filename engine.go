@@ -32,6 +32,7 @@ type engine struct {
 
 	stateMu   sync.Mutex
 	state     string          // for Health, empty when all is well
+	waitsFor  error           // what keeps the broker from its start, or nil
 	claimed   map[string]Spec // by stream and durable
 	replays   map[*replay]struct{}
 	noReplays bool // the drain has begun
@@ -105,7 +106,7 @@ func (e *engine) prepare() bool {
 		return false
 	}
 	for _, s := range e.streams {
-		if err := s.forLetters(e.specs).ensure(e.intake, e.api, e.log); err != nil && e.intake.Err() == nil {
+		if err := s.forLetters(e.specs).ensureBy(e.intake, e.api, e.log, e.tryStream); err != nil && e.intake.Err() == nil {
 			e.note(err)
 		}
 	}
@@ -114,6 +115,22 @@ func (e *engine) prepare() bool {
 		return false
 	}
 	return e.each(func(r runner) error { return r.locate(e.intake) })
+}
+
+// tryStream is env.tryStart for a stream; the health tells what the broker waits for.
+func (e *engine) tryStream(a *api, r retry, ctx context.Context, try func(context.Context) error) error {
+	waits := func(err error) {
+		e.stateMu.Lock()
+		defer e.stateMu.Unlock()
+		e.waitsFor = err
+	}
+	defer waits(nil)
+	told := r.told
+	r.told = func(err error) {
+		waits(err)
+		told(err)
+	}
+	return e.tryStart(a, r, ctx, try)
 }
 
 // open starts every route, and reports whether all receive.
@@ -405,6 +422,9 @@ func (e *engine) health() error {
 	e.stateMu.Lock()
 	if e.state != "" {
 		errs = append(errs, errors.New("natsx: broker "+e.state))
+	}
+	if e.waitsFor != nil {
+		errs = append(errs, e.waitsFor)
 	}
 	e.stateMu.Unlock()
 	e.mu.Lock()

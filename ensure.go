@@ -91,6 +91,13 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 // ensure is Ensure for a description that was validated, with another logger. a is used
 // unless the description names another JetStream.
 func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error {
+	return s.ensureBy(ctx, a, log, func(_ *api, r retry, ctx context.Context, try func(context.Context) error) error {
+		return r.do(ctx, try)
+	})
+}
+
+// ensureBy is ensure with do in place of retry.do.
+func (s StreamSpec) ensureBy(ctx context.Context, a *api, log *slog.Logger, do func(*api, retry, context.Context, func(context.Context) error) error) error {
 	if s.js != (apiChoice{}) {
 		js, err := s.js.jetStream(a.nc)
 		if err != nil {
@@ -99,11 +106,12 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 		a = newAPI(a.nc, js)
 	}
 	tries := 0
-	err := retry{told: func(err error) {
+	told := func(err error) {
 		if tries++; tries == 3 { // earlier failures may be caused by other processes that start
 			log.Warn("natsx: stream cannot be ensured, trying again", "stream", s.name, "error", err)
 		}
-	}}.do(ctx, func(ctx context.Context) error { return s.ensureOnce(ctx, a) })
+	}
+	err := do(a, retry{told: told}, ctx, func(ctx context.Context) error { return s.ensureOnce(ctx, a) })
 	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
 		return fmt.Errorf("%w: %w", err, ctx.Err())
 	}

@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -17,6 +18,10 @@ import (
 // DrainGrace is how long handlers may still run after the drain timeout has cancelled
 // their contexts.
 const DrainGrace = 2 * time.Second
+
+// startPatience is how long a start waits for JetStream to answer. A server without
+// JetStream does not answer either.
+const startPatience = 10 * time.Second
 
 // settings are the options of a broker that its routes and replays use.
 type settings struct {
@@ -98,6 +103,31 @@ func (e *env) close() {
 	e.endClosing()
 	e.abortHandlers(context.Canceled)
 	e.link.close()
+}
+
+// tryStart makes calls of the JetStream API for something that starts, and retries
+// transient failures by the policy r. It gives up if JetStream does not answer within
+// startPatience on a connection that is up.
+func (e *env) tryStart(a *api, r retry, ctx context.Context, try func(context.Context) error) error {
+	begun := time.Now()
+	var absent error
+	told, enough := r.told, r.enough
+	r.told = func(err error) {
+		if errors.Is(err, nats.ErrNoResponders) && e.link.up() {
+			err = fmt.Errorf("%w, or its server is starting: no answer on %q: %w", ErrNoJetStream, a.prefix, err)
+		}
+		told(err)
+	}
+	r.enough = func(err error) bool {
+		if errors.Is(err, nats.ErrNoResponders) && e.link.up() && time.Since(begun) > startPatience {
+			absent = fmt.Errorf("%w: the server does not answer on %q: %w", ErrNoJetStream, a.prefix, err)
+		}
+		return absent != nil || enough != nil && enough(err)
+	}
+	if err := r.do(ctx, try); absent == nil {
+		return err
+	}
+	return absent
 }
 
 // spawn starts a goroutine that a drain waits for.
