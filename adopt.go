@@ -12,7 +12,7 @@ import (
 
 // pinFor is how long the server keeps a pin that is not renewed. The leases of the pinned
 // client's messages end before, so that the next client receives these first.
-func pinFor(ackWait time.Duration) time.Duration { return ackWait * 3 / 2 }
+func pinFor(ackWait time.Duration) time.Duration { return 2 * ackWait }
 
 // durableDiff is one setting of an existing durable that differs from the route.
 type durableDiff struct {
@@ -133,4 +133,17 @@ func diffText(diffs []durableDiff, each func(durableDiff) string) string {
 		list = append(list, each(d))
 	}
 	return strings.Join(list, "; ")
+}
+
+// changesOf describes what was changed of a durable: the differences that were removed,
+// a limit of deliveries that was lifted, and an id that was given.
+func changesOf(have, now jetstream.ConsumerConfig, before, after []durableDiff) string {
+	made := slices.DeleteFunc(before, func(d durableDiff) bool { return slices.Contains(after, d) })
+	if have.MaxDeliver != now.MaxDeliver {
+		made = append(made, durableDiff{field: "maxDeliver", want: limitText(int64(now.MaxDeliver)), have: "its MaxDeliver is " + limitText(int64(have.MaxDeliver))})
+	}
+	if have.Metadata[metadataID] != now.Metadata[metadataID] {
+		made = append(made, durableDiff{field: "metadata", want: metadataID, have: "its metadata is without it"})
+	}
+	return diffText(made, durableDiff.change)
 }

@@ -76,7 +76,8 @@ type Broker struct {
 	nc      *nats.Conn
 	js      jetstream.JetStream
 	streams []StreamSpec
-	service *service // nil without WithService
+	retry   *retryStream // nil without WithRetryStream
+	service *service     // nil without WithService
 
 	ready chan struct{} // closed when every route receives
 	ran   atomic.Pointer[engine]
@@ -99,6 +100,39 @@ func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 	return b
 }
 
+// Validate reports every fault of the broker's options, its streams and specs, without a
+// server, as [Broker.Run] does before its first network call. Beyond [Validate] it
+// compares the routes with the streams of [WithStreams]: two durables of a work-queue
+// stream whose filters overlap are [ErrOptionConflict], since such a stream gives each
+// message to one durable.
+func (b *Broker) Validate(specs ...Spec) error {
+	return errors.Join(b.validate(), Validate(specs...), overlapFaults(b.streams, specs))
+}
+
+// overlapFaults are the durables of work-queue streams that want the same messages.
+func overlapFaults(streams []StreamSpec, specs []Spec) error {
+	var faults []error
+	for _, stream := range streams {
+		if stream.set&optRetention == 0 || stream.retention != jetstream.WorkQueuePolicy {
+			continue
+		}
+		var of []Spec
+		for _, s := range specs {
+			if stream.has(s) {
+				of = append(of, s)
+			}
+		}
+		for i, s := range of {
+			for _, earlier := range of[:i] {
+				if s.overlaps(earlier) {
+					faults = append(faults, s.overlapWith(earlier, stream.name))
+				}
+			}
+		}
+	}
+	return errors.Join(faults...)
+}
+
 // Run consumes specs until ctx ends or a route fails, and then drains. Pulling stops,
 // and running handlers go on with a live context. Waiting messages of durables are
 // started for 200 ms more; the rest is given back to the server. Acks are flushed. At the
@@ -106,13 +140,15 @@ func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 // at most a second after that in any case. It returns nil after a clean drain that ctx
 // has started, else the joined causes:
 //
-//   - the faults of [Validate] and of the options, before any network call;
+//   - the faults of [Broker.Validate], before any network call;
 //   - for [WithStreams] a [*StreamConflictError], [ErrPermission] or an error of the
 //     server; no route is started then;
 //   - a [*RouteError] for each route that could not start or has failed. It wraps
 //     [ErrNoStream], [ErrAmbiguousStream], [ErrDuplicateDurable], [ErrWouldLose],
 //     [ErrBadDLQ], [ErrConsumerConflict], [ErrConsumerDeleted], [ErrStreamDeleted],
 //     [ErrPermission], or an error of the server;
+//   - for [WithRetryStream] a [*StreamError] that wraps [ErrBadRetryStream],
+//     [ErrServerTooOld], [ErrPermission] or an error of the server;
 //   - for [WithService] [ErrPermission];
 //   - [ErrConnectionClosed] if the connection was closed for good;
 //   - a [*DrainError] if the shutdown exceeded the drain timeout, or [ErrDrainTimeout]
@@ -124,7 +160,7 @@ func NewBroker(nc *nats.Conn, opts ...Option) *Broker {
 // answer Run returns [ErrNoJetStream]. A broker runs once: another Run returns
 // [ErrAlreadyRun], unless the first was refused for faults.
 func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
-	if err := errors.Join(b.validate(), Validate(specs...)); err != nil {
+	if err := b.Validate(specs...); err != nil {
 		return err
 	}
 	js, err := b.jetStream()
@@ -184,6 +220,9 @@ func (b *Broker) validate() error {
 		if mw == nil {
 			add("middleware %d is nil", i)
 		}
+	}
+	if b.retry != nil {
+		faults = append(faults, RetryStream(b.retry.name).Validate())
 	}
 	return errors.Join(append(faults, validateStreams(b.streams))...)
 }
@@ -265,6 +304,40 @@ func WithStreams(specs ...StreamSpec) Option {
 	return func(b *Broker) { b.streams = append(b.streams, specs...) }
 }
 
+// WithRetryStream has the messages of durable routes wait for their retries in a stream of
+// their own, which also takes what is given back at a shutdown. Default is none: a message
+// that waits then stays unsettled in its own stream.
+//
+// A message that fails and has attempts left is stored there as a copy, which the server
+// publishes when the retry is due (ADR-51), and acknowledged in its own stream once the
+// copy is stored. So retries do not count against MaxAckPending, do not end with the
+// MaxAge of their stream, and their attempts are exact: an attempt is a run that returned,
+// however often the message was delivered. A run that ended with its process is repeated
+// as the same attempt; a message that takes down its process again and again is dead
+// with [ReasonCrashed] all the same.
+//
+// The handler sees no difference: subject, headers, payload, sequence, time and stream are
+// those of the original. A retry comes up to a quarter of a second after it is due, since
+// the server looks for what is due that often. The copies of all routes share the stream,
+// each durable with a consumer of its own on it. The retries of routes with
+// OrderedBy or PinnedBy, and of messages within 2 KiB of the server's maximum payload,
+// wait in their own stream.
+//
+// The stream is made as [RetryStream] describes, with as many replicas as the streams of
+// the routes, unless it exists or [WithStreams] makes it. Run refuses one that could lose
+// retries with a [*StreamError] that matches [ErrBadRetryStream], and a server before 2.12
+// with [ErrServerTooOld]; a bad name is [ErrInvalidName]. While the stream takes no
+// copies, failed messages are held, up to 1,000 for each route, and Health tells. Only
+// brokers should be allowed to publish to it. In addition to the permissions of a durable
+// on it, a broker needs $JS.API.STREAM.INFO.<name> and $JS.API.STREAM.MSG.GET.<name>, and to
+// publish to <name>.wait.> and <name>.due.>.
+//
+// All brokers of a durable use the same retry stream. A broker without it does not handle
+// what waits there; take it away when it is empty.
+func WithRetryStream(name string) Option {
+	return func(b *Broker) { b.retry = &retryStream{name: name} }
+}
+
 // Replay handles stored messages again, within the bounds of spec. It ends at the last
 // message that was stored when it started. It reads through an ephemeral consumer, which
 // it deletes at the end; if the process is killed, the server removes the consumer after
@@ -274,7 +347,8 @@ func WithStreams(specs ...StreamSpec) Option {
 // Messages are replayed as they are stored. A redriven message (see
 // [DeadLetterQuery.Redrive]) is in the stream twice, as the original and as its copy with
 // [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to publish
-// a message later, is skipped; the message that it published is not.
+// a message later, is skipped; the message that it published is not. So are the markers
+// that [RouteBuilder.Tombstones] describes.
 //
 // While Run is active the replay uses its pool, where it takes turns with the routes;
 // else it has its own pool. It also has its own if ctx is a handler's, since that handler

@@ -50,12 +50,15 @@ const (
 	optAlso
 	optAdoptChanges
 	optInactiveThreshold
+	optTombstones
 )
 
 // RouteBuilder describes where messages come from and how they are handled. It is a small
 // comparable value: each setter returns a changed copy, so a base route can be kept,
 // shared between goroutines and forked. If a setter is called twice, the last call wins.
-// Setters never fail; [Spec.Validate] reports every fault. A terminal
+// Setters never fail; [Spec.Validate] reports every fault. A call whose result is dropped
+// does nothing: staticcheck reports it with SA4017, except for [RouteBuilder.Also],
+// [RouteBuilder.DeliverFromTime] and the terminals. A terminal
 // ([RouteBuilder.Handle], [RouteBuilder.HandleBatch], [RouteBuilder.Reply]) ends the
 // chain.
 type RouteBuilder struct {
@@ -355,7 +358,7 @@ func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 // must name the same group; the others stand by. One of them takes over
 //
 //   - at once when the pinned one ends its Run;
-//   - one and a half AckWaits after the pinned one was killed, lost its connection or
+//   - two AckWaits after the pinned one was killed, lost its connection or
 //     paused its route with nothing in hand. The messages that it had in hand are
 //     delivered first then;
 //   - at once when another server becomes the leader of the durable, or its leader
@@ -430,6 +433,15 @@ func (r RouteBuilder) ConfirmAcks() RouteBuilder {
 func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 	r.set |= optDLQ
 	r.dlq = subject
+	return r
+}
+
+// Tombstones hands the handler the markers too that the server puts in the place of a
+// subject's last message when that has expired or was deleted, on a stream with
+// SubjectDeleteMarkerTTL: they have no payload, and MaxAge, Purge or Remove in the header
+// Nats-Marker-Reason. Default is to acknowledge them unhandled.
+func (r RouteBuilder) Tombstones() RouteBuilder {
+	r.set |= optTombstones
 	return r
 }
 
@@ -524,9 +536,28 @@ func (s Spec) sharesDurable(o Spec) bool {
 	if a.stream != "" || b.stream != "" {
 		return a.stream == b.stream
 	}
-	return slices.ContainsFunc(a.filters(), func(f string) bool {
-		return slices.ContainsFunc(b.filters(), func(g string) bool { return subjectsOverlap(f, g) })
+	return filtersOverlap(a.filters(), b.filters())
+}
+
+// filtersOverlap reports whether some subject is selected by a filter of both.
+func filtersOverlap(a, b []string) bool {
+	return slices.ContainsFunc(a, func(f string) bool {
+		return slices.ContainsFunc(b, func(g string) bool { return subjectsOverlap(f, g) })
 	})
+}
+
+// overlaps reports whether two different durables want the same messages.
+func (s Spec) overlaps(o Spec) bool {
+	a, b := s.route, o.route
+	return a.durable != "" && b.durable != "" && a.durable != b.durable && filtersOverlap(a.filters(), b.filters())
+}
+
+// overlapWith is the fault of two durables that want the same messages of a work-queue
+// stream.
+func (s Spec) overlapWith(o Spec, stream string) error {
+	return s.fault("subject", strconv.Quote(s.route.filter),
+		fmt.Sprintf("overlaps with %q of the durable %q, and the work-queue stream %q gives each message to one durable",
+			o.route.filter, o.route.durable, stream), ErrOptionConflict)
 }
 
 func (s Spec) duplicateOf(earlier Spec) error {
@@ -714,7 +745,11 @@ var durableOptions = []struct {
 	{optPinnedBy, "pinnedBy", func(r RouteBuilder) string { return strconv.Quote(r.group) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
+	{optTombstones, "tombstones", func(RouteBuilder) string { return "" }},
 }
+
+// orderGroup is the priority group of a durable whose messages are ordered by key.
+const orderGroup = "natsx-order"
 
 // pinGroup is the priority group of the durable's pinned client, empty for none.
 func (r RouteBuilder) pinGroup() string {

@@ -18,7 +18,8 @@ import (
 
 func init() { childModes["server"] = serverChild }
 
-// serverChild is a nats-server. The URL names its port and its store.
+// serverChild is a nats-server. The URL names its port and its store, and, of one in a
+// cluster, its name, the port for the others, and theirs.
 func serverChild() int {
 	u, err := url.Parse(childURL())
 	if err != nil {
@@ -30,10 +31,19 @@ func serverChild() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	s, err := server.NewServer(&server.Options{
+	opts := &server.Options{
 		Host: u.Hostname(), Port: port, JetStream: true, StoreDir: u.Query().Get("store"),
 		NoLog: true, NoSigs: true,
-	})
+	}
+	if name := u.Query().Get("name"); name != "" {
+		own, err := strconv.Atoi(u.Query().Get("cluster"))
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		inCluster(name, own, u.Query().Get("routes"))(opts)
+	}
+	s, err := server.NewServer(opts)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -51,10 +61,14 @@ func serverChild() int {
 // reach at the URL. start starts it, and again after it was killed.
 func serverProcess(t testing.TB) (at string, start func() *child) {
 	t.Helper()
-	u := url.URL{
-		Scheme: "nats", Host: "127.0.0.1:" + strconv.Itoa(fixedPort(t)),
-		RawQuery: url.Values{"store": {t.TempDir()}}.Encode(),
-	}
+	return serverProcessWith(t, url.Values{})
+}
+
+// serverProcessWith is serverProcess with more for the URL.
+func serverProcessWith(t testing.TB, query url.Values) (at string, start func() *child) {
+	t.Helper()
+	query.Set("store", t.TempDir())
+	u := url.URL{Scheme: "nats", Host: "127.0.0.1:" + strconv.Itoa(fixedPort(t)), RawQuery: query.Encode()}
 	return "nats://" + u.Host, func() *child {
 		t.Helper()
 		c := startChild(t, "server", u.String(), nil)

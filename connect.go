@@ -75,28 +75,42 @@ func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 // connectLogEvery is how often the same failure to connect is logged.
 const connectLogEvery = time.Minute
 
-// connectLog decides which failures to connect are logged: each one that differs from the
-// previous one, and the same one once per connectLogEvery.
+// connectLog decides which failures to connect are logged: each cause once a minute.
+// Causes that differ by numbers, such as ports, are the same.
 type connectLog struct {
-	mu   sync.Mutex
-	last string
-	at   time.Time
+	mu sync.Mutex
+	at map[string]time.Time // when a cause was logged
 }
 
 func (l *connectLog) worth(err error) bool {
+	cause := ""
+	if err != nil {
+		cause = strings.Map(func(c rune) rune {
+			if '0' <= c && c <= '9' {
+				return -1
+			}
+			return c
+		}, err.Error())
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err.Error() == l.last && time.Since(l.at) < connectLogEvery {
+	if at, logged := l.at[cause]; logged && time.Since(at) < connectLogEvery {
 		return false
 	}
-	l.last, l.at = err.Error(), time.Now()
+	if l.at == nil || len(l.at) >= mostCauses {
+		l.at = map[string]time.Time{}
+	}
+	l.at[cause] = time.Now()
 	return true
 }
+
+// mostCauses bounds what a connectLog remembers.
+const mostCauses = 100
 
 func (l *connectLog) end() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.last = ""
+	l.at = nil
 }
 
 // checkURLs reports invalid URLs that nats.go would accept and retry for ever.

@@ -107,7 +107,7 @@ func TestConnectionThatDoesNotComeUp(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(nc.Close)
-			_, log := newLogBook()
+			book, log := newLogBook()
 			b := NewBroker(nc, WithLogger(log))
 			r := startBroker(t, b, Route("core").Handle(succeed))
 			lines := func() (of []string) {
@@ -129,6 +129,9 @@ func TestConnectionThatDoesNotComeUp(t *testing.T) {
 			<-time.After(time.Second) // many failures later
 			if nc.IsClosed() {
 				t.Fatal("the connection is closed")
+			}
+			if said := book.alarms("connection lost"); len(said) > 5 {
+				t.Errorf("the broker said %d times that the connection is lost: %q", len(said), said)
 			}
 			if tt.mend == nil {
 				return

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -26,6 +27,7 @@ type durableRoute struct {
 	route
 	target  consumerTarget         // stream, consumer and their identity
 	located atomic.Bool            // target is complete
+	created bool                   // the durable is new; set before located
 	inbox   atomic.Pointer[string] // pulls reply to inbox.<token>
 	gate    chan struct{}          // held by resume, pause and stop, one at a time; capacity 1
 	alarm   alarm
@@ -64,16 +66,25 @@ type durableRoute struct {
 	batch   *batcher   // nil for a route that handles one message at a time
 	order   *sequencer // nil for a route without an order
 
+	mover   *mover        // to the retry stream, nil for none
+	retries *durableRoute // delivers the retries that are due, nil without a retry stream
+	retryOf *durableRoute // whose retries this route delivers, nil for its own messages
+
 	free []*work // for reuse
 }
 
 func newDurableRoute(e *env, spec Spec) *durableRoute {
 	r := &durableRoute{gate: make(chan struct{}, 1)}
+	r.setUp(e, spec)
+	return r
+}
+
+func (r *durableRoute) setUp(e *env, spec Spec) {
 	r.init(e, spec, r)
 	r.alarm.ring = r.tick
 	r.puller.budget = &e.link.budget
-	r.passer.route = &r.route
-	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	r.passer.route, r.passer.key = &r.route, new(atomic.Pointer[string])
+	r.letters = letterBox{route: &r.route, owner: r}
 	if spec.route.set&optOrderedBy != 0 {
 		r.order = newSequencer(spec.route.order)
 	}
@@ -83,7 +94,14 @@ func newDurableRoute(e *env, spec Spec) *durableRoute {
 	if spec.route.set&optBreaker != 0 {
 		r.breaker = newBreaker(spec.route.breakerAfter, spec.route.breakerRest)
 	}
-	return r
+}
+
+// other is the route that this one is a part of, or that is a part of it; or nil.
+func (r *durableRoute) other() *durableRoute {
+	if r.retries != nil {
+		return r.retries
+	}
+	return r.retryOf
 }
 
 // start opens the route for messages.
@@ -94,11 +112,24 @@ func (r *durableRoute) start() error {
 	r.from = &origin{filter: r.spec.route.filter, stream: r.target.stream, durable: r.target.consumer, ctx: r.env.handlers}
 	p.enter(&r.lane)
 	p.mu.Unlock()
+	if r.retries != nil {
+		r.retries.from = r.from
+		if err := r.retries.begin(true); err != nil {
+			return err
+		}
+	}
 	return r.begin(true)
 }
 
 // resume opens the route again after a pause.
-func (r *durableRoute) resume() error { return r.begin(false) }
+func (r *durableRoute) resume() error {
+	if r.retries != nil {
+		if err := r.retries.begin(false); err != nil {
+			return err
+		}
+	}
+	return r.begin(false)
+}
 
 // begin subscribes and begins to pull. It checks the consumer first, unless known is
 // set. It does nothing on an open or stopped route.
@@ -145,6 +176,11 @@ func (r *durableRoute) begin(known bool) error {
 // pause ends the intake. Messages that the server has sent are still received, unless
 // ctx ends first.
 func (r *durableRoute) pause(ctx context.Context) {
+	if r.retries != nil {
+		var both sync.WaitGroup
+		both.Go(func() { r.retries.pause(ctx) })
+		defer both.Wait()
+	}
 	select {
 	case r.gate <- struct{}{}:
 		defer func() { <-r.gate }()
@@ -167,34 +203,49 @@ func (r *durableRoute) pause(ctx context.Context) {
 // stop ends the intake for good.
 func (r *durableRoute) stop(ctx context.Context) {
 	p := r.env.pool
+	parts := []*durableRoute{r}
+	if r.retries != nil {
+		parts = append(parts, r.retries)
+	}
 	p.mu.Lock()
-	r.stopped = true
+	for _, part := range parts {
+		part.stopped = true
+	}
 	p.mu.Unlock()
 	r.pause(ctx)
 	p.mu.Lock()
-	if r.batch != nil && r.batch.gathered.len() > 0 {
-		r.queueBatch(processTime())
+	for _, part := range parts {
+		if part.batch != nil && part.batch.gathered.len() > 0 {
+			part.queueBatch(processTime())
+		}
 	}
 	p.leave(&r.lane)
 	p.mu.Unlock()
 	// Run what takes only a moment; give the rest back for other processes.
-	for end := time.Now().Add(stopMoment); r.waiting() > 0 && time.Now().Before(end); {
+	waiting := func() (n int) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, part := range parts {
+			n += part.lane.waiting()
+		}
+		return n
+	}
+	for end := time.Now().Add(stopMoment); waiting() > 0 && time.Now().Before(end); {
 		if !wait(ctx, 2*time.Millisecond) {
 			break
 		}
 	}
-	r.giveBackWaiting()
-}
-
-func (r *durableRoute) waiting() int {
-	r.env.pool.mu.Lock()
-	defer r.env.pool.mu.Unlock()
-	return r.lane.waiting()
+	for _, part := range parts {
+		part.giveBackWaiting()
+	}
 }
 
 func (r *durableRoute) denied(e *PermissionError) bool {
 	if !r.located.Load() {
 		return false // locate receives the error itself
+	}
+	if r.retries != nil && (r.retries.denied(e) || r.mover.writes(e.Subject)) {
+		return true
 	}
 	if e.Operation == "subscribe" {
 		return strings.HasPrefix(e.Subject, inboxPrefix(r.env.api.nc))
@@ -222,11 +273,20 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	if r.spec.route.pinGroup() != "" {
 		pin = takePin(m)
 	}
+	id, count, size := messageID{info.sequence, info.time}, info.delivered, m.Size()
+	c := retryCopy{id: id, attempt: 1}
+	if r.retryOf != nil {
+		original, copied, err := r.mover.openCopy(m)
+		if err != nil {
+			r.refuseCopy(m, err)
+			return
+		}
+		m, c, count = original, copied, count+copied.lost
+	}
 	d := &delivery{msg: Msg{
 		Subject: m.Subject, Data: m.Data, Header: m.Header,
-		from: r.from, reply: m, seq: info.sequence, time: info.time, attempt: 1,
+		from: r.from, reply: m, seq: c.id.seq, time: c.id.time, attempt: c.attempt,
 	}}
-	size := m.Size()
 	p := r.env.pool
 	p.mu.Lock()
 	pinned := r.puller.pinned(pin)
@@ -246,7 +306,8 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	r.puller.message(now, size)
 	r.checks.pending = info.pending
 	r.arrived, r.pending, r.seen = now, info.pending > 0, max(r.seen, info.consumerSeq)
-	w := r.newWork(d, m, messageID{info.sequence, info.time}, info.delivered)
+	w := r.newWork(d, m, id, count)
+	w.lost, w.copied = c.lost, copied{c.id, c.life, c.number, c.from}
 	w.arrived = now
 	w.begin(since+int64(r.ackWait)*9/10, since+int64(r.ackWait)/renewals)
 	handled := false
@@ -254,9 +315,12 @@ func (r *durableRoute) receive(m *nats.Msg) {
 		handled = r.redelivered(w, now)
 	} else {
 		r.leases.push(w)
-		if r.headersOnly(w) {
+		switch {
+		case r.headersOnly(w):
 			r.hold(w, now)
-		} else {
+		case w.lost > 0 && r.suspicious(w):
+			r.suspect(w, now)
+		default:
 			r.enqueue(w, &r.lane.queue, now)
 		}
 	}
@@ -306,22 +370,51 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		return true
 	}
 	attempt := r.history.attempt(w.id, w.count)
-	most := uint64(r.spec.route.attempts())
-	w.msg.attempt = uint32(min(attempt, 1<<31))
+	w.lost = attempt - 1
+	if w.again = r.mover.takes(w); !w.again {
+		w.msg.attempt = uint32(min(attempt, 1<<31))
+	}
 	r.leases.push(w)
 	switch {
 	case r.headersOnly(w):
 		r.hold(w, now)
-	case most > 0 && attempt > most:
-		// The attempts are used up without a known failure: this message may crash
-		// its process, or may have been in hand when another one did.
-		w.msg.attempt = uint32(most)
+	case !w.again && r.suspicious(w):
+		w.msg.attempt = uint32(r.spec.route.attempts())
 		w.alone = true
 		fallthrough
 	default:
 		r.enqueue(w, &r.lane.first, now)
 	}
 	return false
+}
+
+// suspicious reports whether as many deliveries as w has attempts ended without a known
+// failure: w may crash its process, or may have been in hand when another message did. The
+// pool is locked.
+func (r *durableRoute) suspicious(w *work) bool {
+	most := uint64(r.spec.route.attempts())
+	return most > 0 && w.lost >= most
+}
+
+// suspect has w run in isolation. The pool is locked.
+func (r *durableRoute) suspect(w *work, now int64) {
+	w.alone = true
+	r.enqueue(w, &r.lane.first, now)
+}
+
+// refuseCopy drops a message of the retry stream that is not a copy, unless the consumer
+// was changed so that it does not deliver payloads.
+func (r *durableRoute) refuseCopy(m *nats.Msg, err error) {
+	if m.Header[headerMsgSize] != nil {
+		now := processTime()
+		r.env.pool.mu.Lock()
+		r.requestCheck(now, true)
+		r.setAlarm(now)
+		r.env.pool.mu.Unlock()
+		return
+	}
+	r.env.log.Error("natsx: message in the retry stream dropped", r.names("subject", m.Subject, "error", err)...)
+	r.env.acks.write(m.Reply, ackTerm("not a retry"))
 }
 
 // newWork returns a new or reused work for a delivery. The pool is locked.
@@ -343,8 +436,9 @@ func (r *durableRoute) recycle(w *work) {
 	w.claim()
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
+	w.copy, w.again = nil, false
 	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason, w.late = "", false, false, false, false, "", "", ""
-	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, false, 0
+	w.began, w.ended, w.err, w.due, w.answer, w.redrive, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
 	}
@@ -373,11 +467,27 @@ func (r *durableRoute) mayRun(w *work) bool {
 		r.lapse(w)
 		return false
 	}
-	if len(w.msg.Header) == 0 {
+	if len(w.msg.Header) == 0 && r.mover == nil {
 		return true
 	}
-	if act, delay := r.passer.judge(r.env.closing, w, r.target.config.Load()); act != actHandle {
-		r.passOver(w, act, delay)
+	if len(w.msg.Header) > 0 {
+		source := r.source()
+		if w.number > 0 {
+			source = nil // a schedule is never copied
+		}
+		if act, delay := r.passer.judge(r.env.closing, w, source); act != actHandle {
+			r.passOver(w, act, delay)
+			return false
+		}
+	}
+	switch {
+	case w.again:
+		w.ended = w.began
+		r.leave(w, 0, w.msg.attempt, w.lost)
+		return false
+	case w.number > 0 && !r.mover.settleBefore(r.env.closing, w):
+		w.ended = w.began
+		r.lapse(w)
 		return false
 	}
 	if w.began = processTime(); w.began >= w.ends.Load() { // judge may have taken a while
@@ -385,7 +495,7 @@ func (r *durableRoute) mayRun(w *work) bool {
 		r.lapse(w)
 		return false
 	}
-	if r.spec.route.dlq != "" {
+	if r.spec.route.dlq != "" || r.mover != nil {
 		w.msg.Header = maps.Clone(w.msg.Header)
 	}
 	return true
@@ -399,7 +509,7 @@ func (r *durableRoute) mayStart(now int64) bool {
 // turnAway gives back a message that an open breaker does not let run.
 func (r *durableRoute) turnAway(w *work) {
 	w.outcome = OutcomeReturned
-	r.giveBack(w, r.breaker.redeliverAfter())
+	r.leave(w, r.breaker.redeliverAfter(), w.msg.attempt, w.lost)
 	r.unmark(w)
 }
 
@@ -423,7 +533,7 @@ func (r *durableRoute) mayRunAlone(w *work) bool {
 	if flood && beyond < aloneDeliveries {
 		return true
 	}
-	before, err := r.notes().mark(r.env.closing, w.id, 1)
+	before, err := r.notes().mark(r.env.closing, w.source, 1)
 	proven := before >= aloneProof
 	if err != nil {
 		proven = errors.Is(err, ErrPermission) && beyond >= aloneDeliveries
@@ -446,10 +556,10 @@ func (r *durableRoute) mayRunAlone(w *work) bool {
 // unmark removes the mark of a message whose run has returned and which will be
 // delivered again.
 func (r *durableRoute) unmark(w *work) {
-	if !w.marked || w.confirmed {
+	if !w.marked || w.confirmed && w.copy == nil {
 		return
 	}
-	if _, err := r.notes().mark(r.env.closing, w.id, 0); err != nil {
+	if _, err := r.notes().mark(r.env.closing, w.source, 0); err != nil {
 		r.env.log.Warn("natsx: record of an isolated run not removed", r.about(w, "error", err)...)
 	}
 }
@@ -459,9 +569,17 @@ func (r *durableRoute) notes() aloneNotes {
 }
 
 // Methods of letterOwner.
-func (r *durableRoute) keepsTerminated() bool           { return r.target.keepsTerminated() }
-func (r *durableRoute) source() *jetstream.StreamConfig { return r.target.config.Load() }
-func (r *durableRoute) consumerCreated() time.Time      { return r.target.identity.created }
+func (r *durableRoute) keepsTerminated() bool           { return r.own().target.keepsTerminated() }
+func (r *durableRoute) source() *jetstream.StreamConfig { return r.own().target.config.Load() }
+func (r *durableRoute) consumerCreated() time.Time      { return r.own().target.identity.created }
+
+// own is the route whose messages r delivers.
+func (r *durableRoute) own() *durableRoute {
+	if r.retryOf != nil {
+		return r.retryOf
+	}
+	return r
+}
 
 func (r *durableRoute) lapse(w *work) {
 	w.outcome = OutcomeLapsed
@@ -515,15 +633,18 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 			level = slog.LevelDebug // the batch was logged
 		}
 		r.env.log.Log(context.Background(), level, "natsx: attempt failed", r.about(w, "error", err, "retry_in", s.delay)...)
-		r.giveBack(w, s.delay)
-		r.checkAfterFailure()
+		if !r.leave(w, s.delay, w.msg.attempt+1, 0) {
+			return // the mover concludes
+		}
 	case actReturn:
 		why := "natsx: handler was cancelled by the shutdown, message given back"
 		if s.delay > 0 {
 			why = "natsx: attempt failed while the breaker is not closed and does not count, message given back"
 		}
 		r.env.log.Info(why, r.about(w, "error", err)...)
-		r.giveBack(w, s.delay)
+		if !r.leave(w, s.delay, w.msg.attempt, 0) {
+			return
+		}
 	case actTerm:
 		switch {
 		case s.outcome == OutcomeDiscarded:
@@ -542,6 +663,9 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 			return // the letter box concludes
 		}
 	}
+	if w.number > 0 && w.copy == nil && w.due == 0 && w.outcome != OutcomeLapsed {
+		r.mover.forget(r.env.closing, w)
+	}
 	if w.outcome == OutcomeLapsed && (s.outcome == OutcomeSucceeded || s.outcome == OutcomeDiscarded) {
 		w.late = s.outcome
 	}
@@ -550,19 +674,39 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 
 // remainingLife is how long the stream still keeps the message, 0 for no limit.
 func (r *durableRoute) remainingLife(w *work) time.Duration {
-	most := time.Duration(0)
-	if c := r.target.config.Load(); c != nil {
-		most = c.MaxAge
+	most, copies := time.Duration(0), r.mover.takes(w)
+	if c := r.source(); c != nil {
+		if !copies {
+			most = c.MaxAge
+		}
 		if ttl := w.raw.Header.Get(jetstream.MsgTTLHeader); ttl != "" && c.AllowMsgTTL {
 			if d, ok := parseTTL(ttl); ok && (most == 0 || d < most) {
 				most = d
 			}
 		}
 	}
-	if most == 0 {
-		return 0
+	left := time.Duration(0)
+	if most > 0 {
+		left = max(most-time.Since(time.Unix(0, w.source.time)), 1)
 	}
-	return max(most-time.Since(time.Unix(0, w.id.time)), 1)
+	if copies && r.mover.to.maxAge > 0 && (left == 0 || r.mover.to.maxAge < left) {
+		left = r.mover.to.maxAge // of the next copy
+	}
+	return left
+}
+
+// leave has w delivered again after a delay, as the given attempt: by the retry stream,
+// or if there is none by the server's own delivery count. It reports whether w is
+// settled; otherwise the mover concludes it.
+func (r *durableRoute) leave(w *work, delay time.Duration, attempt uint32, lost uint64) bool {
+	if r.mover.takes(w) {
+		return r.mover.move(w, delay, attempt, lost)
+	}
+	r.giveBack(w, delay)
+	if w.outcome == OutcomeRetried {
+		r.checkAfterFailure()
+	}
+	return true
 }
 
 // giveBack asks the server to deliver w again after a delay.
@@ -655,11 +799,13 @@ func (r *durableRoute) bookAll(done []*work) pullRequest {
 		}
 		if w == r.isolated {
 			r.isolated = nil
+			if other := r.other(); other != nil {
+				other.workerFree() // it may pull again
+			}
 		}
-		if w.letter != nil && w.letter.held {
-			continue
+		if !w.held() {
+			r.book(w)
 		}
-		r.book(w)
 	}
 	r.started = now
 	r.window.add(now, ran)
@@ -673,7 +819,7 @@ func (r *durableRoute) finishBatch(batch *work) (ran int) {
 		if w.ended != w.began {
 			ran++
 		}
-		if w.letter == nil || !w.letter.held {
+		if !w.held() {
 			r.book(w)
 		}
 	}
@@ -733,11 +879,17 @@ func (r *durableRoute) advance(w *work) {
 // report returns the route's current counters.
 func (r *durableRoute) report() RouteStats {
 	st := r.route.report()
+	if r.retries != nil {
+		st.add(r.retries.report())
+	}
 	p := r.env.pool
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := processTime()
-	st.Delayed = r.delayed.after(now)
+	st.Delayed += r.delayed.after(now)
+	if r.order != nil {
+		st.Waiting += r.order.waiting()
+	}
 	if r.batch != nil {
 		st.Waiting += r.batch.waiting() - r.lane.waiting()
 	}

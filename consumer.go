@@ -149,7 +149,7 @@ func (r *durableRoute) locate(ctx context.Context) error {
 		}
 		slices.Sort(names)
 		return slices.Compact(names), nil
-	})
+	}, func() string { return r.env.api.nearStreams(ctx, "", spec.filter) })
 	if err != nil {
 		return r.spec.fault("stream", "", reason, err)
 	}
@@ -164,12 +164,12 @@ func (r *durableRoute) locate(ctx context.Context) error {
 	case errors.Is(err, ErrPermission):
 		r.env.log.Warn("natsx: stream cannot be checked", r.names("stream", name, "error", err)...)
 	case hasCode(err, codeStreamNotFound):
-		return r.spec.fault("stream", strconv.Quote(name), "does not exist", fmt.Errorf("%w: %w", ErrNoStream, err))
+		return r.spec.fault("stream", strconv.Quote(name), "does not exist; "+r.env.api.nearStreams(ctx, name, spec.filter), fmt.Errorf("%w: %w", ErrNoStream, err))
 	case err != nil:
 		return r.spec.fault("stream", strconv.Quote(name), cause(err), err)
 	default:
+		r.env.foundStream(info)
 		r.target.config.Store(&info.Config)
-		r.passer.created = info.Created.UnixNano()
 		if n := info.State.Msgs; n > 0 {
 			r.puller.size = int64(info.State.Bytes / n)
 		}
@@ -180,6 +180,11 @@ func (r *durableRoute) locate(ctx context.Context) error {
 			return r.spec.fault("stream", strconv.Quote(name), fmt.Sprintf("has none of the filter's subjects (%q), but %q", filter, c.Subjects), ErrNoStream)
 		}
 	}
+	if c != nil && c.Retention == jetstream.WorkQueuePolicy {
+		if err := r.env.claimFilter(name, r.spec); err != nil {
+			return err
+		}
+	}
 	if c != nil && c.Retention != jetstream.LimitsPolicy && spec.set&optRetry != 0 && spec.dlq == "" {
 		return r.spec.fault("dlq", "", fmt.Sprintf("is missing: on the %s stream %q a message whose retries are used up would be deleted",
 			strings.ToLower(c.Retention.String()), name), ErrWouldLose)
@@ -188,8 +193,11 @@ func (r *durableRoute) locate(ctx context.Context) error {
 		if err := r.letters.check(ctx); err != nil {
 			return err
 		}
+		r.warnOfRedrives()
 	}
-	r.warnOfMaxAge()
+	if r.mover == nil {
+		r.warnOfMaxAge()
+	}
 	if err := r.ensureConsumer(ctx); err != nil {
 		return err
 	}
@@ -226,6 +234,21 @@ func (r *durableRoute) warnOfMaxAge() {
 	}
 }
 
+// warnOfRedrives warns where letters could not be redriven.
+func (r *durableRoute) warnOfRedrives() {
+	c := r.target.config.Load()
+	if c == nil {
+		return
+	}
+	why := takesNoCopy(c, r.spec.route.filter)
+	if why == "" && c.MaxMsgsPerSubject > 0 && c.Discard == jetstream.DiscardOld {
+		why = fmt.Sprintf("keeps %d messages a subject; a letter is not redriven when a newer one would be deleted for it", c.MaxMsgsPerSubject)
+	}
+	if why != "" {
+		r.env.log.Warn("natsx: dead letters may not be redriven", r.names("stream", c.Name, "reason", why)...)
+	}
+}
+
 // ensureConsumer creates the durable, or adopts an existing one.
 func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 	cfg := r.consumerConfig()
@@ -258,6 +281,7 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 		})
 		return info, err
 	}
+	did, changes := "created", ""
 	info, err := create()
 	if hasCode(err, codeMaxAckPendingLimit) && r.spec.route.set&optMaxAckPending == 0 {
 		// Lower the default to the limit of the server or of the account.
@@ -274,16 +298,22 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 		if hasCode(err, codeConsumerNotFound) && errors.Is(denied, ErrPermission) {
 			return fail(denied)
 		}
+		did = "found"
 		switch {
 		case err == nil:
-			info, err = r.adopt(ctx, info, cfg, errors.Is(denied, ErrPermission))
+			info, changes, err = r.adopt(ctx, info, cfg, errors.Is(denied, ErrPermission))
 		case errors.Is(err, jetstream.ErrNotPullConsumer):
 			err = r.cannotAdopt("it is a push consumer")
 		}
 	}
+	if did == "created" && (hasCode(err, codeWorkQueueOverlap) || hasCode(err, codeWorkQueueOneConsumer)) {
+		return r.overlap(ctx, err)
+	}
 	if err != nil {
 		return fail(err)
 	}
+	r.created = did == "created"
+	r.logDurable(did, info, changes)
 	c := info.Config
 	if pinned && c.PriorityPolicy != jetstream.PriorityPolicyPinned {
 		return tooOld() // the one that has the stream, in place of the one connected to
@@ -305,6 +335,33 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 	r.env.pool.mu.Unlock()
 	report()
 	return nil
+}
+
+// logDurable logs the durable that the route found, created or changed.
+func (r *durableRoute) logDurable(did string, info *jetstream.ConsumerInfo, changes string) {
+	c := info.Config
+	args := r.names("stream", r.target.stream, "ack_wait", c.AckWait, "max_ack_pending", c.MaxAckPending,
+		"deliver", startText(c), "pending", info.NumPending, "ack_pending", info.NumAckPending)
+	if changes != "" {
+		did, args = "changed to match the route", append(args, "changes", changes)
+	}
+	r.env.log.Info("natsx: durable "+did, args...)
+}
+
+// overlap is the fault of a work-queue stream that has a consumer with an overlapping
+// filter already.
+func (r *durableRoute) overlap(ctx context.Context, refusal error) error {
+	reason := "is refused: " + cause(refusal)
+	list, err := r.env.api.consumerList(ctx, r.target.stream)
+	for _, c := range list {
+		for _, filter := range filtersOf(c.Config) {
+			overlaps := func(own string) bool { return subjectsOverlap(filter, own) }
+			if err == nil && slices.ContainsFunc(r.spec.route.filters(), overlaps) {
+				reason = fmt.Sprintf("overlaps with %q of the durable %q, and the work-queue stream %q gives each message to one durable", filter, c.Name, r.target.stream)
+			}
+		}
+	}
+	return r.spec.fault("subject", strconv.Quote(r.spec.route.filter), reason, fmt.Errorf("%w: %w", ErrOptionConflict, refusal))
 }
 
 // refuseOldServer is the fault of a server before 2.10, which keeps no metadata and
@@ -360,9 +417,9 @@ func (r *durableRoute) consumerConfig() jetstream.ConsumerConfig {
 }
 
 // adopt uses an existing consumer. Each difference from the route is a fault, or is
-// changed where the route has AdoptChanges. A limited MaxDeliver is always lifted, unless
+// changed where the route has AdoptChanges; changes says what was. A limited MaxDeliver is always lifted, unless
 // the user may only bind.
-func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, want jetstream.ConsumerConfig, bindOnly bool) (*jetstream.ConsumerInfo, error) {
+func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, want jetstream.ConsumerConfig, bindOnly bool) (now *jetstream.ConsumerInfo, changes string, err error) {
 	set, have := r.spec.route.set, info.Config
 	adopts := set&optAdoptChanges != 0
 	diffs := slices.Concat(incompatible(have, want), optionDiffs(set, have, want))
@@ -372,14 +429,14 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 			faults = append(faults, r.spec.fault(d.field, d.want, d.conflict(adopts), ErrConsumerConflict))
 		}
 		if len(faults) > 0 {
-			return nil, errors.Join(faults...)
+			return nil, "", errors.Join(faults...)
 		}
 	}
 	if bindOnly && have.MaxDeliver > 0 {
-		return nil, r.cannotAdopt(fmt.Sprintf("its MaxDeliver is %d, not unlimited", have.MaxDeliver))
+		return nil, "", r.cannotAdopt(fmt.Sprintf("its MaxDeliver is %d, not unlimited", have.MaxDeliver))
 	}
 	if bindOnly && len(diffs) == 0 {
-		return info, nil
+		return info, "", nil
 	}
 	next := have
 	if adopts {
@@ -398,30 +455,21 @@ func (r *durableRoute) adopt(ctx context.Context, info *jetstream.ConsumerInfo, 
 		next.Metadata = withMetadata(have.Metadata, metadataID, want.Metadata[metadataID])
 	}
 	if reflect.DeepEqual(next, have) {
-		return info, nil
+		return info, "", nil
 	}
-	err := r.tryOn(ctx, func(ctx context.Context) (err error) {
+	err = r.tryOn(ctx, func(ctx context.Context) (err error) {
 		info, err = r.env.api.updateConsumer(ctx, r.target.stream, next)
 		return err
 	})
 	var refused *jetstream.APIError
 	switch {
 	case err == nil:
-		r.logChanges(diffs, slices.Concat(incompatible(info.Config, want), optionDiffs(set, info.Config, want)))
+		changes = changesOf(have, info.Config, diffs, slices.Concat(incompatible(info.Config, want), optionDiffs(set, info.Config, want)))
 	case errors.As(err, &refused) && len(diffs) > 0:
 		reason := fmt.Sprintf("exists, and the server refuses to change it (%s): %s", diffText(diffs, durableDiff.change), cause(err))
 		err = r.spec.fault("durable", strconv.Quote(r.target.consumer), reason, fmt.Errorf("%w: %w", ErrConsumerConflict, err))
 	}
-	return info, err
-}
-
-// logChanges logs the differences that were removed.
-func (r *durableRoute) logChanges(before, after []durableDiff) {
-	made := slices.DeleteFunc(before, func(d durableDiff) bool { return slices.Contains(after, d) })
-	if len(made) > 0 {
-		r.env.log.Info("natsx: durable changed to match the route",
-			r.names("stream", r.target.stream, "changes", diffText(made, durableDiff.change))...)
-	}
+	return info, changes, err
 }
 
 // cannotAdopt is the fault of an existing durable that the route cannot use.
@@ -683,6 +731,9 @@ func (r *durableRoute) judge(info *jetstream.ConsumerInfo) error {
 func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 	c, t := info.Config, &r.target
 	t.identity = identityOf(info, r.env.api.nc)
+	if id, known := t.identity.id, r.passer.key.Load(); r.retryOf == nil && (known == nil || *known != id) {
+		r.passer.key.Store(&id)
+	}
 	before := r.ackWait
 	if c.AckWait < before {
 		for w := r.leases.head; w != nil; w = w.next {
@@ -704,7 +755,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 	checks.ackPendingFull = info.NumPending > 0 && info.NumAckPending >= checks.maxAckPending && !standsBy &&
 		r.lane.inHand() < min(r.limit, checks.maxAckPending)
 	// What this process gave back may have been deleted, or handled elsewhere.
-	for r.delayed.after(processTime()) > info.NumAckPending {
+	for r.mover == nil && r.delayed.after(processTime()) > info.NumAckPending {
 		r.delayed.pop()
 	}
 	full := checks.ackPendingFull

@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -23,8 +24,13 @@ type deadlineContext struct {
 	cancel context.CancelFunc
 }
 
-func withDeadline(d *delivery, at time.Time) *deadlineContext {
-	return &deadlineContext{delivery: d, at: at}
+// withDeadline makes the context of a delivery in c, or a new one when that is nil.
+func withDeadline(c *deadlineContext, d *delivery, at time.Time) *deadlineContext {
+	if c == nil {
+		c = &deadlineContext{}
+	}
+	c.delivery, c.at = d, at
+	return c
 }
 
 // end cancels the context once its handler has returned.
@@ -65,6 +71,16 @@ func (c *deadlineContext) Err() error {
 		return nil
 	}
 	return c.real().Err()
+}
+
+// passed reports whether the deadline has ended the context, now.
+func (c *deadlineContext) passed(now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.timed == nil {
+		return !now.Before(c.at) && c.delivery.Err() == nil
+	}
+	return c.timed.Err() == context.DeadlineExceeded
 }
 
 // Value asks the real context, so that contexts derived from c need no goroutine to
@@ -120,9 +136,11 @@ func deliveryFrom(ctx context.Context) *delivery {
 type work struct {
 	*delivery
 	raw   *nats.Msg // as received, for its acknowledgement and its dead letter
-	id    messageID
-	count uint64 // the server's delivery count
-	key   string // its order key; see keyedQueue
+	id    messageID // where it came from
+	count uint64    // the server's delivery count
+	lost  uint64    // earlier deliveries of which it is not known what they ran
+	copied
+	key string // its order key; see keyedQueue
 
 	first     bool // it is the one of its key that may run; see sequencer
 	alone     bool // it is to run in isolation
@@ -143,11 +161,43 @@ type work struct {
 	ended    int64   // when the handler returned
 	swift    bool    // ended is still the current time: nothing slow was done since
 	err      error
-	due      int64       // when its retry or replay is due, or its requester gives up
-	answer   []byte      // of a responder
-	answered atomic.Bool // the request was answered
+	due      int64            // when its retry or replay is due, or its requester gives up
+	timed    *deadlineContext // for the handler's deadline, or nil
+	answer   []byte           // of a responder
+	answered atomic.Bool      // the request was answered
 
-	letter *heldLetter // on its way to the DLQ; owned by dlq.go
+	redrive *redriveCopy // a proven redrive for this durable; owned by passover.go
+	letter  *heldLetter  // on its way to the DLQ; owned by dlq.go
+	copy    *heldCopy    // on its way to the retry stream; owned by retrystream.go
+	again   bool         // it was delivered before, and is to be moved to the retry stream
+}
+
+// request is what a responder may keep of a request, in one allocation.
+type request struct {
+	delivery delivery
+	timed    deadlineContext
+}
+
+// copied is which message a work is, which may have come as a copy of a retry stream.
+type copied struct {
+	source messageID // in its own stream
+	token  string    // of its life, empty for the first
+	number uint64    // of the copy, 0 for the message itself
+	from   string    // ack subject of the message that the copy was made of
+}
+
+// life identifies a message of a durable: each redrive begins another life. It is one
+// token of a subject.
+func (c *copied) life() string {
+	if c.token != "" {
+		return c.token
+	}
+	return fmt.Sprintf("%d@%d", c.source.seq, c.source.time)
+}
+
+// held reports whether the letter box or the mover has w and books it.
+func (w *work) held() bool {
+	return w.letter != nil && w.letter.held || w.copy != nil && w.copy.held
 }
 
 // took is how long the handler ran.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"os"
 	"strconv"
@@ -31,9 +30,9 @@ const (
 type letterBox struct {
 	route   *route
 	owner   letterOwner
-	passer  *passer
 	stream  string // of the route
 	durable string
+	retries string // name of the retry stream, empty for none
 
 	// Guarded by the pool's mutex.
 	queue  fifo[*work]
@@ -88,7 +87,7 @@ func (b *letterBox) check(ctx context.Context) error {
 	case err != nil:
 		return r.spec.fault("dlq", strconv.Quote(subject), "could not be looked up: "+cause(err), err)
 	case len(names) == 0:
-		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it", failure("dead letters would not be kept: no stream", ErrBadDLQ, ErrNoStream))
+		return r.spec.fault("dlq", strconv.Quote(subject), "no stream captures it; "+r.env.api.nearStreams(ctx, "", subject), failure("dead letters would not be kept: no stream", ErrBadDLQ, ErrNoStream))
 	case len(names) > 1:
 		return bad("several streams capture it: %q", names)
 	}
@@ -104,6 +103,7 @@ func (b *letterBox) check(ctx context.Context) error {
 	if reason := letterFault(&info.Config, b.owner.source(), subject); reason != "" {
 		return bad("stream %q %s", names[0], reason)
 	}
+	r.env.foundStream(info)
 	c := info.Config
 	warn := func(what string, args ...any) {
 		r.env.log.Warn("natsx: the DLQ's stream "+what, r.names(append(args, "stream", c.Name)...)...)
@@ -351,18 +351,23 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 	r := b.route
 	l := w.letter
 	core := nats.Header{
-		nats.MsgIdHdr:      {deliveryID(b.stream, b.durable, w.id)},
+		nats.MsgIdHdr:      {b.stream + "/" + b.durable + "/" + w.life()},
 		HeaderDLQSubject:   {w.raw.Subject},
 		HeaderDLQStream:    {b.stream},
-		HeaderDLQSequence:  {strconv.FormatUint(w.id.seq, 10)},
+		HeaderDLQSequence:  {strconv.FormatUint(w.source.seq, 10)},
 		HeaderDLQDurable:   {b.durable},
 		HeaderDLQAttempts:  {strconv.Itoa(w.msg.Attempt())},
 		HeaderDLQReason:    {string(w.reason)},
 		HeaderDLQTime:      {time.Now().UTC().Format(time.RFC3339Nano)},
-		HeaderDLQPublished: {time.Unix(0, w.id.time).UTC().Format(time.RFC3339Nano)},
+		HeaderDLQPublished: {time.Unix(0, w.source.time).UTC().Format(time.RFC3339Nano)},
 		HeaderDLQHost:      {hostname},
 	}
-	maps.Copy(core, b.passer.redriveHeaders(w.raw))
+	if b.retries != "" {
+		core.Set(HeaderDLQRetryStream, b.retries)
+	}
+	if c := w.redrive; c != nil {
+		core[HeaderDLQRedrives], core[HeaderDLQOriginal] = []string{strconv.Itoa(c.count)}, []string{c.original.String()}
+	}
 	why := nats.Header{HeaderDLQError: {headerText(l.text, maxLetterError)}}
 	if panicked, ok := errors.AsType[*PanicError](w.err); ok && len(panicked.Stack) > 0 {
 		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), maxLetterStack))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -20,6 +21,7 @@ type engine struct {
 	*env
 	service   *service // nil without WithService
 	streams   []StreamSpec
+	retry     *retryStream // nil for none
 	specs     []Spec
 	ready     chan struct{} // the broker's
 	routes    []runner      // all, in the order given to Run
@@ -27,6 +29,7 @@ type engine struct {
 	cores     []*coreRoute
 	discovery *discovery // nil until it is started, and without WithService
 	hung      hungWatch
+	outages   connectLog // of the connection
 
 	replaying sync.WaitGroup // replays that use the pool
 
@@ -37,6 +40,9 @@ type engine struct {
 	replays   map[*replay]struct{}
 	noReplays bool // the drain has begun
 }
+
+// hasStopped is the state of an engine whose Run has returned.
+const hasStopped = "has stopped"
 
 // runner is a route that runs.
 type runner interface {
@@ -55,10 +61,10 @@ type runner interface {
 func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []Spec) *engine {
 	e := &engine{
 		env:     newEnv(ctx, &b.settings, b.nc, js, b.workers),
-		service: b.service, streams: b.streams, specs: specs, ready: b.ready,
+		service: b.service, streams: b.streams, retry: b.retry, specs: specs, ready: b.ready,
 		state: "is starting", claimed: map[string]Spec{}, replays: map[*replay]struct{}{},
 	}
-	e.claim = e.claimOnce
+	e.claim, e.claimFilter = e.claimOnce, e.claimFilterOnce
 	for _, spec := range specs {
 		if spec.route.durable == "" {
 			r := newCoreRoute(e.env, spec)
@@ -66,9 +72,18 @@ func newEngine(ctx context.Context, b *Broker, js jetstream.JetStream, specs []S
 		} else {
 			r := newDurableRoute(e.env, spec)
 			e.durables, e.routes = append(e.durables, r), append(e.routes, r)
+			e.ownDurables = append(e.ownDurables, spec.route.durable)
+			if e.retry != nil && retried(spec) {
+				r.moveTo(e.retry)
+			}
 		}
 	}
-	e.env.durables = len(e.durables)
+	for _, d := range e.durables {
+		e.env.durables++
+		if d.retries != nil {
+			e.env.durables++
+		}
+	}
 	e.hung.init(e)
 	return e
 }
@@ -92,7 +107,7 @@ func (e *engine) run() error {
 	e.link.unwatch(status)
 	async.stop()
 	e.close()
-	e.setState("has stopped")
+	e.setState(hasStopped)
 
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -105,32 +120,89 @@ func (e *engine) prepare() bool {
 	if !e.awaitConnection() {
 		return false
 	}
+	if e.retries() {
+		if err := e.retry.serverFault(e.api.nc.ConnectedServerVersion()); err != nil {
+			e.fail(err)
+			return false
+		}
+	}
 	for _, s := range e.streams {
-		if err := s.forLetters(e.specs).ensureBy(e.intake, e.api, e.log, e.tryStream); err != nil && e.intake.Err() == nil {
+		e.markFound(s.name)
+		if err := s.forLetters(e.specs).ensureBy(e.intake, e.api, e.log, e.waiting); err != nil && e.intake.Err() == nil {
 			e.note(err)
 		}
+		e.setWaitsFor(nil)
 	}
 	if e.failed() {
 		e.endIntake()
 		return false
 	}
-	return e.each(func(r runner) error { return r.locate(e.intake) })
+	if !e.each(func(r runner) error { return r.locate(e.intake) }) || !e.locateRetries() {
+		return false
+	}
+	e.spawn(e.warnOfLookAlikes)
+	return true
 }
 
-// tryStream is env.tryStart for a stream; the health tells what the broker waits for.
-func (e *engine) tryStream(a *api, r retry, ctx context.Context, try func(context.Context) error) error {
-	waits := func(err error) {
-		e.stateMu.Lock()
-		defer e.stateMu.Unlock()
-		e.waitsFor = err
+// warnOfLookAlikes warns of durables that were created beside one with nearly the same
+// name: a slip of the pen, which would have the new one handle the whole stream.
+func (e *engine) warnOfLookAlikes() {
+	names := map[string][]string{} // by stream
+	for _, d := range e.durables {
+		stream := d.target.stream
+		if !d.created || e.intake.Err() != nil {
+			continue
+		}
+		if _, asked := names[stream]; !asked {
+			names[stream], _ = e.api.consumerNames(e.intake, stream) // without the permission there is no warning
+			names[stream] = slices.DeleteFunc(names[stream], func(name string) bool { return slices.Contains(e.ownDurables, name) })
+		}
+		if other := lookAlike(d.target.consumer, names[stream]); other != "" {
+			e.log.Warn("natsx: the durable is new, and looks like one that exists: is its name spelled as intended?",
+				d.names("stream", stream, "existing", other)...)
+		}
 	}
-	defer waits(nil)
-	told := r.told
-	r.told = func(err error) {
-		waits(err)
+}
+
+// retries reports whether a route uses the retry stream.
+func (e *engine) retries() bool {
+	return slices.ContainsFunc(e.durables, func(d *durableRoute) bool { return d.retries != nil })
+}
+
+// locateRetries opens the retry stream and finds or makes its consumers.
+func (e *engine) locateRetries() bool {
+	if !e.retries() {
+		return true
+	}
+	if err := e.retry.open(e.intake, e.api, e.log, sources(e.durables)); err != nil {
+		if e.intake.Err() == nil {
+			e.fail(err)
+		}
+		return false
+	}
+	return e.each(func(r runner) error {
+		if d, ok := r.(*durableRoute); ok && d.retries != nil {
+			return d.retries.locateRetries(e.intake)
+		}
+		return nil
+	})
+}
+
+// waiting is the policy of retries of a stream that is ensured; the health says what the
+// broker waits for.
+func (e *engine) waiting(a *api, policy retry) retry {
+	told := policy.told
+	policy.told = func(err error) {
+		e.setWaitsFor(err)
 		told(err)
 	}
-	return e.tryStart(a, r, ctx, try)
+	return e.starting(a, policy)
+}
+
+func (e *engine) setWaitsFor(err error) {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	e.waitsFor = err
 }
 
 // open starts every route, and reports whether all receive.
@@ -233,10 +305,30 @@ func (e *engine) claimOnce(stream string, s Spec) error {
 	return nil
 }
 
+// claimFilterOnce refuses a route of a work-queue stream whose filter overlaps with that
+// of another durable.
+func (e *engine) claimFilterOnce(stream string, s Spec) error {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	for key, other := range e.claimed {
+		if of, _, _ := strings.Cut(key, "\x00"); of == stream && s.overlaps(other) {
+			return s.overlapWith(other, stream)
+		}
+	}
+	return nil
+}
+
 func (e *engine) setState(s string) {
 	e.stateMu.Lock()
 	defer e.stateMu.Unlock()
 	e.state = s
+}
+
+// stopped reports whether Run has returned, or is about to.
+func (e *engine) stopped() bool {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	return e.state == hasStopped
 }
 
 func (e *engine) isReady() bool {
@@ -269,12 +361,18 @@ func (e *engine) onAsyncError(_ *nats.Subscription, err error) {
 func (e *engine) onStatus(s nats.Status) {
 	switch s {
 	case nats.RECONNECTING, nats.DISCONNECTED:
-		e.log.Warn("natsx: connection lost, routes wait for it", "error", e.link.lastCause())
+		if why := e.link.lastCause(); e.outages.worth(why) { // each failed attempt has the same status
+			e.log.Warn("natsx: connection lost, routes wait for it", "error", why)
+		}
 	case nats.CONNECTED:
+		e.outages.end()
 		e.acks.connected()
 		e.log.Info("natsx: connection is up", "server", e.api.nc.ConnectedUrlRedacted())
 		for _, d := range e.durables {
 			d.verify(true, nil)
+			if d.retries != nil {
+				d.retries.verify(true, nil)
+			}
 		}
 	case nats.DRAINING_SUBS:
 		e.fail(fmt.Errorf("%w: the application drained it", ErrConnectionClosed))
@@ -443,6 +541,11 @@ func (e *engine) health() error {
 	for _, r := range e.routes {
 		errs = append(errs, r.base().health()...)
 	}
+	for _, d := range e.durables {
+		if d.retries != nil {
+			errs = append(errs, d.retries.health()...)
+		}
+	}
 	return errors.Join(errs...)
 }
 
@@ -487,6 +590,9 @@ func (h *hungWatch) look(now int64) {
 	hung := all
 	h.mu.Lock()
 	for w := range p.workers {
+		if w.lane == nil {
+			continue
+		}
 		since, known := h.since[w]
 		if !known || since.turn != w.turns {
 			since = hungWork{w.turns, now}

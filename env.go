@@ -63,8 +63,14 @@ type env struct {
 
 	// claim reserves a durable of a stream for one route, or returns a fault.
 	claim func(stream string, s Spec) error
+	// claimFilter makes the filter one durable's own, on a work-queue stream that it
+	// has claimed.
+	claimFilter func(stream string, s Spec) error
+
+	ownDurables []string // of all routes
 
 	mu        sync.Mutex
+	found     map[string]bool // streams that were logged as found
 	failures  []error
 	userCalls map[*userCall]struct{} // that have not returned
 }
@@ -105,33 +111,52 @@ func (e *env) close() {
 	e.link.close()
 }
 
-// tryStart makes calls of the JetStream API for something that starts, and retries
-// transient failures by the policy r. It gives up if JetStream does not answer within
-// startPatience on a connection that is up.
-func (e *env) tryStart(a *api, r retry, ctx context.Context, try func(context.Context) error) error {
-	begun := time.Now()
-	var absent error
-	told, enough := r.told, r.enough
-	r.told = func(err error) {
-		if errors.Is(err, nats.ErrNoResponders) && e.link.up() {
-			err = fmt.Errorf("%w, or its server is starting: no answer on %q: %w", ErrNoJetStream, a.prefix, err)
-		}
-		told(err)
-	}
+// starting is the policy r for calls of the JetStream API of something that starts. It
+// gives up if JetStream does not answer for startPatience on a connection that is up.
+func (e *env) starting(a *api, r retry) retry {
+	silent := func(err error) bool { return errors.Is(err, nats.ErrNoResponders) && e.link.up() }
+	var since time.Time // when it did not answer for the first time
+	enough := r.enough
 	r.enough = func(err error) bool {
-		if errors.Is(err, nats.ErrNoResponders) && e.link.up() && time.Since(begun) > startPatience {
-			absent = fmt.Errorf("%w: the server does not answer on %q: %w", ErrNoJetStream, a.prefix, err)
+		if !silent(err) {
+			since = time.Time{}
+		} else if since.IsZero() {
+			since = time.Now()
 		}
-		return absent != nil || enough != nil && enough(err)
+		return !since.IsZero() && time.Since(since) > startPatience || enough != nil && enough(err)
 	}
-	if err := r.do(ctx, try); absent == nil {
-		return err
+	r.explain = func(err error) error {
+		if !silent(err) {
+			return err
+		}
+		return failure(fmt.Sprintf("JetStream is not enabled, or its server is starting: no answer on %q: %s", a.prefix, cause(err)), ErrNoJetStream, err)
 	}
-	return absent
+	return r
 }
 
 // spawn starts a goroutine that a drain waits for.
 func (e *env) spawn(fn func()) { e.background.Go(fn) }
+
+// foundStream logs a stream that a route uses, once for all routes.
+func (e *env) foundStream(info *jetstream.StreamInfo) {
+	if e.markFound(info.Config.Name) {
+		streamReport{did: "found", info: info}.log(e.log)
+	}
+}
+
+// markFound notes that a stream is logged, and reports whether it was not before.
+func (e *env) markFound(stream string) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.found[stream] {
+		return false
+	}
+	if e.found == nil {
+		e.found = map[string]bool{}
+	}
+	e.found[stream] = true
+	return true
+}
 
 // note records a failure; fail also ends the intake.
 func (e *env) note(err error) {

@@ -155,3 +155,43 @@ func ExampleRouteBuilder_InactiveThreshold() {
 	// tea 250
 	// stopped: <nil>
 }
+
+// A message that fails waits for its retry in a stream of its own, and comes back as it was.
+func ExampleWithRetryStream() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+
+	broker := natsx.NewBroker(nc, quiet, natsx.WithRetryStream("RETRY"), natsx.WithStreams(
+		natsx.RetryStream("RETRY").Replicas(1), // 3 in production
+		natsx.Stream("ORDERS").Subjects("orders.*"),
+	))
+	running, shutDown := context.WithCancel(ctx)
+	stopped := make(chan error)
+	handled := make(chan struct{})
+	go func() {
+		stopped <- broker.Run(running, natsx.Route("orders.*").Durable("billing").Retry(5).Backoff(time.Millisecond, time.Second).
+			Handle(func(ctx context.Context, m *natsx.Msg) error {
+				fmt.Printf("%s: message %d of %s, attempt %d\n", m.Data, m.Sequence(), m.Stream(), m.Attempt())
+				if m.Attempt() < 3 {
+					return errors.New("the bank does not answer")
+				}
+				close(handled)
+				return nil
+			}))
+	}()
+	<-broker.Ready()
+	if _, err := natsx.NewPublisher(nc).Publish(ctx, natsx.To("orders.created").Data([]byte("o-1"))); err != nil {
+		fmt.Println(err)
+	}
+	<-handled
+	shutDown()
+	fmt.Println("stopped:", <-stopped)
+
+	// Output:
+	// o-1: message 1 of ORDERS, attempt 1
+	// o-1: message 1 of ORDERS, attempt 2
+	// o-1: message 1 of ORDERS, attempt 3
+	// stopped: <nil>
+}

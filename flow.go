@@ -52,7 +52,7 @@ const (
 func (r *durableRoute) demand(now int64) demand {
 	p := r.env.pool
 	d := demand{stay: min(max(time.Duration(now-r.openedAt)/2, leastStay), mostStay, r.ackWait/4)}
-	if r.letters.down || r.suspects.len() > 0 || r.isolated != nil || r.checks.suspended {
+	if r.letters.down || r.mover.full() || r.checks.suspended || r.isolating() || r.other().isolating() {
 		return d
 	}
 	mayHold := -1
@@ -62,11 +62,11 @@ func (r *durableRoute) demand(now int64) demand {
 		}
 	}
 	waiting := r.waitingMessages()
-	room := min(r.limit-r.running, p.roomToPull(&r.lane))
+	room := min(r.lane.free(), p.roomToPull(&r.lane))
 	if !r.pending {
 		room = min(room, max(p.size/max(p.lanes, 1), r.trickle()))
 	}
-	if room <= 0 && waiting == 0 && r.pending && r.running < p.share() && r.running < r.limit {
+	if room <= 0 && waiting == 0 && r.pending && r.running < p.share() && r.lane.free() > 0 {
 		p.waitForWorker(&r.lane)
 	}
 	room = max(room, 0)
@@ -204,7 +204,11 @@ func (r *durableRoute) tick(now int64) {
 	p.mu.Unlock()
 	r.send(next)
 	r.env.keeper.renew(due)
-	r.giveBackAll(back)
+	if r.mover != nil && len(back) > 0 {
+		r.env.spawn(func() { r.giveBackAll(back) }) // which waits for answers
+	} else {
+		r.giveBackAll(back)
+	}
 	if silent {
 		r.env.link.check(r.env.closing, patienceFor(r.ackWaitNow()), r.env.log, r.env.spawn)
 		r.verify(true, nil)
@@ -362,7 +366,11 @@ func (r *durableRoute) giveBackAll(back []*work) {
 	if len(back) == 0 {
 		return
 	}
-	for _, w := range back {
+	left := back
+	if r.mover != nil {
+		left = r.mover.giveBack(back)
+	}
+	for _, w := range left {
 		w.claim()
 		if r.env.link.up() && processTime() < w.ends.Load() {
 			r.env.acks.write(w.raw.Reply, ackNak(0))
@@ -560,11 +568,26 @@ func (r *durableRoute) queueWork(w *work, q *fifo[*work], now int64) {
 // release queues the next suspect if nothing else of the route is in hand. The pool is
 // locked.
 func (r *durableRoute) release(now int64) {
-	if r.isolated == nil && r.suspects.len() > 0 && r.inHand() == 0 && r.puller.outstanding == 0 {
+	for _, r := range []*durableRoute{r, r.other()} {
+		if r == nil || r.suspects.len() == 0 || !r.empty() || !r.other().empty() {
+			continue
+		}
 		r.isolated = r.suspects.pop()
 		r.env.pool.held--
 		r.queueWork(r.isolated, &r.lane.first, now)
 	}
+}
+
+// isolating reports whether nothing may be pulled because of suspects. It may be called on
+// nil. The pool is locked.
+func (r *durableRoute) isolating() bool {
+	return r != nil && (r.suspects.len() > 0 || r.isolated != nil)
+}
+
+// empty reports whether nothing is in hand or in transit except suspects that wait. It may
+// be called on nil. The pool is locked.
+func (r *durableRoute) empty() bool {
+	return r == nil || r.isolated == nil && r.inHand() == 0 && r.puller.outstanding == 0
 }
 
 // gather adds a message to the next batch. The pool is locked.
@@ -622,25 +645,21 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 	no, turned := b.judge(now, j.verdict, cut)
 	switch turned {
 	case BreakerOpen:
-		p := r.env.pool
-		p.mu.Lock()
-		var back []*work
-		if r.order == nil { // others would not get it
-			back = r.takeWaiting()
-		}
-		r.setAlarm(now)
-		p.mu.Unlock()
-		r.giveBackAll(back)
-		r.trouble("breaker", failure(fmt.Sprintf("breaker is open: %d failures in a row, the last: %s", b.most, cause(err)), err))
+		r.giveBackNow(now)
+		r.other().giveBackNow(now)
+		r.own().trouble("breaker", failure(fmt.Sprintf("breaker is open: %d failures in a row, the last: %s", b.most, cause(err)), err))
 	case BreakerClosed:
-		r.clear("breaker")
+		r.own().clear("breaker")
 		err = nil
 		r.flow()
+		if other := r.other(); other != nil {
+			other.flow()
+		}
 	}
 	for _, o := range r.env.observers {
 		if o, ok := o.(BreakerObserver); ok && turned != BreakerNone {
 			r.env.callUser(r.observing(), func() {
-				o.ObserveBreaker(BreakerEvent{Route: r.spec.route.filter, Durable: r.spec.route.durable, State: turned, Err: err})
+				o.ObserveBreaker(BreakerEvent{Route: r.named.route.filter, Durable: r.named.route.durable, State: turned, Err: err})
 			})
 		}
 	}
@@ -648,4 +667,17 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 		return b.redeliverAfter()
 	}
 	return 0
+}
+
+// giveBackNow gives back all messages that no worker has taken. It may be called on nil.
+func (r *durableRoute) giveBackNow(now int64) {
+	if r == nil {
+		return
+	}
+	p := r.env.pool
+	p.mu.Lock()
+	back := r.takeWaiting()
+	r.setAlarm(now)
+	p.mu.Unlock()
+	r.giveBackAll(back)
 }

@@ -100,28 +100,44 @@ type cluster struct {
 // startCluster returns once the cluster has a leader that sees all three.
 func startCluster(t testing.TB) *cluster {
 	t.Helper()
-	const size = 3
-	var ports []int
-	var routes []string
-	for range size {
-		port := fixedPort(t)
-		ports = append(ports, port)
-		routes = append(routes, fmt.Sprintf("nats://127.0.0.1:%d", port))
-	}
+	ports, routes := clusterPorts(t)
 	c := &cluster{}
 	for i, port := range ports {
-		c.servers = append(c.servers, startPhoenix(t, func(o *server.Options) {
-			o.ServerName = fmt.Sprintf("s%d", i+1)
-			o.Cluster = server.ClusterOpts{Name: "chaos", Host: "127.0.0.1", Port: port, PoolSize: -1}
-			o.Routes = server.RoutesFromStr(strings.Join(routes, ","))
-		}))
+		c.servers = append(c.servers, startPhoenix(t, inCluster(memberName(i), port, routes)))
 	}
 	eventually(t, "the cluster has a leader", func() bool {
 		return slices.ContainsFunc(c.servers, func(p *phoenix) bool {
-			return p.srv.JetStreamIsLeader() && len(p.srv.JetStreamClusterPeers()) == size
+			return p.srv.JetStreamIsLeader() && len(p.srv.JetStreamClusterPeers()) == clusterSize
 		})
 	})
 	return c
+}
+
+const clusterSize = 3
+
+// memberName is the name of a cluster's server, from 0.
+func memberName(i int) string { return fmt.Sprintf("s%d", i+1) }
+
+// clusterPorts are the ports on which the servers of a cluster have each other, and the
+// routes to them.
+func clusterPorts(t testing.TB) (ports []int, routes string) {
+	t.Helper()
+	var urls []string
+	for range clusterSize {
+		port := fixedPort(t)
+		ports = append(ports, port)
+		urls = append(urls, fmt.Sprintf("nats://127.0.0.1:%d", port))
+	}
+	return ports, strings.Join(urls, ",")
+}
+
+// inCluster makes a server the member of a cluster.
+func inCluster(name string, port int, routes string) func(*server.Options) {
+	return func(o *server.Options) {
+		o.ServerName = name
+		o.Cluster = server.ClusterOpts{Name: "chaos", Host: "127.0.0.1", Port: port, PoolSize: -1}
+		o.Routes = server.RoutesFromStr(routes)
+	}
 }
 
 // url names all servers.
@@ -161,7 +177,7 @@ func (c *cluster) leader(t testing.TB, stream, consumer string) *phoenix {
 
 // whole waits until every replica of the streams has all that their leaders have:
 // a server more may then stop without a long search for a leader.
-func (c *cluster) whole(t testing.TB, nc *nats.Conn, streams ...string) {
+func whole(t testing.TB, nc *nats.Conn, streams ...string) {
 	t.Helper()
 	for _, name := range streams {
 		eventually(t, "the replicas of "+name+" are current", func() bool {
@@ -172,7 +188,7 @@ func (c *cluster) whole(t testing.TB, nc *nats.Conn, streams ...string) {
 				return false
 			}
 			in := s.CachedInfo().Cluster
-			return in != nil && in.Leader != "" && len(in.Replicas) == len(c.servers)-1 &&
+			return in != nil && in.Leader != "" && len(in.Replicas) == clusterSize-1 &&
 				!slices.ContainsFunc(in.Replicas, func(p *jetstream.PeerInfo) bool { return !p.Current || p.Offline })
 		})
 	}

@@ -28,18 +28,18 @@ var layers = []struct {
 	{"access", // one client of the JetStream API, one policy of retries
 		"api.go"},
 	{"vocabulary", // what users and the engine talk about: values, no goroutines
-		"natsx.go builder.go delivery.go order.go letter.go codec.go stream.go envelope.go identity.go observe.go"},
+		"natsx.go builder.go delivery.go order.go letter.go retrycopy.go codec.go stream.go envelope.go identity.go observe.go"},
 	{"mechanics", // machines, each with one owner and one lock
 		"pool.go rate.go agenda.go lease.go history.go window.go budget.go puller.go link.go acker.go env.go " +
-			"connect.go ensure.go ordered.go reader.go"},
+			"connect.go explain.go ensure.go ensure_lock.go ordered.go reader.go"},
 	{"publishing",
-		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go publish_hook.go"},
+		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go replies.go request.go publish_hook.go"},
 	{"running", // what a route does
-		"route.go settle.go adopt.go breaker.go batch.go sequencer.go consume.go flow.go consumer.go alone.go passover.go dlq.go core.go reply.go"},
+		"route.go settle.go adopt.go breaker.go batch.go sequencer.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
 	{"tools", // the day after
-		"deadletters.go redrive.go replay.go replay_run.go replay_source.go kit.go"},
+		"deadletters.go redrive.go redrive_marks.go replay.go replay_run.go replay_source.go kit.go"},
 	{"face", // options and Run: start, run, drain
-		"broker.go engine.go service.go doc.go"},
+		"broker.go engine.go service.go serve.go doc.go"},
 }
 
 // largestCycle is how many files may refer to each other in a circle.
@@ -126,12 +126,11 @@ func fileReferences(t *testing.T) map[string]map[string]string {
 	return uses
 }
 
-// exportData finds what the compiler exported of each package that this one
-// imports.
-func exportData(t *testing.T) importer.Lookup {
+// exportData finds what the compiler exported of packages and all that they import.
+func exportData(t *testing.T, packages ...string) importer.Lookup {
 	t.Helper()
 	var stderr bytes.Buffer
-	list := exec.Command("go", "list", "-export", "-deps", "-f", "{{.ImportPath}} {{.Export}}", ".")
+	list := exec.Command("go", append([]string{"list", "-export", "-deps", "-f", "{{.ImportPath}} {{.Export}}"}, packages...)...)
 	list.Stderr = &stderr
 	out, err := list.Output()
 	if err != nil {

@@ -39,6 +39,7 @@ type Event struct {
 // by many at once. A panic of it is logged and changes nothing. The context is the one
 // that the broker's first middleware gets.
 type Observer interface {
+	// Observe is called for each attempt.
 	Observe(ctx context.Context, e Event)
 }
 
@@ -55,8 +56,8 @@ const (
 
 // BreakerEvent is a change of a breaker: it has opened or closed.
 type BreakerEvent struct {
-	Route   string // the filter of the route
-	Durable string
+	Route   string       // the filter of the route
+	Durable string       // the name of its durable
 	State   BreakerState // BreakerOpen or BreakerClosed
 	Err     error        // the failure that opened it, nil if it has closed
 }
@@ -65,6 +66,7 @@ type BreakerEvent struct {
 // closes. The rules for Observe apply.
 type BreakerObserver interface {
 	Observer
+	// ObserveBreaker is called for each change.
 	ObserveBreaker(e BreakerEvent)
 }
 
@@ -107,4 +109,20 @@ type ConsumerStats struct {
 	NumPending    uint64    // messages not delivered yet; also updated by each delivery
 	NumAckPending int       // messages delivered and not settled, including those that wait for a retry
 	At            time.Time // when the server last reported
+}
+
+// add adds the counters of a part of the route.
+func (s *RouteStats) add(part RouteStats) {
+	s.Received += part.Received
+	s.Succeeded += part.Succeeded
+	s.Retried += part.Retried
+	s.Dead += part.Dead
+	s.Discarded += part.Discarded
+	s.Returned += part.Returned
+	s.Lapsed += part.Lapsed
+	s.Running += part.Running
+	s.Waiting += part.Waiting
+	s.Delayed += part.Delayed
+	s.HandlerTime += part.HandlerTime
+	s.OldestRunning = max(s.OldestRunning, part.OldestRunning)
 }

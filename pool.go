@@ -52,8 +52,8 @@ type pool struct {
 	waking   bool                 // a worker was signalled and has not woken up yet
 	alive    int                  // workers that have not ended
 	watching bool                 // watch is scheduled
-	workers  map[*worker]struct{} // that hold work
-	bursts   map[*worker]int32    // those of them with several works, and how many were started at the last watch
+	workers  map[*worker]struct{} // all
+	bursts   map[*worker]int32    // those with several works, and how many were started at the last watch
 	closed   bool
 	allDone  chan struct{} // of drained, closed once nothing is in hand; or nil
 }
@@ -68,6 +68,7 @@ type lane struct {
 	later    func(at int64) // schedules resume
 	name     string         // of the handler, to report one that does not return
 	timeout  time.Duration  // of a work, 0 for none
+	peer     *lane          // another one of the same route, with which it shares its limit; nil for none
 
 	open    bool
 	first   fifo[*work] // runs before queue
@@ -82,6 +83,16 @@ type lane struct {
 // waiting is how many works no worker has taken, and inHand how many there are in all.
 func (l *lane) waiting() int { return l.first.len() + l.queue.len() }
 func (l *lane) inHand() int  { return l.waiting() + l.taken }
+
+// holds is how many workers hold works of the lane's route, and free how many more may.
+func (l *lane) holds() int {
+	if l.peer != nil {
+		return l.running + l.peer.running
+	}
+	return l.running
+}
+
+func (l *lane) free() int { return l.limit - l.holds() }
 
 func (l *lane) pop() *work {
 	if l.first.len() > 0 {
@@ -113,6 +124,7 @@ type worker struct {
 	since atomic.Int64 // when the burst was begun, which what runs of it was soon after; 0 until it is
 
 	// Guarded by the pool's mutex.
+	size   int // of the burst when it was taken
 	count  int // works in burst that still belong to it
 	booked int // those of them that are booked already
 }
@@ -189,6 +201,7 @@ func (p *pool) work(only *worker) {
 		p.mu.Lock()
 		l := w.lane
 		next := p.releaseWorker(w, done+1)
+		delete(p.workers, w)
 		if only == nil {
 			go p.work(nil)
 		} else {
@@ -198,6 +211,7 @@ func (p *pool) work(only *worker) {
 		l.owner.send(next)
 	}()
 	p.mu.Lock()
+	p.workers[w] = struct{}{}
 	for {
 		if w.lane == nil && !p.take(w) {
 			break
@@ -237,6 +251,7 @@ func (p *pool) work(only *worker) {
 		}
 	}
 	left = false
+	delete(p.workers, w)
 	p.workerEnded()
 	p.mu.Unlock()
 }
@@ -292,7 +307,7 @@ func (p *pool) updateActive(l *lane) {
 
 // enlist adds l to ready if it has work that it may run. The pool is locked.
 func (p *pool) enlist(l *lane) {
-	if l.listed || l.waiting() == 0 || l.running >= l.limit {
+	if l.listed || l.waiting() == 0 || l.free() <= 0 {
 		return
 	}
 	if l.rate != nil {
@@ -351,7 +366,7 @@ func (p *pool) assign(w *worker, l *lane) {
 	for i := range n {
 		w.burst[i] = l.pop()
 	}
-	w.lane, w.count, w.booked = l, n, 0
+	w.lane, w.size, w.count, w.booked = l, n, n, 0
 	w.turns++
 	w.next.Store(0)
 	w.since.Store(0)
@@ -369,7 +384,6 @@ func (p *pool) assign(w *worker, l *lane) {
 		p.serving++
 	}
 	p.waiting -= n
-	p.workers[w] = struct{}{}
 	if n > 1 {
 		p.bursts[w] = 0
 		p.watchIn(watchEvery)
@@ -386,7 +400,7 @@ func (p *pool) turn() *lane {
 		l := p.ready.pop()
 		switch {
 		case !p.mayRun(l):
-		case l.running < share:
+		case l.holds() < share:
 			if next != nil {
 				p.ready.push(next)
 			}
@@ -401,7 +415,7 @@ func (p *pool) turn() *lane {
 }
 
 // mayRun reports whether l may have one more of the free workers.
-func (p *pool) mayRun(l *lane) bool { return l.running < l.limit && p.room(l) > 0 }
+func (p *pool) mayRun(l *lane) bool { return l.free() > 0 && p.room(l) > 0 }
 
 // room is how many of the free workers l may have. The pool is locked.
 func (p *pool) room(l *lane) int {
@@ -422,7 +436,7 @@ func (p *pool) roomToPull(l *lane) int {
 	room := p.room(l)
 	for i := 0; room > 0 && i < p.ready.len(); i++ {
 		if other := p.ready.at(i); other != l {
-			room -= min(other.waiting(), other.limit-other.running, max(p.room(other), 0))
+			room -= min(other.waiting(), other.free(), max(p.room(other), 0))
 		}
 	}
 	return room
@@ -481,9 +495,9 @@ func (p *pool) releaseWorker(w *worker, done int) pullRequest {
 	l := w.lane
 	p.reclaim(w)
 	next := p.book(w, done)
-	clear(w.burst[:])
-	delete(p.bursts, w)
-	delete(p.workers, w)
+	if clear(w.burst[:w.count]); w.size > 1 {
+		delete(p.bursts, w)
+	}
 	w.lane = nil
 	l.running--
 	p.busy--
@@ -495,6 +509,9 @@ func (p *pool) releaseWorker(w *worker, done int) pullRequest {
 	}
 	p.updateActive(l)
 	p.enlist(l)
+	if l.peer != nil {
+		p.enlist(l.peer)
+	}
 	if p.wanting.len() > 0 && p.ready.len() == 0 {
 		p.offerWorkers()
 	}
@@ -583,6 +600,7 @@ func (p *pool) watch() {
 		if l.requests && l.running == 0 && p.busy >= p.size {
 			w := &worker{}
 			p.alive++
+			p.workers[w] = struct{}{}
 			p.assign(w, l)
 			go p.work(w)
 			continue
@@ -648,7 +666,9 @@ func (p *pool) stuck() []string {
 	defer p.mu.Unlock()
 	count := map[string]int{}
 	for w := range p.workers {
-		count[w.lane.name]++
+		if w.lane != nil {
+			count[w.lane.name]++
+		}
 	}
 	return counted(count)
 }

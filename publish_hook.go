@@ -24,7 +24,7 @@ const (
 // PublishCall is one call of a publisher on its way through the middleware. It belongs to
 // one goroutine.
 type PublishCall struct {
-	Operation Operation
+	Operation Operation // the method that was called
 	// Envelopes are what is sent, one unless the operation takes several. A middleware
 	// may put changed copies in their places, and leaves their number as it is.
 	Envelopes []Envelope

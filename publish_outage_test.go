@@ -123,7 +123,7 @@ func TestPublishWithoutAQuorum(t *testing.T) {
 	nc := connect(t, c.servers[2].url())
 	createStream(t, nc, jetstream.StreamConfig{Name: "S", Subjects: []string{"s.>", "natsx-schedule.*.s.>"}, Replicas: 3,
 		AllowMsgSchedules: true, AllowRollup: true, AllowAtomicPublish: true})
-	c.whole(t, nc, "S")
+	whole(t, nc, "S")
 	for _, p := range c.servers[:2] {
 		p.stop()
 	}

@@ -187,15 +187,16 @@ type ReplayProgress struct {
 	// Total is the number of messages of the replay as counted at its start, including
 	// those that will be skipped. At the end of a complete replay it is Done.
 	Total uint64
-	// Elapsed is the time since the start. Remaining is an estimate, from the rate so far
-	// or, with Speed, from the messages' times; 0 if unknown.
-	Elapsed   time.Duration
+	// Elapsed is the time since the start.
+	Elapsed time.Duration
+	// Remaining is an estimate, from the rate so far or, with Speed, from the messages'
+	// times; 0 if unknown.
 	Remaining time.Duration
 }
 
 // ReplayReport is the result of a replay, also of one that was interrupted.
 type ReplayReport struct {
-	Stream  string
+	Stream  string // the stream that was read
 	Handled uint64 // messages whose handler returned nil or a [Discard]
 	Failed  uint64 // messages whose handler failed
 
@@ -222,10 +223,10 @@ type ReplayReport struct {
 // ReplayFailure is a message whose handler failed.
 type ReplayFailure struct {
 	Replay   string // the filter
-	Stream   string
-	Sequence uint64
-	Subject  string
-	Err      error // the handler's error, or a [*PanicError]
+	Stream   string // of the message
+	Sequence uint64 // in the stream
+	Subject  string // of the message
+	Err      error  // the handler's error, or a [*PanicError]
 }
 
 // Error returns the position and the handler's error.

@@ -44,7 +44,7 @@ func (r *replay) openSource() error {
 	}
 	p := r.env.pool
 	p.mu.Lock()
-	r.stream, r.schedules = c.Name, c.AllowMsgSchedules
+	r.stream, r.config = c.Name, c
 	r.from = &origin{filter: r.want.replay.filter, stream: c.Name, ctx: r.serving}
 	p.mu.Unlock()
 	r.reader, err = openReader(r.env.api, r.env.link, r.env.log, info, readerOptions{
@@ -66,7 +66,7 @@ func (r *replay) locate() (*jetstream.StreamInfo, error) {
 			return err
 		})
 		return names, err
-	})
+	}, func() string { return r.env.api.nearStreams(context.Background(), "", want.filter) })
 	if err != nil {
 		if errors.Is(err, ErrConnectionClosed) {
 			return nil, r.unreadable(err)
@@ -180,7 +180,7 @@ func (r *replay) try(fn func(context.Context) error) error {
 		}
 	}
 	logged := false
-	return closedCause(r.env.tryStart(r.env.api, retry{
+	return closedCause(r.env.starting(r.env.api, retry{
 		told: func(err error) {
 			if !logged {
 				logged = true
@@ -188,7 +188,7 @@ func (r *replay) try(fn func(context.Context) error) error {
 			}
 		},
 		enough: func(err error) bool { return hasCode(err, codeStreamNotFound) },
-	}, r.intake, fn))
+	}).do(r.intake, fn))
 }
 
 // unreadable is the fault of a stream that can no longer be read.
@@ -239,7 +239,7 @@ func (r *replay) take(d *delivery, a arrival, now int64) {
 	waited := now - r.asking
 	r.asking = now
 	r.received = a.sequence
-	if r.schedules && len(a.msg.Header[headerSchedule]) > 0 {
+	if len(a.msg.Header) > 0 && (isSchedule(a.msg, r.config) || isTombstone(a.msg, r.config)) {
 		return
 	}
 	w := r.newWork(d, a)

@@ -17,6 +17,7 @@ type route struct {
 	lane
 	env     *env
 	spec    Spec
+	named   Spec    // in logs, errors and events: spec, or that of the route it is a part of
 	handler Handler // with the broker's middleware; stores a responder's answer in the work
 	from    *origin // of its messages; fixed once started
 	waits   alarm   // of a rate
@@ -33,8 +34,10 @@ type route struct {
 }
 
 func (r *route) init(e *env, spec Spec, owner job) {
-	r.env, r.spec, r.owner = e, spec, owner
-	r.handler = wrap(spec, e.middleware)
+	r.env, r.spec, r.named, r.owner = e, spec, spec, owner
+	if r.handler == nil {
+		r.handler = wrap(spec, e.middleware)
+	}
 	r.troubles = map[string]error{}
 	r.requests = spec.kind == kindReply
 	r.limit = e.workers
@@ -78,9 +81,9 @@ func (r *route) base() *route { return r }
 
 // names are the log attributes that name the route.
 func (r *route) names(more ...any) []any {
-	args := []any{"route", r.spec.route.filter}
-	if r.spec.route.durable != "" {
-		args = append(args, "durable", r.spec.route.durable)
+	args := []any{"route", r.named.route.filter}
+	if r.named.route.durable != "" {
+		args = append(args, "durable", r.named.route.durable)
 	}
 	return append(args, more...)
 }
@@ -89,7 +92,7 @@ func (r *route) names(more ...any) []any {
 func (r *route) about(w *work, more ...any) []any {
 	args := r.names("subject", w.raw.Subject)
 	if w.id.seq > 0 {
-		args = append(args, "stream", w.msg.origin().stream, "sequence", w.id.seq, "attempt", w.msg.Attempt())
+		args = append(args, "stream", w.msg.origin().stream, "sequence", w.source.seq, "attempt", w.msg.Attempt())
 	}
 	if panicked, ok := w.err.(*PanicError); ok && len(panicked.Stack) > 0 {
 		args = append(args, "stack", string(panicked.Stack))
@@ -141,7 +144,7 @@ func (r *route) health() []error {
 	var errs []error
 	for _, kind := range slices.Sorted(maps.Keys(r.troubles)) {
 		err := r.troubles[kind]
-		errs = append(errs, r.spec.fault(kind, "", cause(err), err))
+		errs = append(errs, r.named.fault(kind, "", cause(err), err))
 	}
 	return errs
 }
@@ -192,10 +195,10 @@ func (r *route) observe(w *work) {
 	}
 }
 
-func (r *route) observing() string { return "observer of " + r.spec.String() }
+func (r *route) observing() string { return "observer of " + r.named.String() }
 
 func (r *route) event(w *work) Event {
-	e := w.event(r.spec.route.filter, r.spec.route.durable)
+	e := w.event(r.named.route.filter, r.named.route.durable)
 	if r.spec.kind == kindBatch {
 		e.Batch = max(w.peers, 1)
 	}
@@ -240,7 +243,7 @@ func (r *route) unsubscribe(ctx context.Context) {
 
 // locateStream returns the name of the stream of a route or replay: the given one, or the
 // only one with subjects that match the filter.
-func locateStream(given string, names func() ([]string, error)) (name string, reason string, err error) {
+func locateStream(given string, names func() ([]string, error), near func() string) (name string, reason string, err error) {
 	if given != "" {
 		return given, "", nil
 	}
@@ -249,7 +252,7 @@ func locateStream(given string, names func() ([]string, error)) (name string, re
 	case err != nil:
 		return "", "could not be looked up by the filter: " + cause(err), err
 	case len(found) == 0:
-		return "", "no stream has subjects that match the filter", ErrNoStream
+		return "", "no stream has subjects that match the filter; " + near(), ErrNoStream
 	case len(found) > 1:
 		return "", fmt.Sprintf("several have subjects that match the filter: %q; name one with Stream", found), ErrAmbiguousStream
 	}
@@ -264,11 +267,12 @@ func (r *route) streamInfo(ctx context.Context, name string) (info *jetstream.St
 	return info, err
 }
 
-// tryOn is env.tryStart for a route; its health tells what it waits for.
+// tryOn sends a request to the JetStream API for a route that starts, and retries
+// transient failures. Its health says what it waits for.
 func (r *route) tryOn(ctx context.Context, try func(context.Context) error) error {
 	defer r.clear("start")
-	return r.env.tryStart(r.env.api, retry{
+	return r.env.starting(r.env.api, retry{
 		told:   func(err error) { r.trouble("start", err) },
 		enough: func(err error) bool { return hasCode(err, codeStreamNotFound) || r.env.failed() },
-	}, ctx, try)
+	}).do(ctx, try)
 }

@@ -1,15 +1,18 @@
 package natsx
 
-import "slices"
+import (
+	"slices"
+	"time"
+)
 
 const (
-	// orderGroup is the priority group of a durable whose messages are ordered by key.
-	orderGroup = "natsx-order"
 	// mostOrderedBytes bounds the size of the messages in hand of an ordered route, most of
 	// which may wait behind one of their key that is retried.
 	mostOrderedBytes = 64 << 20
 	// leastOrdered is how many messages it may have in hand whatever their size.
 	leastOrdered = 64
+	// missingStay is how long a pull for missing messages waits at the server.
+	missingStay = 200 * time.Millisecond
 )
 
 // sequencer lets the messages of each key of a durable run one after another, in the order
@@ -171,7 +174,7 @@ func (s *sequencer) limit(now int64, d demand, inHand int, size int64, pinned bo
 	}
 	if s.unsure {
 		// Nothing new should come, so it is no use to wait for long.
-		d.refill, d.stay = 0, min(d.stay, leastStay)
+		d.refill, d.stay = 0, min(d.stay, missingStay)
 		d.messages = min(s.missing, leastOrdered)
 		return d
 	}

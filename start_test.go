@@ -314,7 +314,7 @@ func TestServerWithoutJetStream(t *testing.T) {
 			r := startBroker(t, NewBroker(nc, append(tt.opts, WithLogger(log))...), Route("orders.*").Durable("d").Handle(succeed))
 			eventually(t, "Health says so", func() bool { return errors.Is(r.Health(), ErrNoJetStream) })
 			eventually(t, "the log says so", func() bool { return len(book.alarms("JetStream is not enabled")) == 1 })
-			if err := r.wait(t); !errors.Is(err, ErrNoJetStream) || !errors.Is(err, nats.ErrNoResponders) || !strings.Contains(err.Error(), "JetStream is not enabled") {
+			if err := r.wait(t); !errors.Is(err, ErrNoJetStream) || !errors.Is(err, nats.ErrNoResponders) || !strings.Contains(err.Error(), "JetStream is not enabled") || strings.Count(err.Error(), "natsx:") != 1 {
 				t.Errorf("got %v, want that JetStream is not enabled", err)
 			}
 			if got := book.alarms("JetStream is not enabled"); len(got) != 1 {

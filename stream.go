@@ -93,6 +93,14 @@ type StreamSpec struct {
 // its only subject.
 func Stream(name string) StreamSpec { return StreamSpec{name: name} }
 
+// RetryStream starts the description of a stream for [WithRetryStream]: its only subject is
+// <name>.>, it allows message schedules, and a retry is gone once it was handled
+// (work-queue retention). Set Replicas, 3 in production; no limit, since that would
+// delete retries. It needs nats-server 2.12.
+func RetryStream(name string) StreamSpec {
+	return Stream(name).Subjects(name + ".>").Retention(jetstream.WorkQueuePolicy).AllowMsgSchedules()
+}
+
 // Subjects sets all subjects that the stream captures, at least one; wildcards are
 // allowed, overlaps are not. They replace those of an existing stream: messages of a
 // removed subject stay stored, but a publish to it finds no stream.
@@ -402,6 +410,19 @@ func (s StreamSpec) forLetters(specs []Spec) StreamSpec {
 		}
 	}
 	return s
+}
+
+// has reports whether the durable of a route is one of this stream: it is named, or
+// looked up by the subjects.
+func (s StreamSpec) has(route Spec) bool {
+	if named := route.route.stream; named != "" {
+		return named == s.name
+	}
+	subjects := s.subjectList()
+	if s.set&optSubjects == 0 {
+		subjects = []string{s.name}
+	}
+	return filtersOverlap(subjects, route.route.filters())
 }
 
 func (s StreamSpec) subjectList() []string {

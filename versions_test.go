@@ -42,6 +42,8 @@ var features = []feature{
 	{"publishing with deduplication, replay, core routes, request-reply", nil, tryBasics},
 	{"`TTL` of a message", ErrTTLNotAllowed, tryTTL},
 	{"`At` and `After`", ErrSchedulesNotAllowed, tryDelay},
+	{"`OrderedBy`, `PinnedBy`", ErrServerTooOld, tryOrder},
+	{"`WithRetryStream`", ErrServerTooOld, tryRetryStream},
 	{"`PublishAtomic`", ErrAtomicNotAllowed, tryAtomic},
 }
 
@@ -197,10 +199,13 @@ func tryOnServer(t *testing.T, binary string, try func(*testing.T, *nats.Conn, f
 
 // within runs specs until fn returns, and joins what both say.
 func within(nc *nats.Conn, fn func(b *Broker) error, specs ...Spec) error {
+	_, log := newLogBook()
+	return withinBroker(NewBroker(nc, WithLogger(log)), fn, specs...)
+}
+
+func withinBroker(b *Broker, fn func(b *Broker) error, specs ...Spec) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	_, log := newLogBook()
-	b := NewBroker(nc, WithLogger(log))
 	done := make(chan error, 1)
 	go func() { done <- b.Run(ctx, specs...) }()
 	select {
@@ -343,6 +348,72 @@ func tryDelay(t *testing.T, nc *nats.Conn, _ func()) error {
 		info, err := streamNow(t, nc, "ORDERS").Info(testContext(t), jetstream.WithSubjectFilter("orders.*"))
 		return err == nil && info.State.Subjects["orders.x"] == 1
 	})
+}
+
+func tryRetryStream(t *testing.T, nc *nats.Conn, restart func()) error {
+	if err := ensured(t, nc, Stream("ORDERS").Subjects("orders.*").Retention(jetstream.WorkQueuePolicy)); err != nil {
+		return err
+	}
+	if _, err := NewPublisher(nc).Publish(testContext(t), To("orders.x").Header("X", "y")); err != nil {
+		return err
+	}
+	_, log := newLogBook()
+	b := NewBroker(nc, WithLogger(log), WithRetryStream("RETRY"), WithStreams(RetryStream("RETRY")))
+	return withinBroker(b, func(*Broker) error {
+		stats := func() RouteStats { return b.Stats().Routes[0] }
+		if err := until("it has failed", func() bool { return stats().Retried == 1 }); err != nil {
+			return err
+		}
+		if stored(t, nc, "ORDERS") != 0 || stored(t, nc, "RETRY") != 1 {
+			return errors.New("the retry is not in the retry stream alone")
+		}
+		restart()
+		if err := until("it is handled", func() bool { return stats().Succeeded == 1 }); err != nil {
+			return err
+		}
+		return until("nothing is left", func() bool { return stored(t, nc, "RETRY") == 0 })
+	}, Route("orders.*").Durable("d").Handle(func(_ context.Context, m *Msg) error {
+		if m.Attempt() == 1 {
+			return RetryAfter(2*time.Second, errors.New("not yet"))
+		}
+		if m.Attempt() != 2 || m.Header.Get("X") != "y" {
+			return Permanent(errors.New("another message"))
+		}
+		return nil
+	}))
+}
+
+// tryOrder handles what is ordered by key through a retry and a restart of the server.
+func tryOrder(t *testing.T, nc *nats.Conn, restart func()) error {
+	if err := Stream("ORDERS").Subjects("orders.*").Ensure(t.Context(), nc); err != nil {
+		return err
+	}
+	var order []uint64
+	_, log := newLogBook()
+	b := NewBroker(nc, WithLogger(log))
+	return withinBroker(b, func(*Broker) error {
+		for i := range 4 {
+			if i == 2 {
+				restart()
+			}
+			if _, err := NewPublisher(nc).Publish(t.Context(), To("orders.x").Data([]byte{byte(i)})); err != nil {
+				return err
+			}
+		}
+		if err := until("all are handled", func() bool { return b.Stats().Routes[0].Succeeded == 4 }); err != nil {
+			return err
+		}
+		if !slices.IsSorted(order) {
+			return fmt.Errorf("handled in the order %v", order)
+		}
+		return nil
+	}, Route("orders.*").Durable("d").OrderedBy(SubjectKey()).AckWait(time.Second).Backoff(time.Millisecond, 10*time.Millisecond).Handle(func(_ context.Context, m *Msg) error {
+		if m.Attempt() == 1 && m.Sequence()%2 == 1 {
+			return errors.New("not yet")
+		}
+		order = append(order, m.Sequence())
+		return nil
+	}))
 }
 
 func tryAtomic(t *testing.T, nc *nats.Conn, _ func()) error {

@@ -20,22 +20,24 @@ func (j *job) settled() error {
 	if err != nil {
 		return err
 	}
-	names := st.ConsumerNames(j.ctx)
-	for name := range names.Name() {
-		for j.all {
-			c, err := st.Consumer(j.ctx, name)
-			if err != nil {
-				return err
-			}
-			info := c.CachedInfo()
+	for open := j.all; open; {
+		open = false
+		consumers := st.ListConsumers(j.ctx)
+		for info := range consumers.Info() {
 			if got := j.count.Load(); got != int64(j.n) || info.NumPending > 0 {
 				return fmt.Errorf("handled %d of %d messages, %d never delivered", got, j.n, info.NumPending)
 			}
-			if info.NumAckPending == 0 {
-				break
-			}
+			open = open || info.NumAckPending > 0
+		}
+		if err := consumers.Err(); err != nil {
+			return err
+		}
+		if open {
 			time.Sleep(pollEvery)
 		}
+	}
+	names := st.ConsumerNames(j.ctx)
+	for name := range names.Name() {
 		if err := st.DeleteConsumer(j.ctx, name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
 			return err
 		}

@@ -54,6 +54,18 @@ var sections = []section{
 	{name: "backlog-10KiB", title: "A backlog of 10 KiB, one route, default settings", share: 0.24576, size: 10 << 10, does: draining, columns: drainColumns, peers: backlogs(1)},
 	{name: "backlog-10KiB-2", title: "A backlog of 10 KiB, two routes, default settings", share: 0.24576, size: 10 << 10, does: draining, columns: drainColumns, peers: backlogs(2)},
 	{name: "consume-sleep", title: "Consuming, handler sleeps 1 ms, 64 workers", share: 0.25, size: 128, sleep: time.Millisecond, peers: sleepers},
+	{name: "batch", title: "Inserting rows, a transaction takes 1 ms and 1 µs a row, 128 B", share: 0.25, size: 128, sleep: time.Millisecond, peers: []peer{
+		{name: natsxPrefix + ", a transaction a message, 64 workers", run: natsxConsume},
+		{name: natsxPrefix + ", Batch(1000), one at a time", run: natsxBatch},
+		{name: "nats.go Fetch(1000), one at a time", run: fetchBatch},
+	}},
+	{name: "push", title: "Consuming by push, handler does nothing, 128 B", share: 1, size: 128, peers: []peer{
+		{name: "nats.go Consume, defaults", run: consumeDefaults},
+		{name: "hand-written pull, 5,000 / 20,000", run: pull},
+		{name: "push, flow control, MaxAckPending 20,000", run: push(false)},
+		{name: "the same, one ack for 100 (AckAll)", run: push(true)},
+		{name: natsxPrefix + ", Retry, DLQ, 64 workers", run: natsxConsume},
+	}},
 	{name: "busy-1", title: "Consuming, handler does nothing, 128 B, beside 1 goroutine that burns CPU", share: 1, size: 128, burners: 1, peers: besides},
 	{name: "busy-2", title: "Consuming, handler does nothing, 128 B, beside 2 goroutines that burn CPU", share: 1, size: 128, burners: 2, peers: besides},
 	{name: "idle", title: "Durable routes without messages, on one connection", share: 0.005, unit: "routes", does: trickling, window: 20 * time.Second, columns: idleColumns, peers: []peer{

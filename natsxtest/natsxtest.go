@@ -104,7 +104,7 @@ func Context(ctx context.Context, m *natsx.Msg) context.Context { return kit.Con
 
 // Settlement is what a route does with a message after an attempt.
 type Settlement struct {
-	Outcome natsx.Outcome
+	Outcome natsx.Outcome // what becomes of the message
 	After   time.Duration // of [natsx.OutcomeRetried]: before the next attempt, without the random ±20 % of a backoff
 	Reason  natsx.Reason  // of [natsx.OutcomeDead]
 }

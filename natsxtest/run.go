@@ -42,9 +42,9 @@ type Runner struct {
 // Routes are routes that run. Their methods are for the goroutine of the test, which they
 // end when a wait exceeds its limit or the routes have ended.
 type Routes struct {
-	Conn      *nats.Conn
-	Broker    *natsx.Broker
-	Publisher *natsx.Publisher
+	Conn      *nats.Conn       // to the server, of the broker and the publisher
+	Broker    *natsx.Broker    // that runs the routes
+	Publisher *natsx.Publisher // for the test's own messages
 
 	t      testing.TB
 	limit  time.Duration

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log"
 	"os"
-	"os/signal"
 
 	"github.com/natsx/natsx"
 )
@@ -27,8 +26,6 @@ func charge(ctx context.Context, o Order) error {
 }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
 	nc, err := natsx.Connect(os.Getenv("NATS_URL")) // empty: nats://127.0.0.1:4222
 	if err != nil {
 		log.Fatal(err)
@@ -39,7 +36,7 @@ func main() {
 		natsx.Stream("ORDERS").Subjects("orders.*"),
 		natsx.Stream("DLQ").Subjects("dlq.*"),
 	))
-	err = broker.Run(ctx, // until Ctrl-C, then drains
+	err = natsx.Serve(context.Background(), broker, // until SIGINT or SIGTERM, then drains
 		natsx.Route("orders.*").Durable("billing").Retry(5).DLQ("dlq.orders").
 			Handle(natsx.JSON(charge)),
 	)
