@@ -365,7 +365,7 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		return false
 	}
 	if r.history.wasHandled(w.id) {
-		r.countOutcome(r.history.settledLate(w.id))
+		r.countOutcome(r.history.settledLate(now, w.id))
 		r.recycle(w)
 		return true
 	}
@@ -765,23 +765,32 @@ func (r *durableRoute) settle(w *work, ack []byte) {
 // confirm sends an acknowledgement, at least once, until the server confirms it. It
 // gives up when the lease is lost, the route is over, or ctx ends.
 func (r *durableRoute) confirm(ctx context.Context, w *work, ack []byte) bool {
+	left := func() time.Duration { return time.Duration(w.ends.Load() - processTime()) }
 	pause := backoff{first: 50 * time.Millisecond, most: time.Second}
-	lease, cancel := context.WithTimeout(ctx, max(time.Duration(w.ends.Load()-processTime()), leastConfirm))
-	defer cancel()
-	for lease.Err() == nil && !r.over.Load() {
-		try, cancel := context.WithTimeout(lease, 2*time.Second)
+	for tried := false; (!tried || left() > 0) && !r.over.Load(); tried = true {
+		limit := confirmTry
+		if w.due == 0 { // else it is a nak, and giveBack has ended the lease
+			limit = min(limit, max(left(), leastConfirm))
+		}
+		try, cancel := context.WithTimeout(ctx, limit)
 		_, err := r.env.api.nc.RequestWithContext(try, w.raw.Reply, ack)
 		cancel()
 		if err == nil {
 			return true
 		}
-		pause.wait(lease)
+		if !wait(ctx, min(pause.next(), max(left(), 0))) {
+			return false
+		}
 	}
 	return false
 }
 
-// leastConfirm is the least time to confirm an acknowledgement, however soon the lease ends.
-const leastConfirm = 100 * time.Millisecond
+// confirmTry is the timeout of one try to confirm an acknowledgement, and leastConfirm what
+// a try has at least, however soon the lease ends.
+const (
+	confirmTry   = 2 * time.Second
+	leastConfirm = 100 * time.Millisecond
+)
 
 // bookAll books finished works and plans the next pull. The pool is locked.
 func (r *durableRoute) bookAll(done []*work) pullRequest {
