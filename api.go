@@ -249,9 +249,10 @@ func newAPI(nc *nats.Conn, js jetstream.JetStream) *api {
 
 // retry is a policy for retrying transient failures.
 type retry struct {
-	limit  time.Duration        // in total, 0 for until the context ends
-	told   func(error)          // called before every further try, may be nil
-	enough func(err error) bool // reports whether to give up on a transient failure, may be nil
+	limit   time.Duration         // in total, 0 for until the context ends
+	told    func(error)           // called before every further try, may be nil
+	enough  func(err error) bool  // reports whether to give up on a transient failure, may be nil
+	explain func(err error) error // adds to what is told and returned, may be nil
 }
 
 // do calls try until it succeeds or its failure is not transient. A request during a
@@ -264,6 +265,9 @@ func (r retry) do(ctx context.Context, try func(context.Context) error) error {
 		limited, cancel := context.WithTimeout(ctx, patience(tries))
 		err := try(limited)
 		cancel()
+		if err != nil && r.explain != nil {
+			err = r.explain(err)
+		}
 		if err == nil || ctx.Err() != nil || !transient(err) || r.enough != nil && r.enough(err) ||
 			r.limit > 0 && time.Since(begun) > r.limit {
 			return err

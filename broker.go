@@ -156,9 +156,9 @@ func overlapFaults(streams []StreamSpec, specs []Spec) error {
 //
 // Transient failures (a reconnect, a leader election, a server restart) are retried
 // until ctx ends; [Broker.Health] reports them. A server without JetStream cannot be
-// distinguished from one that starts: after 10 s without an answer a route fails with
-// [ErrNoJetStream], while [WithStreams] keeps waiting. A broker runs once: another Run
-// returns [ErrAlreadyRun], unless the first was refused for faults.
+// distinguished from one that starts: log and Health say so, and after 10 s without an
+// answer Run returns [ErrNoJetStream]. A broker runs once: another Run returns
+// [ErrAlreadyRun], unless the first was refused for faults.
 func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
 	if err := b.Validate(specs...); err != nil {
 		return err

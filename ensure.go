@@ -101,6 +101,11 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 // ensure is Ensure for a description that was validated, with another logger. a is used
 // unless the description names another JetStream.
 func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error {
+	return s.ensureBy(ctx, a, log, func(_ *api, policy retry) retry { return policy })
+}
+
+// ensureBy is ensure with its policy of retries changed by change.
+func (s StreamSpec) ensureBy(ctx context.Context, a *api, log *slog.Logger, change func(*api, retry) retry) error {
 	if s.js != (apiChoice{}) {
 		js, err := s.js.jetStream(a.nc)
 		if err != nil {
@@ -110,11 +115,11 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 	}
 	e := &ensuring{StreamSpec: s, api: a, lock: streamLock{api: a, stream: s.name}}
 	tries := 0
-	policy := retry{told: func(err error) {
+	policy := change(a, retry{told: func(err error) {
 		if tries++; tries == 3 { // earlier failures may be caused by other processes that start
 			log.Warn("natsx: stream cannot be ensured, trying again", "stream", s.name, "error", err)
 		}
-	}}
+	}})
 	for unchanged := 0; ; {
 		e.changed = false
 		err := e.once(ctx, policy)

@@ -92,10 +92,14 @@ func (h *history) addLate(id messageID, o Outcome) {
 	h.late[id] = o
 }
 
-// settledLate returns the outcome of addLate once, else "".
-func (h *history) settledLate(id messageID) Outcome {
-	o := h.late[id]
-	delete(h.late, id)
+// settledLate returns the outcome of addLate once, else "": the message is acknowledged
+// again.
+func (h *history) settledLate(now int64, id messageID) Outcome {
+	o, late := h.late[id]
+	if late {
+		delete(h.late, id)
+		h.addHandled(now, id)
+	}
 	return o
 }
 

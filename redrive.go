@@ -89,7 +89,7 @@ type redrive struct {
 	marks      *redriveMarks
 	sources    map[string]*redriveSource // by stream
 	copies     map[string]*copies        // by stream
-	detours    map[string]*detour        // by retry stream, nil for none
+	retries    map[[3]string]*retryRoute // by retry stream, stream and durable
 	unfinished bool                      // a copy may be stored whose letter is not removed
 }
 
@@ -129,6 +129,10 @@ func faultf(err error, format string, args ...any) error {
 // has the message ids that it had before the message was dead. The message id of the
 // original is in [HeaderOriginalMsgID].
 //
+// A letter of a broker with [WithRetryStream] goes back by the retry stream, while brokers
+// use that for the durable: then only the durable receives the copy, nothing is deleted for
+// it, and mirrors and sourced subjects can have their letters redriven.
+//
 // A letter is redriven once, even if the redrive is killed and repeated, or run by several
 // processes at once: a copy is not stored again while an earlier one is in the stream or
 // within the stream's duplicate window, and natsx removes the letter before it handles the
@@ -138,13 +142,7 @@ func faultf(err error, format string, args ...any) error {
 // killed redrive stays for the next one, for 30 days. If there can be none (because of the
 // retention, MaxConsumers or a permission), each redrive reads the original streams once.
 //
-// A letter that cannot be published on its subject, because its stream does not capture or
-// would transform that or would delete a newer message, goes through the retry stream
-// ([WithRetryStream]) of the broker that wrote it, to the durable alone. That needs the
-// permission to publish to <retry stream>.due.>.
-//
-// Without a retry stream, a letter that cannot be redriven stays and is a failure in the
-// report: its stream is
+// A letter that cannot be redriven stays and is a failure in the report: its stream is
 // gone, does not capture the subject, which is so for mirrors and sourced subjects, or
 // transforms it ([ErrNoStream]); its durable is gone
 // ([ErrConsumerDeleted]) or its filter does not match the subject ([ErrConsumerConflict]);
@@ -251,22 +249,19 @@ func (r *redrive) book(l DeadLetter, skip SkipReason, err error) {
 func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err error) {
 	published := false // or may be
 	defer func() { r.unfinished = r.unfinished || published && err != nil }()
-	src, err := r.source(ctx, l)
-	if err != nil {
-		return "", err
-	}
-	var way *detour
-	if refusal := src.refuses(l); refusal != nil {
-		if way, err = r.detourOf(ctx, l); err != nil {
-			return "", err
-		}
-		if way == nil {
-			return "", refusal
-		}
-	}
 	most := DefaultMaxRedrives
 	if r.set&optLetterMaxRedrives != 0 {
 		most = r.maxRedrives
+	}
+	v, err := r.retryRouteOf(ctx, l)
+	if err != nil {
+		return "", err
+	}
+	var src *redriveSource
+	if v == nil {
+		if src, err = r.source(ctx, l); err != nil {
+			return "", err
+		}
 	}
 	if l.Redrives >= most {
 		return SkipMaxRedrives, nil
@@ -275,10 +270,15 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 	if err != nil {
 		return "", err
 	}
-	m := src.copyOf(l, header, data)
-	if way != nil {
-		return r.through(ctx, l, m, way)
+	if v != nil {
+		if m := v.copyOf(r.api.nc, l, header, data); m != nil {
+			return r.byRetries(ctx, l, v, m)
+		}
+		if src, err = r.source(ctx, l); err != nil {
+			return "", err
+		}
 	}
+	m := src.copyOf(l, header, data)
 	begun := time.Now()
 	pause := backoff{first: 50 * time.Millisecond, most: time.Second}
 	for lost := false; ; {
@@ -309,15 +309,6 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 			return SkipGone, nil
 		}
 		if err := r.keepNewer(ctx, l, src, m); err != nil {
-			if errors.Is(err, ErrWouldEvict) {
-				way, failed := r.detourOf(ctx, l)
-				if failed != nil {
-					return "", failed
-				}
-				if way != nil {
-					return r.through(ctx, l, m, way)
-				}
-			}
 			return "", err
 		}
 		if r.dryRun {
@@ -348,6 +339,8 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 				return "", r.removeLetter(ctx, l)
 			}
 		}
+		var api *jetstream.APIError
+		errors.As(err, &api)
 		switch {
 		case errors.Is(err, ErrPermission), errors.Is(err, nats.ErrConnectionClosed):
 			return "", err
@@ -355,7 +348,9 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 			if time.Since(begun) > redrivePatience {
 				return "", faultf(err, "copy not stored in stream %q, which keeps %d messages a subject: others are stored on %q all the time", l.Stream, src.info.Config.MaxMsgsPerSubject, l.Subject)
 			}
-		case refusesCopy(err):
+		case api != nil && api.ErrorCode != codeIDInProcess && api.ErrorCode != codeTooManyRequests && api.ErrorCode != codeClusterNotLeader &&
+			api.ErrorCode != codeClusterNoLeader && api.ErrorCode != jetstream.JSErrCodeStreamWrongLastSequenceConstant,
+			errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
 			return "", faultf(err, "copy not stored in stream %q: %s", l.Stream, cause(err))
 		case errors.Is(err, nats.ErrNoResponders):
 			// The stream has no leader, is gone, or was recreated.
@@ -426,6 +421,12 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 		src = &redriveSource{info: info, asked: time.Now(), durables: map[string]*jetstream.ConsumerInfo{}}
 		r.sources[l.Stream] = src
 	}
+	if why := takesNoCopy(&src.info.Config, l.Subject); why != "" {
+		return nil, faultf(ErrNoStream, "original stream %q %s", l.Stream, why)
+	}
+	if !captures(src.info, l.Subject) {
+		return nil, faultf(ErrNoStream, "original stream %q does not take the subject %q any more", l.Stream, l.Subject)
+	}
 	c := src.durables[l.Durable]
 	if c == nil {
 		c = new(jetstream.ConsumerInfo)
@@ -446,23 +447,9 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 		filters = []string{c.Config.FilterSubject}
 	}
 	if len(filters) > 0 && !slices.ContainsFunc(filters, func(f string) bool { return subjectMatches(f, l.Subject) }) {
-		if refusal := src.refuses(l); refusal != nil {
-			return nil, refusal
-		}
 		return nil, faultf(ErrConsumerConflict, "durable %q of stream %q does not take the subject %q any more", l.Durable, l.Stream, l.Subject)
 	}
 	return src, nil
-}
-
-// refuses returns why the copy of a letter cannot be published on its subject, or nil.
-func (s *redriveSource) refuses(l *DeadLetter) error {
-	if why := takesNoCopy(&s.info.Config, l.Subject); why != "" {
-		return faultf(ErrNoStream, "original stream %q %s", l.Stream, why)
-	}
-	if !captures(s.info, l.Subject) {
-		return faultf(ErrNoStream, "original stream %q does not take the subject %q any more", l.Stream, l.Subject)
-	}
-	return nil
 }
 
 // content returns the headers and payload of a letter, as they are redriven.

@@ -854,3 +854,19 @@ func TestRedriveThroughTheRetryStreamAfterAKill(t *testing.T) {
 	eventually(t, "all are handled", func() bool { return billing.handled.keys() == 2 })
 	billing.handled.wantOnce(t, 2)
 }
+
+// An edit cannot make a header that would not be sent, or would be sent as several.
+func TestRedriveOfAnInvalidEdit(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	var billing patient
+	billing.die(t, nc, 1, numbered("orders.new"))
+	report, err := DeadLetters("dlq.orders").Redrive(testContext(t), nc, WithRedriveEdit(func(l *DeadLetter) error {
+		l.Header["A: b\r\nC"] = []string{"d"}
+		return nil
+	}))
+	if err != nil || report.Failed != 1 || !errors.Is(errors.Join(report.Errors...), ErrInvalidName) || stored(t, nc, "DLQ") != 1 {
+		t.Errorf("got %+v, %v, want a failure with ErrInvalidName and the letter to stay", report, err)
+	}
+}

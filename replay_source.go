@@ -3,7 +3,6 @@ package natsx
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math"
 	"sort"
 	"strconv"
@@ -180,26 +179,16 @@ func (r *replay) try(fn func(context.Context) error) error {
 			return r.intake.Err()
 		}
 	}
-	begun, logged := time.Now(), false
-	var absent error
-	err := retry{
+	logged := false
+	return closedCause(r.env.starting(r.env.api, retry{
 		told: func(err error) {
 			if !logged {
 				logged = true
 				r.env.log.Warn("natsx: replay cannot start, trying again", "replay", r.want.replay.filter, "error", err)
 			}
 		},
-		enough: func(err error) bool {
-			if errors.Is(err, nats.ErrNoResponders) && l.up() && time.Since(begun) > startPatience {
-				absent = fmt.Errorf("%w: the server does not answer on %q: %w", ErrNoJetStream, r.env.api.prefix, err)
-			}
-			return absent != nil || hasCode(err, codeStreamNotFound)
-		},
-	}.do(r.intake, fn)
-	if absent != nil {
-		return absent
-	}
-	return closedCause(err)
+		enough: func(err error) bool { return hasCode(err, codeStreamNotFound) },
+	}).do(r.intake, fn))
 }
 
 // unreadable is the fault of a stream that can no longer be read.

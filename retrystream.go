@@ -81,24 +81,13 @@ func (s *retryStream) open(ctx context.Context, a *api, log *slog.Logger, source
 	return s.judge(&info.Config, log, sources)
 }
 
-// retryPrefix is what the subjects of a retry stream begin with.
-func retryPrefix(c *jetstream.StreamConfig) (prefix string, ok bool) {
-	for _, subject := range c.Subjects {
-		if prefix, ok = strings.CutSuffix(subject, ".>"); ok && !strings.Contains(prefix, "*") {
-			return prefix, true
-		}
-	}
-	return "", false
-}
-
 // judge takes over the stream's configuration, unless messages could be lost in it.
 func (s *retryStream) judge(c *jetstream.StreamConfig, log *slog.Logger, sources []*jetstream.StreamConfig) error {
 	bad := func(field, value, format string, args ...any) error {
 		return s.fault(field, value, fmt.Sprintf(format, args...), ErrBadRetryStream)
 	}
-	prefix, ok := retryPrefix(c)
 	switch {
-	case !ok:
+	case retryPrefix(c) == "":
 		return bad("subjects", fmt.Sprintf("%q", c.Subjects), "needs a subject such as %q", s.name+".>")
 	case !c.AllowMsgSchedules:
 		return bad("allowMsgSchedules", "false", "needs AllowMsgSchedules, which can be switched on")
@@ -135,7 +124,7 @@ func (s *retryStream) judge(c *jetstream.StreamConfig, log *slog.Logger, sources
 	if c.Storage == jetstream.MemoryStorage && slices.ContainsFunc(sources, func(source *jetstream.StreamConfig) bool { return source.Storage == jetstream.FileStorage }) {
 		warn("keeps retries in memory, which ends with its server")
 	}
-	s.prefix = prefix
+	s.prefix = retryPrefix(c)
 	s.maxMsgSize, s.maxAge = max(int64(c.MaxMsgSize), 0), c.MaxAge
 	s.keeps = c.Retention == jetstream.LimitsPolicy
 	s.config = c
