@@ -289,7 +289,7 @@ func (r RouteBuilder) Concurrency(n int) RouteBuilder {
 // that is dead-lettered does not hold up its key, and one that is redriven comes at the end
 // of its stream. A key that nothing can be ordered by is [ErrOutOfRange] or
 // [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
-// [ErrServerTooOld].
+// [ErrServerTooOld], and on a work-queue or interest stream a DLQ, else [ErrWouldLose].
 func (r RouteBuilder) OrderedBy(key OrderKey) RouteBuilder {
 	r.set |= optOrderedBy
 	r.order = key

@@ -84,7 +84,7 @@ func leadersGo(t *testing.T, members map[string]member, times int) {
 	var runs tally // by message and attempt
 	_, log := newLogBook()
 	b := NewBroker(connect(t, at), WithWorkers(8), WithRetryStream("RETRY"), WithLogger(log))
-	r := runBroker(t, b, Route("load.job").Durable("d").ConfirmAcks().
+	r := runBroker(t, b, Route("load.job").Durable("d").ConfirmAcks().AckWait(5*time.Second).
 		Retry(retries).Backoff(20*time.Millisecond, 50*time.Millisecond).DLQ("dlq.load").
 		Handle(func(ctx context.Context, m *Msg) error {
 			runs.add(fmt.Sprintf("%s at %d", m.Data, m.Attempt()))

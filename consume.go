@@ -437,7 +437,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
 	w.copy, w.again = nil, false
-	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason, w.late = "", false, false, false, false, "", "", ""
+	w.key, w.first, w.rests, w.alone, w.marked, w.confirmed, w.outcome, w.reason, w.late = "", false, false, false, false, false, "", "", ""
 	w.began, w.ended, w.err, w.due, w.answer, w.redrive, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
@@ -711,7 +711,15 @@ func (r *durableRoute) leave(w *work, delay time.Duration, attempt uint32, lost 
 
 // giveBack asks the server to deliver w again after a delay.
 func (r *durableRoute) giveBack(w *work, delay time.Duration) {
+	if r.order != nil && delay > 0 && delay < unsettledRest {
+		if w.rests = r.env.intake.Err() == nil; !w.rests {
+			delay = 0 // it is another process's
+		}
+	}
 	w.due = w.ended + int64(delay)
+	if w.rests {
+		return
+	}
 	// A nak that is sent after a reconnect may end a later delivery to another process.
 	// Without one the message is redelivered when its lease ends.
 	if !r.env.link.up() {
@@ -803,7 +811,10 @@ func (r *durableRoute) bookAll(done []*work) pullRequest {
 				other.workerFree() // it may pull again
 			}
 		}
-		if !w.held() {
+		switch {
+		case w.rests:
+			r.keepResting(w)
+		case !w.held():
 			r.book(w)
 		}
 	}
@@ -811,6 +822,19 @@ func (r *durableRoute) bookAll(done []*work) pullRequest {
 	r.window.add(now, ran)
 	r.release(now)
 	return r.plan(now)
+}
+
+// keepResting books an attempt whose message is kept until its retry is due. The pool is
+// locked.
+func (r *durableRoute) keepResting(w *work) {
+	if w.outcome == OutcomeReturned {
+		r.history.ranNothing(w.id)
+	} else {
+		r.delayed.push(w.due)
+	}
+	r.count(w)
+	r.order.rest(w)
+	r.env.pool.held++
 }
 
 // finishBatch books the messages of a batch. The pool is locked.

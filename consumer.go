@@ -34,6 +34,9 @@ const (
 // delivering new messages.
 var errAckPendingFull = errors.New("natsx: messages that wait for their retry fill MaxAckPending; raise it, shorten the backoff or use a retry stream")
 
+// errOrderStalls is the trouble of an ordered route that may not start anything.
+var errOrderStalls = errors.New("natsx: nothing is started, since messages that were delivered before are neither settled nor delivered again: another process may still handle them")
+
 // consumerTarget is the stream and consumer that a durable route found or made.
 type consumerTarget struct {
 	stream      string
@@ -185,6 +188,10 @@ func (r *durableRoute) locate(ctx context.Context) error {
 			return err
 		}
 	}
+	if c != nil && c.Retention != jetstream.LimitsPolicy && spec.set&optOrderedBy != 0 && spec.dlq == "" {
+		return r.spec.fault("dlq", "", fmt.Sprintf("is missing: on the %s stream %q a dead message would stay unsettled, and hold up the order of a process that takes over",
+			strings.ToLower(c.Retention.String()), name), ErrWouldLose)
+	}
 	if c != nil && c.Retention != jetstream.LimitsPolicy && spec.set&optRetry != 0 && spec.dlq == "" {
 		return r.spec.fault("dlq", "", fmt.Sprintf("is missing: on the %s stream %q a message whose retries are used up would be deleted",
 			strings.ToLower(c.Retention.String()), name), ErrWouldLose)
@@ -237,7 +244,7 @@ func (r *durableRoute) warnOfMaxAge() {
 // warnOfRedrives warns where letters could not be redriven.
 func (r *durableRoute) warnOfRedrives() {
 	c := r.target.config.Load()
-	if c == nil {
+	if c == nil || r.mover != nil {
 		return
 	}
 	why := takesNoCopy(c, r.spec.route.filter)
@@ -591,8 +598,12 @@ func (r *durableRoute) runCheck() {
 		r.release(now)
 		next := r.plan(now)
 		due := r.leases.due(now, r.ackWait, nil)
+		stalls := r.orderStalls(now)
 		p.mu.Unlock()
 		report()
+		if r.order != nil {
+			r.troubleIf(stalls, "order", errOrderStalls)
+		}
 		r.send(next)
 		r.env.keeper.renew(due)
 		return

@@ -142,6 +142,7 @@ type work struct {
 	copied
 	key string // its order key; see keyedQueue
 
+	rests     bool // it is kept until its retry is due; see sequencer
 	first     bool // it is the one of its key that may run; see sequencer
 	alone     bool // it is to run in isolation
 	marked    bool // and that was recorded; see alone.go

@@ -37,7 +37,7 @@ var layers = []struct {
 	{"running", // what a route does
 		"route.go settle.go adopt.go breaker.go batch.go sequencer.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
 	{"tools", // the day after
-		"deadletters.go redrive.go redrive_marks.go replay.go replay_run.go replay_source.go kit.go"},
+		"deadletters.go redrive.go redrive_retry.go redrive_marks.go replay.go replay_run.go replay_source.go kit.go"},
 	{"face", // options and Run: start, run, drain
 		"broker.go engine.go service.go serve.go doc.go"},
 }

@@ -6,6 +6,8 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/nats-io/nats.go"
@@ -18,9 +20,9 @@ func init() {
 
 // Many messages take no more memory than few. The heap is that of a process, so
 // that reader and server have one each.
-func TestReplayInConstantMemory(t *testing.T) {
+func TestReplayAndRouteInConstantMemory(t *testing.T) {
 	t.Parallel()
-	readInConstantMemory(t, "replay", 1_000_000)
+	readInConstantMemory(t, "replay", 2*historySize)
 }
 
 func TestDeadLettersInConstantMemory(t *testing.T) {
@@ -34,6 +36,10 @@ func readInConstantMemory(t *testing.T, mode string, count int) {
 	start()
 	lines := make(chan string, 1)
 	c := startChild(t, mode, url, lines)
+	if !c.serves(t) {
+		t.Fatal(c.err)
+	}
+	receive(t, lines, "that it is ready")
 	receive(t, c.done, "the reader's end")
 	if c.err != nil {
 		t.Fatal(c.err)
@@ -56,8 +62,14 @@ func readerChild(read func(nc *nats.Conn, look func()) (int, error)) int {
 		return 1
 	}
 	defer nc.Close()
+	var mu sync.Mutex
 	var before, most uint64
 	n, err := read(nc, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if before == 0 {
+			fmt.Println("ready")
+		}
 		var m runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&m)
@@ -74,20 +86,40 @@ func readerChild(read func(nc *nats.Conn, look func()) (int, error)) int {
 	return 0
 }
 
+const historySize = 1_000_000
+
+// replayAll replays a stream, and then has a durable handle what waits in it.
 func replayAll(nc *nats.Conn, look func()) (int, error) {
-	if err := fill(nc, "HISTORY", "history.>", 1_000_000, func(i int) Envelope {
+	if err := fill(nc, "HISTORY", "history.>", historySize, func(i int) Envelope {
 		return To("history." + strconv.Itoa(i%10)).Data(strconv.AppendInt(nil, int64(i), 10))
 	}); err != nil {
 		return 0, err
 	}
 	look()
-	report, err := NewBroker(nc).Replay(context.Background(), Replay("history.>").Handle(func(_ context.Context, m *Msg) error {
+	handle := func(_ context.Context, m *Msg) error {
 		if m.Sequence()%50_000 == 0 {
 			look()
 		}
 		return nil
+	}
+	report, err := NewBroker(nc).Replay(context.Background(), Replay("history.>").Handle(handle))
+	if err != nil {
+		return 0, err
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	var handled atomic.Int64
+	b := NewBroker(nc)
+	err = b.Run(ctx, Route("history.>").Durable("d").Retry(2).Handle(func(ctx context.Context, m *Msg) error {
+		if handled.Add(1) == historySize {
+			stop()
+		}
+		return handle(ctx, m)
 	}))
-	return int(report.Handled), err
+	if st := b.Stats().Routes[0]; err == nil && (st.Lapsed != 0 || st.Succeeded != historySize || st.Received != historySize) {
+		err = fmt.Errorf("the route's messages: %+v", st)
+	}
+	return int(report.Handled) + int(handled.Load()), err
 }
 
 func listAll(nc *nats.Conn, look func()) (read int, _ error) {

@@ -247,6 +247,7 @@ func (p *pool) work(only *worker) {
 			p.mu.Lock()
 		}
 		if only != nil {
+			p.signal() // a worker may wait for the place that this one took
 			break
 		}
 	}
@@ -276,9 +277,6 @@ func (p *pool) queue(l *lane, q *fifo[*work], d *work) {
 	p.waiting++
 	p.enlist(l)
 	p.signal()
-	if l.requests && l.running == 0 && p.busy >= p.size {
-		p.watchIn(watchEvery)
-	}
 }
 
 // drop removes the works from the queue for which pick reports true, and returns them.
@@ -318,7 +316,14 @@ func (p *pool) enlist(l *lane) {
 	}
 	l.listed = true
 	p.ready.push(l)
+	if p.busy >= p.size && l.unserved() {
+		p.watchIn(watchEvery)
+	}
 }
+
+// unserved reports whether l is a lane of requests for which no worker is at work. When all
+// workers are busy, with messages that may wait for its answers, watch gives it one.
+func (l *lane) unserved() bool { return l.requests && l.running == 0 }
 
 // resume continues a lane that has waited for its rate. The pool is not locked.
 func (p *pool) resume(l *lane) {
@@ -379,6 +384,11 @@ func (p *pool) assign(w *worker, l *lane) {
 	l.listed = false
 	if p.busy++; p.busy == p.size {
 		p.full()
+		for i := range p.ready.len() {
+			if p.ready.at(i).unserved() {
+				p.watchIn(watchEvery)
+			}
+		}
 	}
 	if l.requests {
 		p.serving++
@@ -597,7 +607,7 @@ func (p *pool) watch() {
 	}
 	for range p.ready.len() {
 		l := p.ready.pop()
-		if l.requests && l.running == 0 && p.busy >= p.size {
+		if l.unserved() && p.busy >= p.size {
 			w := &worker{}
 			p.alive++
 			p.workers[w] = struct{}{}

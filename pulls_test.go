@@ -232,7 +232,7 @@ func TestLargeBacklogs(t *testing.T) {
 		{"large messages", 2, 2000, 20 << 10, 0, DefaultAckWait},
 		{"a small send buffer", 2, 2000, 10 << 10, 2 << 20, 2 * time.Second},
 		{"the largest messages", 3, 40, 1<<20 - 100, 0, DefaultAckWait},
-		{"many routes", 60, 200, 1 << 10, 0, 2 * time.Second},
+		{"many routes", 100, 120, 1 << 10, 0, 2 * time.Second},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

@@ -88,6 +88,7 @@ type redrive struct {
 	marks      *redriveMarks
 	sources    map[string]*redriveSource // by stream
 	copies     map[string]*copies        // by stream
+	retries    map[[3]string]*retryRoute // by retry stream, stream and durable
 	unfinished bool                      // a copy may be stored whose letter is not removed
 }
 
@@ -126,6 +127,10 @@ func faultf(err error, format string, args ...any) error {
 // durable must still exist and its filter match the subject. What its handler publishes
 // has the message ids that it had before the message was dead. The message id of the
 // original is in [HeaderOriginalMsgID].
+//
+// A letter of a broker with [WithRetryStream] goes back by the retry stream, while brokers
+// use that for the durable: then only the durable receives the copy, nothing is deleted for
+// it, and mirrors and sourced subjects can have their letters redriven.
 //
 // A letter is redriven once, even if the redrive is killed and repeated, or run by several
 // processes at once: a copy is not stored again while an earlier one is in the stream or
@@ -243,13 +248,19 @@ func (r *redrive) book(l DeadLetter, skip SkipReason, err error) {
 func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err error) {
 	published := false // or may be
 	defer func() { r.unfinished = r.unfinished || published && err != nil }()
-	src, err := r.source(ctx, l)
-	if err != nil {
-		return "", err
-	}
 	most := DefaultMaxRedrives
 	if r.set&optLetterMaxRedrives != 0 {
 		most = r.maxRedrives
+	}
+	v, err := r.retryRouteOf(ctx, l)
+	if err != nil {
+		return "", err
+	}
+	var src *redriveSource
+	if v == nil {
+		if src, err = r.source(ctx, l); err != nil {
+			return "", err
+		}
 	}
 	if l.Redrives >= most {
 		return SkipMaxRedrives, nil
@@ -257,6 +268,14 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err err
 	header, data, err := r.content(ctx, l)
 	if err != nil {
 		return "", err
+	}
+	if v != nil {
+		if m := v.copyOf(r.api.nc, l, header, data); m != nil {
+			return r.byRetries(ctx, l, v, m)
+		}
+		if src, err = r.source(ctx, l); err != nil {
+			return "", err
+		}
 	}
 	m := src.copyOf(l, header, data)
 	begun := time.Now()

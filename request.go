@@ -46,7 +46,7 @@ func (p *Publisher) request(ctx context.Context, e Envelope) (*Msg, error) {
 	mark, up := p.denials.mark(), p.nc.IsConnected()
 	// A handler's request uses nats.go, so that it is still answered when the application
 	// drains the connection.
-	if up && e.plain() && deliveryFrom(ctx) == nil {
+	if up && e.plain() && deliveryFrom(ctx) == nil && (p.around == nil || len(p.carried(ctx)) == 0) {
 		if r := p.inbox(); r != nil {
 			return p.askPlain(ctx, &e, r, mark)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/pprof"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -399,5 +400,55 @@ func TestStartWaitsForAStreamThatIsOffline(t *testing.T) {
 				t.Errorf("asked %+v times", &asked)
 			}
 		})
+	}
+}
+
+// The start of a thousand durables takes no more than the server's time, their pulls cost
+// no goroutine each, and they stop at once.
+func TestThousandIdleRoutes(t *testing.T) {
+	t.Parallel()
+	const routes = 1000
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "MANY", Subjects: []string{"many.*"}, Storage: jetstream.MemoryStorage})
+	handled := make(chan string, routes)
+	specs := make([]Spec, routes)
+	for i := range specs {
+		specs[i] = Route(fmt.Sprintf("many.%d", i)).Durable(fmt.Sprintf("d%d", i)).Handle(func(_ context.Context, m *Msg) error {
+			handled <- m.Subject
+			return nil
+		})
+	}
+	user := connect(t, s.ClientURL())
+	// The first request on a connection starts a goroutine that stays with it.
+	if _, err := jetStream(t, user).AccountInfo(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	label := "goroutines of " + t.Name()
+	var r *running
+	pprof.Do(t.Context(), pprof.Labels("test", label), func(context.Context) {
+		r = runBroker(t, NewBroker(user), specs...)
+	})
+	if n := labelled(t, label); n == 0 || n > 2*routes+50 {
+		t.Errorf("%d routes have %d goroutines, want at most 2 each", routes, n)
+	}
+	for _, i := range []int{0, routes / 2, routes - 1} {
+		subject := fmt.Sprintf("many.%d", i)
+		publish(t, nc, &nats.Msg{Subject: subject})
+		if got := receive(t, handled, "the message of "+subject); got != subject {
+			t.Errorf("got a message of %q, want %q", got, subject)
+		}
+	}
+	if err := r.Health(); err != nil {
+		t.Error(err)
+	}
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "no goroutine is left", func() bool { return labelled(t, label) == 0 })
+	for _, st := range r.Stats().Routes {
+		if st.Lapsed != 0 || st.Received > 1 {
+			t.Errorf("got %+v, want no message twice", st)
+		}
 	}
 }

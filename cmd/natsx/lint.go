@@ -19,7 +19,7 @@ import (
 
 const (
 	lintPatience = 30 * time.Second      // of one start
-	lintGrace    = time.Second           // for what natsx says of a new durable after its start
+	lintGrace    = time.Second / 2       // for what natsx says of a new durable after its start
 	lintDrain    = 50 * time.Millisecond // nothing is in hand; pulls that nobody answers are not waited for
 	lintDurable  = "natsx-lint"          // stands for a durable that is to be made
 )

@@ -123,6 +123,7 @@ func TestLintDurables(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.publish(t, natsx.To("orders.a").Data([]byte("x")))
+	s.runRoutes(t, 1, natsx.Route("orders.*").Durable("ordered").OrderedBy(natsx.SubjectKey()).Handle(func(context.Context, *natsx.Msg) error { return nil }))
 	before := s.durables(t)
 
 	found := lintJSON(t, s, exitPartly, "ORDERS")

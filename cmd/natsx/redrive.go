@@ -70,6 +70,9 @@ type letterFault struct {
 	Error    string `json:"error"`
 }
 
+// maxFaults is how many failures the JSON report names; it counts all.
+const maxFaults = 1000
+
 // errUnchanged is of a letter that an edit has not changed. It stays.
 var errUnchanged = errors.New("not changed by the edit")
 
@@ -93,6 +96,7 @@ func (t *tool) redrive(ctx context.Context, r *redriving, verb string, edit func
 		fates = t.table("seq", "subject", "durable", "would be")
 	}
 	unchanged := 0
+	var faults []letterFault // those of the report may all be of unchanged letters
 	report, err := q.Redrive(ctx, t.nc, natsx.WithRedriveEdit(edit), natsx.WithRedriveProgress(func(p natsx.RedriveProgress) {
 		fate := "redriven"
 		switch {
@@ -101,7 +105,12 @@ func (t *tool) redrive(ctx context.Context, r *redriving, verb string, edit func
 			fate = errUnchanged.Error()
 		case p.Err != nil:
 			fate = "failed: " + faultText(p.Err)
-			bar.line(fmt.Sprintf("letter %d: %s", p.Letter.DLQSequence, faultText(p.Err)))
+			if len(faults) < maxFaults {
+				faults = append(faults, letterFault{p.Letter.DLQSequence, faultText(p.Err)})
+			}
+			if fates == nil {
+				bar.line(fmt.Sprintf("letter %d: %s", p.Letter.DLQSequence, faultText(p.Err)))
+			}
 		case p.Skip != "":
 			fate = "skipped: " + string(p.Skip)
 		}
@@ -121,13 +130,7 @@ func (t *tool) redrive(ctx context.Context, r *redriving, verb string, edit func
 	}
 	report.Failed -= unchanged
 	if t.json {
-		j := redriveReport{report.Redriven, unchanged, report.Skipped, report.Failed, report.Skips, nil, r.dryRun}
-		for _, err := range report.Errors {
-			var l *natsx.LetterError
-			if errors.As(err, &l) && !errors.Is(err, errUnchanged) {
-				j.Errors = append(j.Errors, letterFault{l.Sequence, faultText(err)})
-			}
-		}
+		j := redriveReport{report.Redriven, unchanged, report.Skipped, report.Failed, report.Skips, faults, r.dryRun}
 		if err := t.printJSON(j); err != nil {
 			return err
 		}

@@ -147,7 +147,11 @@ type progress struct {
 }
 
 func (t *tool) progress(verb string) *progress {
-	return &progress{to: t.err, bar: isTerminal(t.err), verb: verb, drawn: time.Now()}
+	p := &progress{to: t.err, bar: isTerminal(t.err), verb: verb}
+	if !p.bar {
+		p.drawn = time.Now() // what is soon done needs one line
+	}
+	return p
 }
 
 // set shows done of total, at most as often as is of use, or always with now.

@@ -140,6 +140,19 @@ func TestTerminalConfirms(t *testing.T) {
 	s.wantLeft(t, 3, 4, 5)
 }
 
+func TestInterrupted(t *testing.T) {
+	t.Parallel()
+	s := letterSite(t, 4)
+	term := startTerminal(t, s, nil, "letters", "redrive", "dlq.orders", "-yes", "-rate", "0.01")
+	term.await("1 of 5 done") // the next one is far away
+	term.typed("\x03")
+	said := term.end(exitInterrupted)
+	if !strings.Contains(said, "redriven 1, skipped 0, failed 0\r\nnatsx: interrupted") {
+		t.Errorf("said %q", said)
+	}
+	s.wantLeft(t, 2, 3, 4, 5, 6)
+}
+
 var bars = regexp.MustCompile(`\r\x1b\[K\[(#*-*)\] +\d+ %  \d+ of (\d+) done`)
 
 func TestTerminalShowsABar(t *testing.T) {
