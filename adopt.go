@@ -12,7 +12,7 @@ import (
 
 // pinFor is how long the server keeps a pin that is not renewed. The leases of the pinned
 // client's messages end before, so that the next client receives these first.
-func pinFor(ackWait time.Duration) time.Duration { return ackWait * 3 / 2 }
+func pinFor(ackWait time.Duration) time.Duration { return 2 * ackWait }
 
 // durableDiff is one setting of an existing durable that differs from the route.
 type durableDiff struct {

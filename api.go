@@ -249,9 +249,10 @@ func newAPI(nc *nats.Conn, js jetstream.JetStream) *api {
 
 // retry is a policy for retrying transient failures.
 type retry struct {
-	limit  time.Duration        // in total, 0 for until the context ends
-	told   func(error)          // called before every further try, may be nil
-	enough func(err error) bool // reports whether to give up on a transient failure, may be nil
+	limit   time.Duration         // in total, 0 for until the context ends
+	told    func(error)           // called before every further try, may be nil
+	enough  func(err error) bool  // reports whether to give up on a transient failure, may be nil
+	explain func(err error) error // adds to what is told and returned, may be nil
 }
 
 // do calls try until it succeeds or its failure is not transient. A request during a
@@ -264,6 +265,9 @@ func (r retry) do(ctx context.Context, try func(context.Context) error) error {
 		limited, cancel := context.WithTimeout(ctx, patience(tries))
 		err := try(limited)
 		cancel()
+		if err != nil && r.explain != nil {
+			err = r.explain(err)
+		}
 		if err == nil || ctx.Err() != nil || !transient(err) || r.enough != nil && r.enough(err) ||
 			r.limit > 0 && time.Since(begun) > r.limit {
 			return err
@@ -423,21 +427,34 @@ func (a *api) get(ctx context.Context, stream string, req getRequest) (*storedMs
 	return m, nil
 }
 
-// remove deletes a message. It is no error if the message does not exist.
-func (a *api) remove(ctx context.Context, stream string, seq uint64) error {
-	err := a.ask(ctx, "STREAM.MSG.DELETE."+stream, struct {
+// remove deletes a message and reports whether this call did it. It is no error if the
+// message does not exist.
+func (a *api) remove(ctx context.Context, stream string, seq uint64) (bool, error) {
+	body, err := json.Marshal(struct {
 		Seq     uint64 `json:"seq"`
 		NoErase bool   `json:"no_erase"`
-	}{seq, true}, &struct{}{})
-	if err == nil || hasCode(err, codeStreamNotFound) {
+	}{seq, true})
+	if err != nil {
+		return false, err
+	}
+	unanswered := false
+	err = retry{limit: readPatience, enough: isStreamNotFound}.do(ctx, func(ctx context.Context) error {
+		err := a.askOnce(ctx, "STREAM.MSG.DELETE."+stream, body, &struct{}{})
+		var refused *jetstream.APIError
+		unanswered = unanswered || err != nil && !errors.As(err, &refused) && !errors.Is(err, nats.ErrNoResponders)
 		return err
+	})
+	if err == nil || isStreamNotFound(err) {
+		return err == nil, err
 	}
 	// The server has several errors for a message that does not exist.
 	if m, gone := a.get(ctx, stream, getRequest{Seq: seq}); m == nil && gone == nil {
-		return nil
+		return unanswered, nil
 	}
-	return err
+	return false, err
 }
+
+func isStreamNotFound(err error) bool { return hasCode(err, codeStreamNotFound) }
 
 // ask makes one request to the API, and retries transient failures for readPatience.
 func (a *api) ask(ctx context.Context, operation string, request, response any) error {
@@ -445,8 +462,7 @@ func (a *api) ask(ctx context.Context, operation string, request, response any) 
 	if err != nil {
 		return err
 	}
-	missing := func(err error) bool { return hasCode(err, codeStreamNotFound) }
-	return retry{limit: readPatience, enough: missing}.do(ctx, func(ctx context.Context) error { return a.askOnce(ctx, operation, body, response) })
+	return retry{limit: readPatience, enough: isStreamNotFound}.do(ctx, func(ctx context.Context) error { return a.askOnce(ctx, operation, body, response) })
 }
 
 // askStreamInfo is streamInfo with the retries of ask.

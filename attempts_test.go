@@ -153,6 +153,50 @@ func TestLostAcksAreSentAgain(t *testing.T) {
 	}
 }
 
+// What is done and whose acknowledgement the server did not get within the lease is
+// acknowledged when it comes again, whatever the handler returned, and counted then.
+func TestLateAcksAreSentAgain(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		result error
+		want   RouteStats
+	}{
+		{"handled", nil, RouteStats{Received: 2, Succeeded: 1, Lapsed: 1}},
+		{"discarded", Discard(errors.New("not wanted")), RouteStats{Received: 2, Discarded: 1, Lapsed: 1}},
+		{"dead", Permanent(errors.New("broken")), RouteStats{Received: 2, Dead: 1, Lapsed: 1}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t)
+			nc := connect(t, s.ClientURL())
+			orders(t, nc, inMemory)
+			var runs tally
+			b := NewBroker(connect(t, s.ClientURL()))
+			runBroker(t, b, Route("orders.*").Durable("d").Retry(0).AckWait(time.Second).ConfirmAcks().DLQ("dlq.x").Handle(func(_ context.Context, m *Msg) error {
+				runs.add(string(m.Data))
+				return tt.result
+			}))
+			acks := "$JS.ACK.ORDERS.d.>"
+			if err := s.GlobalAccount().AddMapping(acks, "acks.lost.>"); err != nil {
+				t.Fatal(err)
+			}
+			publishAcked(t, nc, "orders.x", "payload")
+			routeStats(t, b, "the acknowledgement is not confirmed", func(st RouteStats) bool { return st.Lapsed == 1 })
+			s.GlobalAccount().RemoveMapping(acks)
+			eventually(t, "it is settled", func() bool { return settled(t, nc, "ORDERS", "d") })
+			got := routeStats(t, b, "it is counted", func(st RouteStats) bool { return st.Succeeded+st.Discarded+st.Dead > 0 })
+			if got.Received < tt.want.Received || got.Succeeded != tt.want.Succeeded || got.Discarded != tt.want.Discarded || got.Dead != tt.want.Dead || got.Lapsed != tt.want.Lapsed {
+				t.Errorf("got %+v, want %+v", got, tt.want)
+			}
+			runs.wantOnce(t, 1)
+			if n := stored(t, nc, "DLQ"); n != int(tt.want.Dead) {
+				t.Errorf("%d letters", n)
+			}
+		})
+	}
+}
+
 // A deploy that lowers Retry below what a message has had runs it once more, and its
 // letter has the error of that run.
 func TestLoweredRetry(t *testing.T) {

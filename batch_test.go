@@ -229,38 +229,40 @@ func TestJSONBatch(t *testing.T) {
 // What was gathered is handled at a stop, and the leases of what waits are kept.
 func TestBatchKeepsWhatItGathers(t *testing.T) {
 	t.Parallel()
-	s := startServer(t)
-	nc := connect(t, s.ClientURL())
-	orders(t, nc)
-	publishMany(t, nc, 7, numbered("orders.x"))
-	var runs tally
-	var calls atomic.Int64
-	spec := Route("orders.*").Durable("d").AckWait(300*time.Millisecond).Batch(100, time.Hour).HandleBatch(func(_ context.Context, ms []*Msg) error {
-		calls.Add(1)
-		for _, m := range ms {
-			runs.add(string(m.Data))
+	const ackWait = 500 * time.Millisecond
+	undisturbed(t, ackWait, func(fault func(format string, args ...any)) {
+		s := startServer(t)
+		nc := connect(t, s.ClientURL())
+		orders(t, nc, inMemory)
+		publishMany(t, nc, 7, numbered("orders.x"))
+		var runs tally
+		spec := Route("orders.*").Durable("d").AckWait(ackWait).Batch(100, time.Hour).HandleBatch(func(_ context.Context, ms []*Msg) error {
+			for _, m := range ms {
+				runs.add(string(m.Data))
+			}
+			return nil
+		})
+		var all []*running
+		for range 2 {
+			all = append(all, runBroker(t, NewBroker(connect(t, s.ClientURL())), spec))
 		}
-		return nil
+		eventually(t, "all are gathered", func() bool { return all[0].Stats().Routes[0].Waiting+all[1].Stats().Routes[0].Waiting >= 7 })
+		<-time.After(4 * ackWait)
+		if n := consumerInfo(t, nc, "ORDERS", "d").Delivered.Consumer; n != 7 {
+			fault("%d deliveries, want 7", n)
+		}
+		for _, r := range all {
+			if err := r.stop(t); err != nil {
+				t.Error(err)
+			}
+		}
+		if runs.keys() != 7 || runs.sum() != 7 {
+			fault("%d different messages handled and %d in all, want 7", runs.keys(), runs.sum())
+		}
+		if !settled(t, nc, "ORDERS", "d") {
+			fault("not all are settled: %+v", consumerInfo(t, nc, "ORDERS", "d"))
+		}
 	})
-	var all []*running
-	for range 2 {
-		all = append(all, runBroker(t, NewBroker(connect(t, s.ClientURL())), spec))
-	}
-	eventually(t, "all are gathered", func() bool { return all[0].Stats().Routes[0].Waiting+all[1].Stats().Routes[0].Waiting == 7 })
-	began := time.Now()
-	eventually(t, "some leases are over", func() bool { return time.Since(began) > 1500*time.Millisecond })
-	if n := consumerInfo(t, nc, "ORDERS", "d").Delivered.Consumer; n != 7 {
-		t.Errorf("%d deliveries, want 7", n)
-	}
-	for _, r := range all {
-		if err := r.stop(t); err != nil {
-			t.Error(err)
-		}
-	}
-	runs.wantOnce(t, 7)
-	if !settled(t, nc, "ORDERS", "d") {
-		t.Errorf("not all are settled: %+v", consumerInfo(t, nc, "ORDERS", "d"))
-	}
 }
 
 // Several workers share a backlog, and each batch is full while it lasts.

@@ -156,9 +156,9 @@ func overlapFaults(streams []StreamSpec, specs []Spec) error {
 //
 // Transient failures (a reconnect, a leader election, a server restart) are retried
 // until ctx ends; [Broker.Health] reports them. A server without JetStream cannot be
-// distinguished from one that starts: after 10 s without an answer a route fails with
-// [ErrNoJetStream], while [WithStreams] keeps waiting. A broker runs once: another Run
-// returns [ErrAlreadyRun], unless the first was refused for faults.
+// distinguished from one that starts: log and Health say so, and after 10 s without an
+// answer Run returns [ErrNoJetStream]. A broker runs once: another Run returns
+// [ErrAlreadyRun], unless the first was refused for faults.
 func (b *Broker) Run(ctx context.Context, specs ...Spec) error {
 	if err := b.Validate(specs...); err != nil {
 		return err
@@ -347,7 +347,8 @@ func WithRetryStream(name string) Option {
 // Messages are replayed as they are stored. A redriven message (see
 // [DeadLetterQuery.Redrive]) is in the stream twice, as the original and as its copy with
 // [HeaderRedriveTo], and both are handled. A schedule, which the server keeps to publish
-// a message later, is skipped; the message that it published is not.
+// a message later, is skipped; the message that it published is not. So are the markers
+// that [RouteBuilder.Tombstones] describes.
 //
 // While Run is active the replay uses its pool, where it takes turns with the routes;
 // else it has its own pool. It also has its own if ctx is a handler's, since that handler

@@ -50,6 +50,7 @@ const (
 	optAlso
 	optAdoptChanges
 	optInactiveThreshold
+	optTombstones
 )
 
 // RouteBuilder describes where messages come from and how they are handled. It is a small
@@ -288,7 +289,7 @@ func (r RouteBuilder) Concurrency(n int) RouteBuilder {
 // that is dead-lettered does not hold up its key, and one that is redriven comes at the end
 // of its stream. A key that nothing can be ordered by is [ErrOutOfRange] or
 // [ErrInvalidName]. It needs nats-server 2.11, else [Broker.Run] returns
-// [ErrServerTooOld].
+// [ErrServerTooOld], and on a work-queue or interest stream a DLQ, else [ErrWouldLose].
 func (r RouteBuilder) OrderedBy(key OrderKey) RouteBuilder {
 	r.set |= optOrderedBy
 	r.order = key
@@ -357,7 +358,7 @@ func (r RouteBuilder) MaxAckPending(n int) RouteBuilder {
 // must name the same group; the others stand by. One of them takes over
 //
 //   - at once when the pinned one ends its Run;
-//   - one and a half AckWaits after the pinned one was killed, lost its connection or
+//   - two AckWaits after the pinned one was killed, lost its connection or
 //     paused its route with nothing in hand. The messages that it had in hand are
 //     delivered first then;
 //   - at once when another server becomes the leader of the durable, or its leader
@@ -432,6 +433,15 @@ func (r RouteBuilder) ConfirmAcks() RouteBuilder {
 func (r RouteBuilder) DLQ(subject string) RouteBuilder {
 	r.set |= optDLQ
 	r.dlq = subject
+	return r
+}
+
+// Tombstones hands the handler the markers too that the server puts in the place of a
+// subject's last message when that has expired or was deleted, on a stream with
+// SubjectDeleteMarkerTTL: they have no payload, and MaxAge, Purge or Remove in the header
+// Nats-Marker-Reason. Default is to acknowledge them unhandled.
+func (r RouteBuilder) Tombstones() RouteBuilder {
+	r.set |= optTombstones
 	return r
 }
 
@@ -735,6 +745,7 @@ var durableOptions = []struct {
 	{optPinnedBy, "pinnedBy", func(r RouteBuilder) string { return strconv.Quote(r.group) }},
 	{optConfirmAcks, "confirmAcks", func(RouteBuilder) string { return "" }},
 	{optDLQ, "dlq", func(r RouteBuilder) string { return strconv.Quote(r.dlq) }},
+	{optTombstones, "tombstones", func(RouteBuilder) string { return "" }},
 }
 
 // orderGroup is the priority group of a durable whose messages are ordered by key.

@@ -12,6 +12,9 @@ var processStart = time.Now()
 // process, never 0.
 func processTime() int64 { return int64(time.Since(processStart)) + 1 }
 
+// atProcessTime returns the time at a process time.
+func atProcessTime(at int64) time.Time { return processStart.Add(time.Duration(at - 1)) }
+
 // wait pauses for d, or until ctx ends, and reports whether ctx has not ended.
 func wait(ctx context.Context, d time.Duration) bool {
 	if d <= 0 {

@@ -83,8 +83,8 @@ func (r *durableRoute) setUp(e *env, spec Spec) {
 	r.init(e, spec, r)
 	r.alarm.ring = r.tick
 	r.puller.budget = &e.link.budget
-	r.passer.route = &r.route
-	r.letters = letterBox{route: &r.route, owner: r, passer: &r.passer}
+	r.passer.route, r.passer.key = &r.route, new(atomic.Pointer[string])
+	r.letters = letterBox{route: &r.route, owner: r}
 	if spec.route.set&optOrderedBy != 0 {
 		r.order = newSequencer(spec.route.order)
 	}
@@ -365,6 +365,7 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		return false
 	}
 	if r.history.wasHandled(w.id) {
+		r.countOutcome(r.history.settledLate(now, w.id))
 		r.recycle(w)
 		return true
 	}
@@ -436,8 +437,8 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
 	w.copy, w.again = nil, false
-	w.key, w.first, w.alone, w.marked, w.confirmed, w.outcome, w.reason = "", false, false, false, false, "", ""
-	w.began, w.ended, w.err, w.due, w.answer, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, false, 0
+	w.key, w.first, w.rests, w.alone, w.marked, w.confirmed, w.outcome, w.reason, w.late = "", false, false, false, false, false, "", "", ""
+	w.began, w.ended, w.err, w.due, w.answer, w.redrive, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
 	}
@@ -599,7 +600,7 @@ func (r *durableRoute) settleAttempt(w *work, j judgement, err error, cut bool, 
 	if w.ended >= w.ends.Load() {
 		r.lapse(w)
 		if j.verdict == verdictSuccess {
-			w.reason = reasonHandledLate
+			w.late = OutcomeSucceeded
 		}
 		r.observe(w)
 		return
@@ -615,9 +616,6 @@ func (r *durableRoute) settleAttempt(w *work, j judgement, err error, cut bool, 
 	}
 	r.carryOut(w, decide(r.spec.route, j, c))
 }
-
-// reasonHandledLate marks a work whose handler succeeded after its lease was lost.
-const reasonHandledLate Reason = "handled late"
 
 // carryOut executes the decision about an attempt.
 func (r *durableRoute) carryOut(w *work, s settlement) {
@@ -668,6 +666,9 @@ func (r *durableRoute) carryOut(w *work, s settlement) {
 	if w.number > 0 && w.copy == nil && w.due == 0 && w.outcome != OutcomeLapsed {
 		r.mover.forget(r.env.closing, w)
 	}
+	if w.outcome == OutcomeLapsed && (s.outcome == OutcomeSucceeded || s.outcome == OutcomeDiscarded) {
+		w.late = s.outcome
+	}
 	r.observe(w)
 }
 
@@ -710,7 +711,15 @@ func (r *durableRoute) leave(w *work, delay time.Duration, attempt uint32, lost 
 
 // giveBack asks the server to deliver w again after a delay.
 func (r *durableRoute) giveBack(w *work, delay time.Duration) {
+	if r.order != nil && delay > 0 && delay < unsettledRest {
+		if w.rests = r.env.intake.Err() == nil; !w.rests {
+			delay = 0 // it is another process's
+		}
+	}
 	w.due = w.ended + int64(delay)
+	if w.rests {
+		return
+	}
 	// A nak that is sent after a reconnect may end a later delivery to another process.
 	// Without one the message is redelivered when its lease ends.
 	if !r.env.link.up() {
@@ -756,20 +765,32 @@ func (r *durableRoute) settle(w *work, ack []byte) {
 // confirm sends an acknowledgement, at least once, until the server confirms it. It
 // gives up when the lease is lost, the route is over, or ctx ends.
 func (r *durableRoute) confirm(ctx context.Context, w *work, ack []byte) bool {
+	left := func() time.Duration { return time.Duration(w.ends.Load() - processTime()) }
 	pause := backoff{first: 50 * time.Millisecond, most: time.Second}
-	for tried := false; (!tried || processTime() < w.ends.Load()) && !r.over.Load(); tried = true {
-		try, cancel := context.WithTimeout(ctx, 2*time.Second)
+	for tried := false; (!tried || left() > 0) && !r.over.Load(); tried = true {
+		limit := confirmTry
+		if w.due == 0 { // else it is a nak, and giveBack has ended the lease
+			limit = min(limit, max(left(), leastConfirm))
+		}
+		try, cancel := context.WithTimeout(ctx, limit)
 		_, err := r.env.api.nc.RequestWithContext(try, w.raw.Reply, ack)
 		cancel()
 		if err == nil {
 			return true
 		}
-		if !pause.wait(ctx) {
+		if !wait(ctx, min(pause.next(), max(left(), 0))) {
 			return false
 		}
 	}
 	return false
 }
+
+// confirmTry is the timeout of one try to confirm an acknowledgement, and leastConfirm what
+// a try has at least, however soon the lease ends.
+const (
+	confirmTry   = 2 * time.Second
+	leastConfirm = 100 * time.Millisecond
+)
 
 // bookAll books finished works and plans the next pull. The pool is locked.
 func (r *durableRoute) bookAll(done []*work) pullRequest {
@@ -790,7 +811,10 @@ func (r *durableRoute) bookAll(done []*work) pullRequest {
 				other.workerFree() // it may pull again
 			}
 		}
-		if !w.held() {
+		switch {
+		case w.rests:
+			r.keepResting(w)
+		case !w.held():
 			r.book(w)
 		}
 	}
@@ -798,6 +822,19 @@ func (r *durableRoute) bookAll(done []*work) pullRequest {
 	r.window.add(now, ran)
 	r.release(now)
 	return r.plan(now)
+}
+
+// keepResting books an attempt whose message is kept until its retry is due. The pool is
+// locked.
+func (r *durableRoute) keepResting(w *work) {
+	if w.outcome == OutcomeReturned {
+		r.history.ranNothing(w.id)
+	} else {
+		r.delayed.push(w.due)
+	}
+	r.count(w)
+	r.order.rest(w)
+	r.env.pool.held++
 }
 
 // finishBatch books the messages of a batch. The pool is locked.
@@ -822,14 +859,14 @@ func (r *durableRoute) finishBatch(batch *work) (ran int) {
 func (r *durableRoute) book(w *work) {
 	switch w.outcome {
 	case OutcomeLapsed:
-		if w.reason == reasonHandledLate {
-			r.history.addHandled(w.ended, w.id)
+		if w.late != "" {
+			r.history.addLate(w.id, w.late)
 		} else if w.began == w.ended {
 			r.history.ranNothing(w.id)
 		}
 	case OutcomeReturned:
 		r.history.ranNothing(w.id)
-	case OutcomeSucceeded:
+	case OutcomeSucceeded, OutcomeDiscarded:
 		if !w.confirmed {
 			r.history.addHandled(w.ended, w.id)
 		}

@@ -34,6 +34,9 @@ const (
 // delivering new messages.
 var errAckPendingFull = errors.New("natsx: messages that wait for their retry fill MaxAckPending; raise it, shorten the backoff or use a retry stream")
 
+// errOrderStalls is the trouble of an ordered route that may not start anything.
+var errOrderStalls = errors.New("natsx: nothing is started, since messages that were delivered before are neither settled nor delivered again: another process may still handle them")
+
 // consumerTarget is the stream and consumer that a durable route found or made.
 type consumerTarget struct {
 	stream      string
@@ -170,7 +173,6 @@ func (r *durableRoute) locate(ctx context.Context) error {
 	default:
 		r.env.foundStream(info)
 		r.target.config.Store(&info.Config)
-		r.passer.created = info.Created.UnixNano()
 		if n := info.State.Msgs; n > 0 {
 			r.puller.size = int64(info.State.Bytes / n)
 		}
@@ -186,6 +188,10 @@ func (r *durableRoute) locate(ctx context.Context) error {
 			return err
 		}
 	}
+	if c != nil && c.Retention != jetstream.LimitsPolicy && spec.set&optOrderedBy != 0 && spec.dlq == "" {
+		return r.spec.fault("dlq", "", fmt.Sprintf("is missing: on the %s stream %q a dead message would stay unsettled, and hold up the order of a process that takes over",
+			strings.ToLower(c.Retention.String()), name), ErrWouldLose)
+	}
 	if c != nil && c.Retention != jetstream.LimitsPolicy && spec.set&optRetry != 0 && spec.dlq == "" {
 		return r.spec.fault("dlq", "", fmt.Sprintf("is missing: on the %s stream %q a message whose retries are used up would be deleted",
 			strings.ToLower(c.Retention.String()), name), ErrWouldLose)
@@ -194,6 +200,7 @@ func (r *durableRoute) locate(ctx context.Context) error {
 		if err := r.letters.check(ctx); err != nil {
 			return err
 		}
+		r.warnOfRedrives()
 	}
 	if r.mover == nil {
 		r.warnOfMaxAge()
@@ -231,6 +238,21 @@ func (r *durableRoute) warnOfMaxAge() {
 	if longest := longestBackoff(spec); spec.attempts() > 0 && longest > c.MaxAge || spec.attempts() == 0 && low > c.MaxAge {
 		r.env.log.Warn("natsx: retries may take longer than the stream's MaxAge; a message is then dead before its attempts are used up",
 			r.names("stream", c.Name, "max_age", c.MaxAge, "retries_take", longest)...)
+	}
+}
+
+// warnOfRedrives warns where letters could not be redriven.
+func (r *durableRoute) warnOfRedrives() {
+	c := r.target.config.Load()
+	if c == nil || r.mover != nil {
+		return
+	}
+	why := takesNoCopy(c, r.spec.route.filter)
+	if why == "" && c.MaxMsgsPerSubject > 0 && c.Discard == jetstream.DiscardOld {
+		why = fmt.Sprintf("keeps %d messages a subject; a letter is not redriven when a newer one would be deleted for it", c.MaxMsgsPerSubject)
+	}
+	if why != "" {
+		r.env.log.Warn("natsx: dead letters may not be redriven", r.names("stream", c.Name, "reason", why)...)
 	}
 }
 
@@ -291,7 +313,7 @@ func (r *durableRoute) ensureConsumer(ctx context.Context) error {
 			err = r.cannotAdopt("it is a push consumer")
 		}
 	}
-	if hasCode(err, codeWorkQueueOverlap) || hasCode(err, codeWorkQueueOneConsumer) {
+	if did == "created" && (hasCode(err, codeWorkQueueOverlap) || hasCode(err, codeWorkQueueOneConsumer)) {
 		return r.overlap(ctx, err)
 	}
 	if err != nil {
@@ -576,8 +598,12 @@ func (r *durableRoute) runCheck() {
 		r.release(now)
 		next := r.plan(now)
 		due := r.leases.due(now, r.ackWait, nil)
+		stalls := r.orderStalls(now)
 		p.mu.Unlock()
 		report()
+		if r.order != nil {
+			r.troubleIf(stalls, "order", errOrderStalls)
+		}
 		r.send(next)
 		r.env.keeper.renew(due)
 		return
@@ -716,6 +742,9 @@ func (r *durableRoute) judge(info *jetstream.ConsumerInfo) error {
 func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 	c, t := info.Config, &r.target
 	t.identity = identityOf(info, r.env.api.nc)
+	if id, known := t.identity.id, r.passer.key.Load(); r.retryOf == nil && (known == nil || *known != id) {
+		r.passer.key.Store(&id)
+	}
 	before := r.ackWait
 	if c.AckWait < before {
 		for w := r.leases.head; w != nil; w = w.next {
@@ -723,6 +752,7 @@ func (r *durableRoute) follow(info *jetstream.ConsumerInfo) (report func()) {
 		}
 	}
 	r.ackWait = c.AckWait
+	r.puller.short = c.AckWait/4 < mostStay+statusGrace
 	r.puller.limits, r.puller.group, r.puller.pinKeep = pullLimitsOf(c), r.spec.route.pinGroup(), int64(c.PinnedTTL/pinRenewals)
 	r.inactive = c.InactiveThreshold
 	checks := &r.checks

@@ -59,11 +59,12 @@ func newCoreRoute(e *env, spec Spec) *coreRoute {
 // receive is the subscription's callback. It blocks while coreQueue messages wait, so
 // that further ones wait in the subscription.
 func (r *coreRoute) receive(m *nats.Msg) {
-	d := &delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}
 	if r.isReply() {
-		r.admit(&work{delivery: d, raw: m})
+		q := &request{delivery: delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}}
+		r.admit(q, m)
 		return
 	}
+	d := &delivery{msg: Msg{Subject: m.Subject, Data: m.Data, Header: m.Header, from: r.from, reply: m}}
 	arrived := r.arrival()
 	p := r.env.pool
 	p.mu.Lock()
@@ -74,6 +75,12 @@ func (r *coreRoute) receive(m *nats.Msg) {
 		<-r.room
 		p.mu.Lock()
 	}
+	p.put(&r.lane, r.newWork(d, m, arrived))
+	p.mu.Unlock()
+}
+
+// newWork returns a work for a delivery. The pool is locked.
+func (r *coreRoute) newWork(d *delivery, m *nats.Msg, arrived int64) *work {
 	var w *work
 	if n := len(r.free); n > 0 {
 		w, r.free = r.free[n-1], r.free[:n-1]
@@ -83,8 +90,22 @@ func (r *coreRoute) receive(m *nats.Msg) {
 	w.delivery, w.raw = d, m
 	w.arrived = arrived
 	d.work = w
-	p.put(&r.lane, w)
-	p.mu.Unlock()
+	return w
+}
+
+// recycle has w used again. Nobody else may hold it; once the pool is closed abandon may.
+// The pool is locked.
+func (r *coreRoute) recycle(w *work) {
+	if r.env.pool.closed {
+		return
+	}
+	w.delivery.work = nil
+	w.delivery, w.raw, w.timed, w.err, w.answer, w.outcome, w.reason = nil, nil, nil, nil, nil, "", ""
+	w.began, w.ended, w.due = 0, 0, 0
+	w.answered.Store(false)
+	if len(r.free) < coreQueue {
+		r.free = append(r.free, w)
+	}
 }
 
 // arrival is the time for those who observe it, and else 0: the clock is not free.
@@ -96,16 +117,17 @@ func (r *coreRoute) arrival() int64 {
 }
 
 // admit queues a request, or refuses it while too many wait.
-func (r *coreRoute) admit(w *work) {
-	w.delivery.work = w
-	w.arrived = r.arrival()
-	if patience, ok := requestTimeout(w.msg.Header); ok {
-		w.due = processTime() + int64(min(patience, math.MaxInt64/2))
+func (r *coreRoute) admit(q *request, m *nats.Msg) {
+	due, arrived := int64(0), r.arrival()
+	if patience, ok := requestTimeout(m); ok {
+		due = processTime() + int64(min(patience, math.MaxInt64/2))
 	}
 	p := r.env.pool
 	var refusal error
 	p.mu.Lock()
 	r.stats.Received++
+	w := r.newWork(&q.delivery, m, arrived)
+	w.timed, w.due = &q.timed, due
 	switch {
 	case p.closed:
 		refusal = errShuttingDown
@@ -291,15 +313,9 @@ func (r *coreRoute) bookAll(done []*work) pullRequest {
 		r.mean += (float64(w.took()) - r.mean) / 16
 		if r.isReply() {
 			r.open.unlist(w)
-			r.book(w)
-			continue
 		}
 		r.book(w)
-		w.delivery.work = nil
-		w.delivery, w.raw, w.err, w.outcome, w.reason = nil, nil, nil, "", ""
-		if len(r.free) < coreQueue {
-			r.free = append(r.free, w)
-		}
+		r.recycle(w)
 	}
 	if !r.isReply() {
 		r.burst = int(min(float64(burstTurn)/2/max(r.mean, 1), maxBurst))

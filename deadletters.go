@@ -9,6 +9,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -48,6 +49,8 @@ const (
 	optLetterDurable letterOption = 1 << iota
 	optLetterReason
 	optLetterSubject
+	optLetterSequence
+	optLetterWhere
 	optLetterSince
 	optLetterUntil
 	optLetterLimit
@@ -83,6 +86,9 @@ type DeadLetterQuery struct {
 	until    instant
 	limit    int
 
+	sequences string // such as [7 12], in order
+	where     *func(DeadLetter) bool
+
 	rate        float64
 	dryRun      bool
 	maxRedrives int
@@ -101,8 +107,8 @@ func (q DeadLetterQuery) Durable(name string) DeadLetterQuery {
 	return q
 }
 
-// Reason selects the letters with one reason; an empty one is [ErrOutOfRange]. The default
-// is all.
+// Reason selects the letters with one reason. One that is not among the Reason constants is
+// [ErrOutOfRange]. The default is all.
 func (q DeadLetterQuery) Reason(r Reason) DeadLetterQuery {
 	q.set |= optLetterReason
 	q.reason = r
@@ -117,8 +123,28 @@ func (q DeadLetterQuery) Subject(filter string) DeadLetterQuery {
 	return q
 }
 
-// Since selects letters with a [DeadLetter.Time] at or after t, by the clock of the host
-// that failed. The zero time is [ErrOutOfRange]; the default is no bound.
+// Sequence selects the letters with these sequences in the DLQ's stream
+// ([DeadLetter.DLQSequence]), and reads no others. No sequence, and 0, are
+// [ErrOutOfRange]. The default is all.
+func (q DeadLetterQuery) Sequence(n ...uint64) DeadLetterQuery {
+	q.set |= optLetterSequence
+	seqs := slices.Compact(slices.Sorted(slices.Values(n)))
+	q.sequences = fmt.Sprint(seqs) // a slice would not compare
+	return q
+}
+
+// Where selects the letters for which fn returns true, after all other filters. It is
+// called on the goroutine that reads; for what is no letter it is called with what is
+// known of it. A query with it equals its own copies only. A nil fn is
+// [ErrOutOfRange]. Default is all.
+func (q DeadLetterQuery) Where(fn func(DeadLetter) bool) DeadLetterQuery {
+	q.set |= optLetterWhere
+	q.where = &fn
+	return q
+}
+
+// Since selects what died at t or later, by [DeadLetter.Time], the clock of the host
+// where it died. The zero time is [ErrOutOfRange]; default is no bound.
 func (q DeadLetterQuery) Since(t time.Time) DeadLetterQuery {
 	q.set |= optLetterSince
 	q.since = instantOf(t)
@@ -135,7 +161,8 @@ func (q DeadLetterQuery) Until(t time.Time) DeadLetterQuery {
 }
 
 // Limit ends the query after n selected letters, at least 1; messages that are not letters
-// do not count. The default is no limit.
+// do not count. Redrive and Purge count the letters that they redrive or delete: skipped
+// letters and failures do not count. The default is no limit.
 func (q DeadLetterQuery) Limit(n int) DeadLetterQuery {
 	q.set |= optLetterLimit
 	q.limit = n
@@ -191,8 +218,14 @@ func (q DeadLetterQuery) validate() error {
 	if reason := nameFault(q.durable); has(optLetterDurable) && reason != "" {
 		add("durable", strconv.Quote(q.durable), reason, ErrInvalidName)
 	}
-	if has(optLetterReason) && q.reason == "" {
-		add("reason", `""`, "must not be empty", ErrOutOfRange)
+	if has(optLetterReason) && !slices.Contains(allReasons, q.reason) {
+		add("reason", strconv.Quote(string(q.reason)), fmt.Sprintf("is none of %q", allReasons), ErrOutOfRange)
+	}
+	if has(optLetterSequence) && (q.sequences == "[]" || q.sequences == "[0]" || strings.HasPrefix(q.sequences, "[0 ")) {
+		add("sequence", q.sequences, "needs sequences, which start at 1", ErrOutOfRange)
+	}
+	if has(optLetterWhere) && *q.where == nil {
+		add("where", "nil", "needs a function", ErrOutOfRange)
 	}
 	if reason := filterFault(q.original); has(optLetterSubject) && reason != "" {
 		add("original subject", strconv.Quote(q.original), reason, ErrInvalidSubject)
@@ -228,7 +261,8 @@ func (q DeadLetterQuery) selects(l *DeadLetter) bool {
 		has(optLetterSubject) && (l.Subject == "" || !subjectMatches(q.original, l.Subject)),
 		has(optLetterSince|optLetterUntil) && l.Time.IsZero(),
 		has(optLetterSince) && l.Time.Before(q.since.time()),
-		has(optLetterUntil) && !l.Time.Before(q.until.time()):
+		has(optLetterUntil) && !l.Time.Before(q.until.time()),
+		has(optLetterWhere) && !(*q.where)(*l):
 		return false
 	}
 	return true
@@ -273,33 +307,65 @@ func (q DeadLetterQuery) open(ctx context.Context, nc *nats.Conn) (*deadLetters,
 	return d, nil
 }
 
-// all yields the selected messages. A [*LetterError] concerns one message; any other error
-// is yielded last.
+// all yields the selected messages, without the limit. A [*LetterError] concerns one
+// message; any other error is yielded last.
 func (d *deadLetters) all(ctx context.Context, headersOnly bool) iter.Seq2[DeadLetter, error] {
 	return func(yield func(DeadLetter, error) bool) {
-		left := d.limit
-		part := span{stream: d.dlq, filter: d.subject, last: d.dlq.State.LastSeq, headersOnly: headersOnly}
-		for m, err := range readSpan(ctx, d.api, part) {
+		messages := d.named(ctx)
+		if d.set&optLetterSequence == 0 {
+			headersOnly = headersOnly && d.where == nil
+			messages = readSpan(ctx, d.api, span{stream: d.dlq, filter: d.subject, last: d.dlq.State.LastSeq, headersOnly: headersOnly})
+		}
+		for m, err := range messages {
 			if err != nil {
 				yield(DeadLetter{}, err)
 				return
 			}
 			l, err := parseLetter(d.dlq.Config.Name, m)
-			if !d.selects(&l) {
-				continue
-			}
-			if !yield(l, err) {
-				return
-			}
-			if err == nil {
-				left--
-			}
-			if left == 0 && d.limit > 0 {
+			if d.selects(&l) && !yield(l, err) {
 				return
 			}
 		}
 	}
 }
+
+// named yields the messages of the sequences that the query names.
+func (d *deadLetters) named(ctx context.Context) iter.Seq2[*storedMsg, error] {
+	return func(yield func(*storedMsg, error) bool) {
+		for text := range strings.FieldsSeq(strings.Trim(d.sequences, "[]")) {
+			seq, _ := strconv.ParseUint(text, 10, 64)
+			m, err := d.api.get(ctx, d.dlq.Config.Name, getRequest{Seq: seq})
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			if m != nil && seq <= d.dlq.State.LastSeq && subjectMatches(d.subject, m.subject) && !yield(m, nil) {
+				return
+			}
+		}
+	}
+}
+
+// limited yields what the query selects, until its limit of letters.
+func (d *deadLetters) limited(ctx context.Context, headersOnly bool) iter.Seq2[DeadLetter, error] {
+	return func(yield func(DeadLetter, error) bool) {
+		letters := 0
+		for l, err := range d.all(ctx, headersOnly) {
+			if !yield(l, err) {
+				return
+			}
+			if err == nil {
+				letters++
+			}
+			if d.enough(letters) {
+				return
+			}
+		}
+	}
+}
+
+// enough reports whether so many letters are the limit.
+func (d *deadLetters) enough(letters int) bool { return d.limit > 0 && letters >= d.limit }
 
 // List yields the selected letters in the order of the DLQ, in constant memory. Each use
 // of the sequence reads the DLQ again; a break ends it at once.
@@ -314,7 +380,7 @@ func (q DeadLetterQuery) List(ctx context.Context, nc *nats.Conn) iter.Seq2[Dead
 			yield(DeadLetter{}, err)
 			return
 		}
-		d.all(ctx, false)(yield)
+		d.limited(ctx, false)(yield)
 	}
 }
 
@@ -340,7 +406,7 @@ func (q DeadLetterQuery) Count(ctx context.Context, nc *nats.Conn) (LetterCounts
 		return counts, err
 	}
 	groups := map[LetterGroup]int{}
-	for l, err := range d.all(ctx, true) {
+	for l, err := range d.limited(ctx, true) {
 		switch {
 		case errors.Is(err, ErrNotALetter):
 			counts.Foreign++
@@ -361,14 +427,16 @@ func (q DeadLetterQuery) Count(ctx context.Context, nc *nats.Conn) (LetterCounts
 	return counts, nil
 }
 
-// Purge deletes the selected letters and returns how many. Messages that are not letters
+// Purge deletes the selected letters and returns how many it deleted. Letters that another
+// purge or a redrive removes do not count. Messages that are not letters
 // stay. For a pointer letter it also releases the original, if that was left unsettled for
 // the letter: on a work queue it is deleted; on a stream with interest retention it is
 // acknowledged for the durable that failed, so that it stays while another durable needs
 // it. That needs the permission to publish to $JS.ACK.<stream>.<durable>.>.
 //
-// If it ends early, by ctx or an error, the letters deleted until then are gone. A DLQ
-// stream with DenyDelete is [ErrBadDLQ].
+// If it ends early, by ctx or an error, the letters deleted until then are gone. If the DLQ
+// stream was recreated meanwhile, the error is [ErrStreamDeleted], and none of its letters
+// are deleted. A DLQ stream with DenyDelete is [ErrBadDLQ].
 func (q DeadLetterQuery) Purge(ctx context.Context, nc *nats.Conn) (int, error) {
 	d, err := q.open(ctx, nc)
 	if err != nil {
@@ -390,11 +458,17 @@ func (q DeadLetterQuery) Purge(ctx context.Context, nc *nats.Conn) (int, error) 
 			if err := pace.wait(ctx); err != nil {
 				return purged, failure(fmt.Sprintf("dead letters of %q: purge: %s", q.subject, cause(err)), err)
 			}
-			if err := discardLetter(ctx, d.api, &l); err != nil {
+			deleted, err := discardLetter(ctx, d.api, &l)
+			if err != nil {
 				return purged, &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: err}
 			}
+			if !deleted {
+				continue
+			}
 		}
-		purged++
+		if purged++; d.enough(purged) {
+			break
+		}
 	}
 	return purged, nil
 }

@@ -519,7 +519,8 @@ func FuzzLetterHeaders(f *testing.F) {
 		}
 		// As a foreign message that has nothing but this header.
 		parseLetter("DLQ", &storedMsg{subject: "dlq.orders", seq: 1, header: original})
-		proveRedrive("ORDERS", 1, "orders.new", original, nil)
+		readCopy(original)
+		provenCopy("key", "orders.new", original, nil)
 	})
 }
 

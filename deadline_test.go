@@ -13,7 +13,7 @@ import (
 func newDeadline(t *testing.T) (c *deadlineContext, abort context.CancelCauseFunc) {
 	parent, abort := context.WithCancelCause(context.Background())
 	t.Cleanup(func() { abort(nil) })
-	return withDeadline(deliveryUnder(parent, Msg{Subject: "a"}), time.Now().Add(time.Second)), abort
+	return withDeadline(nil, deliveryUnder(parent, Msg{Subject: "a"}), time.Now().Add(time.Second)), abort
 }
 
 func closed(c context.Context) bool {

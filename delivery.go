@@ -24,8 +24,13 @@ type deadlineContext struct {
 	cancel context.CancelFunc
 }
 
-func withDeadline(d *delivery, at time.Time) *deadlineContext {
-	return &deadlineContext{delivery: d, at: at}
+// withDeadline makes the context of a delivery in c, or a new one when that is nil.
+func withDeadline(c *deadlineContext, d *delivery, at time.Time) *deadlineContext {
+	if c == nil {
+		c = &deadlineContext{}
+	}
+	c.delivery, c.at = d, at
+	return c
 }
 
 // end cancels the context once its handler has returned.
@@ -66,6 +71,16 @@ func (c *deadlineContext) Err() error {
 		return nil
 	}
 	return c.real().Err()
+}
+
+// passed reports whether the deadline has ended the context, now.
+func (c *deadlineContext) passed(now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.timed == nil {
+		return !now.Before(c.at) && c.delivery.Err() == nil
+	}
+	return c.timed.Err() == context.DeadlineExceeded
 }
 
 // Value asks the real context, so that contexts derived from c need no goroutine to
@@ -127,6 +142,7 @@ type work struct {
 	copied
 	key string // its order key; see keyedQueue
 
+	rests     bool // it is kept until its retry is due; see sequencer
 	first     bool // it is the one of its key that may run; see sequencer
 	alone     bool // it is to run in isolation
 	marked    bool // and that was recorded; see alone.go
@@ -137,6 +153,7 @@ type work struct {
 	// The attempt, written by the worker that runs it.
 	outcome  Outcome
 	reason   Reason  // of a dead message
+	late     Outcome // of one that lapsed when only its acknowledgement was missing, else empty
 	members  []*work // of a batch, which has no delivery of its own
 	shared   bool    // it is one of a batch, whose time is counted once
 	peers    int     // messages of the batch that were handled together, 0 for none
@@ -145,13 +162,21 @@ type work struct {
 	ended    int64   // when the handler returned
 	swift    bool    // ended is still the current time: nothing slow was done since
 	err      error
-	due      int64       // when its retry or replay is due, or its requester gives up
-	answer   []byte      // of a responder
-	answered atomic.Bool // the request was answered
+	due      int64            // when its retry or replay is due, or its requester gives up
+	timed    *deadlineContext // for the handler's deadline, or nil
+	answer   []byte           // of a responder
+	answered atomic.Bool      // the request was answered
 
-	letter *heldLetter // on its way to the DLQ; owned by dlq.go
-	copy   *heldCopy   // on its way to the retry stream; owned by retrystream.go
-	again  bool        // it was delivered before, and is to be moved to the retry stream
+	redrive *redriveCopy // a proven redrive for this durable; owned by passover.go
+	letter  *heldLetter  // on its way to the DLQ; owned by dlq.go
+	copy    *heldCopy    // on its way to the retry stream; owned by retrystream.go
+	again   bool         // it was delivered before, and is to be moved to the retry stream
+}
+
+// request is what a responder may keep of a request, in one allocation.
+type request struct {
+	delivery delivery
+	timed    deadlineContext
 }
 
 // copied is which message a work is, which may have come as a copy of a retry stream.

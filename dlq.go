@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"os"
 	"strconv"
@@ -31,7 +30,6 @@ const (
 type letterBox struct {
 	route   *route
 	owner   letterOwner
-	passer  *passer
 	stream  string // of the route
 	durable string
 	retries string // name of the retry stream, empty for none
@@ -241,11 +239,17 @@ func (b *letterBox) writeLetters() {
 // same id.
 func (b *letterBox) moveLetter(ctx context.Context, w *work) error {
 	r := b.route
-	if processTime() >= w.ends.Load() || r.over.Load() {
+	l := w.letter
+	lapse := func() {
 		b.owner.lapse(w)
+		if l.stored && l.msg.Header.Get(HeaderDLQPointer) == "" { // else the original must stay
+			w.late = OutcomeDead
+		}
+	}
+	if processTime() >= w.ends.Load() || r.over.Load() {
+		lapse()
 		return nil
 	}
-	l := w.letter
 	for !l.stored {
 		err := b.storeLetter(ctx, w)
 		if tooLarge(err) && l.form < letterForms-1 {
@@ -271,7 +275,7 @@ func (b *letterBox) moveLetter(ctx context.Context, w *work) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		b.owner.lapse(w)
+		lapse()
 	}
 	return nil
 }
@@ -361,7 +365,9 @@ func (b *letterBox) letter(w *work) *nats.Msg {
 	if b.retries != "" {
 		core.Set(HeaderDLQRetryStream, b.retries)
 	}
-	maps.Copy(core, b.passer.redriveHeaders(w.raw))
+	if c := w.redrive; c != nil {
+		core[HeaderDLQRedrives], core[HeaderDLQOriginal] = []string{strconv.Itoa(c.count)}, []string{c.original.String()}
+	}
 	why := nats.Header{HeaderDLQError: {headerText(l.text, maxLetterError)}}
 	if panicked, ok := errors.AsType[*PanicError](w.err); ok && len(panicked.Stack) > 0 {
 		why.Set(HeaderDLQStack, headerText(string(panicked.Stack), maxLetterStack))

@@ -35,6 +35,7 @@ type engine struct {
 
 	stateMu   sync.Mutex
 	state     string          // for Health, empty when all is well
+	waitsFor  error           // what keeps the broker from its start, or nil
 	claimed   map[string]Spec // by stream and durable
 	replays   map[*replay]struct{}
 	noReplays bool // the drain has begun
@@ -127,9 +128,10 @@ func (e *engine) prepare() bool {
 	}
 	for _, s := range e.streams {
 		e.markFound(s.name)
-		if err := s.forLetters(e.specs).ensure(e.intake, e.api, e.log); err != nil && e.intake.Err() == nil {
+		if err := s.forLetters(e.specs).ensureBy(e.intake, e.api, e.log, e.waiting); err != nil && e.intake.Err() == nil {
 			e.note(err)
 		}
+		e.setWaitsFor(nil)
 	}
 	if e.failed() {
 		e.endIntake()
@@ -184,6 +186,23 @@ func (e *engine) locateRetries() bool {
 		}
 		return nil
 	})
+}
+
+// waiting is the policy of retries of a stream that is ensured; the health says what the
+// broker waits for.
+func (e *engine) waiting(a *api, policy retry) retry {
+	told := policy.told
+	policy.told = func(err error) {
+		e.setWaitsFor(err)
+		told(err)
+	}
+	return e.starting(a, policy)
+}
+
+func (e *engine) setWaitsFor(err error) {
+	e.stateMu.Lock()
+	defer e.stateMu.Unlock()
+	e.waitsFor = err
 }
 
 // open starts every route, and reports whether all receive.
@@ -502,6 +521,9 @@ func (e *engine) health() error {
 	if e.state != "" {
 		errs = append(errs, errors.New("natsx: broker "+e.state))
 	}
+	if e.waitsFor != nil {
+		errs = append(errs, e.waitsFor)
+	}
 	e.stateMu.Unlock()
 	e.mu.Lock()
 	errs = append(errs, e.failures...)
@@ -568,6 +590,9 @@ func (h *hungWatch) look(now int64) {
 	hung := all
 	h.mu.Lock()
 	for w := range p.workers {
+		if w.lane == nil {
+			continue
+		}
 		since, known := h.since[w]
 		if !known || since.turn != w.turns {
 			since = hungWork{w.turns, now}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,8 +18,9 @@ import (
 )
 
 // StreamConflictError is an existing stream that cannot be changed to the description.
-// Nothing was changed, unless a Reason says that the server did not apply an option, since
-// it is too old. It matches [ErrStreamConflict].
+// Nothing was changed, unless a Reason says that the server did not apply an option. If it
+// is too old for that, the error is also [ErrServerTooOld]. It matches
+// [ErrStreamConflict].
 type StreamConflictError struct {
 	Stream string       // its name
 	Diffs  []StreamDiff // every difference at fault, in the order of the setters' declaration
@@ -63,6 +66,12 @@ func (e *StreamConflictError) Unwrap() []error {
 // that are set and differ; all others are unchanged. [Stream] documents the defaults. It
 // is idempotent, and several processes may call it at the same time.
 //
+// Processes that change a stream at the same time do so one after another, so that no
+// change is lost. To that end Ensure creates a consumer named natsx-ensure on the stream,
+// which receives no messages, and deletes it again. If that is not possible, as on a work
+// queue or without the permission, it reads the stream again for a few tenths of a second
+// and repeats a change that was lost.
+//
 // A change that the server does not allow, or a lower limit that would delete stored
 // messages, is refused with a [*StreamConflictError], which matches [ErrStreamConflict];
 // nothing is changed then.
@@ -92,6 +101,11 @@ func (s StreamSpec) Ensure(ctx context.Context, nc *nats.Conn) error {
 // ensure is Ensure for a description that was validated, with another logger. a is used
 // unless the description names another JetStream.
 func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error {
+	return s.ensureBy(ctx, a, log, func(_ *api, policy retry) retry { return policy })
+}
+
+// ensureBy is ensure with its policy of retries changed by change.
+func (s StreamSpec) ensureBy(ctx context.Context, a *api, log *slog.Logger, change func(*api, retry) retry) error {
 	if s.js != (apiChoice{}) {
 		js, err := s.js.jetStream(a.nc)
 		if err != nil {
@@ -99,97 +113,254 @@ func (s StreamSpec) ensure(ctx context.Context, a *api, log *slog.Logger) error 
 		}
 		a = newAPI(a.nc, js)
 	}
+	e := &ensuring{StreamSpec: s, api: a, lock: streamLock{api: a, stream: s.name}}
 	tries := 0
-	var report streamReport
-	err := retry{told: func(err error) {
+	policy := change(a, retry{told: func(err error) {
 		if tries++; tries == 3 { // earlier failures may be caused by other processes that start
 			log.Warn("natsx: stream cannot be ensured, trying again", "stream", s.name, "error", err)
 		}
-	}}.do(ctx, func(ctx context.Context) (err error) {
-		report, err = s.ensureOnce(ctx, a)
-		return err
-	})
-	if err == nil {
-		report.log(log)
+	}})
+	for unchanged := 0; ; {
+		e.changed = false
+		err := e.once(ctx, policy)
+		var overtaken *overtakenError
+		if errors.As(err, &overtaken) {
+			if err = overtaken.err; wait(ctx, rand.N(settlePause)) {
+				continue
+			}
+		}
+		if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+			return fmt.Errorf("%w: %w", err, ctx.Err())
+		}
+		if err != nil {
+			return err
+		}
+		if !e.unlocked {
+			break
+		}
+		// Another process may write over it what it has read before: see that it stays.
+		if unchanged++; e.changed {
+			unchanged = 0
+		}
+		if unchanged == settledLooks || !wait(ctx, settlePause/2+rand.N(settlePause)) {
+			break
+		}
 	}
-	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
-		return fmt.Errorf("%w: %w", err, ctx.Err())
-	}
-	return err
+	e.report.log(log)
+	return nil
 }
 
-// ensureOnce is one attempt of ensure. If another process interferes between its requests,
-// the error is transient, and the next attempt sees the result.
-func (s StreamSpec) ensureOnce(ctx context.Context, a *api) (report streamReport, err error) {
-	js := a.js
-	var stream jetstream.Stream
-	request := func(verb, operation string, do func(context.Context) (jetstream.Stream, error)) error {
-		err := a.once(ctx, operation+"."+s.name, func(ctx context.Context) error {
-			got, err := do(ctx)
-			if err == nil {
-				stream = got
-			}
-			return err
-		})
-		if err == nil {
-			return nil
-		}
-		err = closedCause(err)
-		return failure(fmt.Sprintf("%s stream %q: %s", verb, s.name, cause(err)), err)
-	}
+const (
+	// settledLooks is how often a change that was made without a lock must be seen to
+	// stay, after pauses of settlePause.
+	settledLooks = 3
+	settlePause  = 100 * time.Millisecond
+)
 
-	err = request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
-		return js.Stream(ctx, s.name)
+// ensuring is one run of ensure.
+type ensuring struct {
+	StreamSpec
+	api      *api
+	lock     streamLock
+	changed  bool                    // by the last attempt
+	unlocked bool                    // a change was made without the lock
+	before   *jetstream.StreamConfig // when a change was last refused
+	report   streamReport            // of what was done
+}
+
+// overtakenError is a change that was refused or did not come out as it was made,
+// perhaps since somebody else had changed the stream meanwhile.
+type overtakenError struct{ err error }
+
+func (e *overtakenError) Error() string { return e.err.Error() }
+
+// judge is the end of a change of a stream that was as told before it. A failure counts
+// when it is the same once more.
+func (e *ensuring) judge(before *jetstream.StreamConfig, err error) error {
+	known := e.before
+	if e.before = before; err == nil || known != nil && reflect.DeepEqual(known, before) {
+		return err
+	}
+	return &overtakenError{err}
+}
+
+// request makes one request about the stream.
+func (e *ensuring) request(ctx context.Context, verb, operation string, do func(context.Context) (jetstream.Stream, error)) (stream jetstream.Stream, err error) {
+	err = e.api.once(ctx, operation+"."+e.name, func(ctx context.Context) error {
+		stream, err = do(ctx)
+		return err
 	})
-	if errors.Is(err, jetstream.ErrStreamNotFound) {
-		cfg := jetstream.StreamConfig{Name: s.name}
-		s.apply(&cfg)
-		if s.letters {
-			cfg.Discard = jetstream.DiscardNew
+	if err != nil {
+		err = closedCause(err)
+		return nil, failure(fmt.Sprintf("%s stream %q: %s", verb, e.name, cause(err)), err)
+	}
+	return stream, nil
+}
+
+func (e *ensuring) lookUp(ctx context.Context) (jetstream.Stream, error) {
+	return e.request(ctx, "look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
+		return e.api.js.Stream(ctx, e.name)
+	})
+}
+
+// once brings the stream to what was described. What another process does between its
+// requests ends in an error that passes, and the next attempt sees it.
+func (e *ensuring) once(ctx context.Context, policy retry) error {
+	var stream jetstream.Stream
+	differs := false
+	look := func(ctx context.Context) (err error) {
+		stream, err = e.lookUp(ctx)
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			differs = false
+			return e.create(ctx)
 		}
-		err = request("create", "STREAM.CREATE", func(ctx context.Context) (jetstream.Stream, error) {
-			return js.CreateStream(ctx, cfg)
-		})
-		if err != nil {
-			return report, err
+		if err == nil {
+			differs, err = e.compare(ctx, stream)
 		}
-		return streamReport{did: "created", info: stream.CachedInfo()}, s.verify(stream.CachedInfo().Config)
+		return err
+	}
+	if err := policy.do(ctx, look); err != nil || !differs {
+		return err
+	}
+	locked := e.lock.take(ctx, &stream.CachedInfo().Config)
+	if locked {
+		defer e.lock.release(ctx)
+	}
+	return policy.do(ctx, func(ctx context.Context) error {
+		if err := look(ctx); err != nil || !differs {
+			return err
+		}
+		return e.update(ctx, stream, locked && e.lock.valid())
+	})
+}
+
+func (e *ensuring) create(ctx context.Context) error {
+	cfg := jetstream.StreamConfig{Name: e.name}
+	e.apply(&cfg)
+	if e.letters {
+		cfg.Discard = jetstream.DiscardNew
+	}
+	stream, err := e.request(ctx, "create", "STREAM.CREATE", func(ctx context.Context) (jetstream.Stream, error) {
+		return e.api.js.CreateStream(ctx, cfg)
+	})
+	if hasCode(err, codeSubjectOverlap) {
+		if taken := e.taken(ctx, cfg.Subjects); taken != "" {
+			return failure(fmt.Sprintf("create stream %q: %s", e.name, taken), err)
+		}
+	}
+	if old := e.tooOld(err, e.api.nc.ConnectedServerVersion()); old != nil {
+		return old
 	}
 	if err != nil {
-		return report, err
+		return err
 	}
+	e.report = streamReport{did: "created", info: stream.CachedInfo()}
+	return e.verify(stream.CachedInfo().Config, e.api.nc.ConnectedServerVersion())
+}
 
+// compare reports whether the stream is to be changed. What must not be changed is a
+// [*StreamConflictError].
+func (e *ensuring) compare(ctx context.Context, stream jetstream.Stream) (differs bool, err error) {
 	info := stream.CachedInfo()
 	next := info.Config
-	s.apply(&next)
-	diffs := s.differences(info.Config, next)
+	e.apply(&next)
+	diffs := e.differences(info.Config, next)
 	if len(diffs) == 0 {
-		return streamReport{did: "found", info: info}, nil
+		if e.report.did == "" {
+			e.report = streamReport{did: "found", info: info}
+		}
+		return false, nil
 	}
 	if next.MaxMsgsPerSubject > 0 && slices.ContainsFunc(diffs, func(d StreamDiff) bool { return d.Field == "maxMsgsPerSubject" }) {
-		existing := stream
-		err := request("look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
-			info, err = existing.Info(ctx, jetstream.WithSubjectFilter(">"))
-			return existing, err
+		_, err := e.request(ctx, "look up", "STREAM.INFO", func(ctx context.Context) (jetstream.Stream, error) {
+			info, err = stream.Info(ctx, jetstream.WithSubjectFilter(">"))
+			return stream, err
 		})
 		if err != nil {
-			return report, err
+			return true, err
 		}
 	}
 	if refused := refuse(diffs, info, next); len(refused) > 0 {
-		return report, &StreamConflictError{Stream: s.name, Diffs: refused}
+		return true, &StreamConflictError{Stream: e.name, Diffs: refused}
 	}
-	err = request("update", "STREAM.UPDATE", func(ctx context.Context) (jetstream.Stream, error) {
-		return js.UpdateStream(ctx, next)
+	return true, nil
+}
+
+// update changes a stream that was compared, and reads back what became of it.
+func (e *ensuring) update(ctx context.Context, stream jetstream.Stream, locked bool) error {
+	have := stream.CachedInfo().Config
+	next := have
+	e.apply(&next)
+	stream, err := e.request(ctx, "update", "STREAM.UPDATE", func(ctx context.Context) (jetstream.Stream, error) {
+		return e.api.js.UpdateStream(ctx, next)
 	})
+	if old := e.tooOld(err, e.api.nc.ConnectedServerVersion()); old != nil {
+		return old
+	}
 	var refusal *jetstream.APIError
 	if errors.As(err, &refusal) && !transient(err) {
-		return report, &StreamConflictError{Stream: s.name, Diffs: diffs, Err: refusal}
+		diffs := e.differences(have, next)
+		if hasCode(err, codeSubjectOverlap) {
+			for i := range diffs {
+				if diffs[i].Field == "subjects" {
+					diffs[i].Reason = e.taken(ctx, next.Subjects)
+				}
+			}
+		}
+		return e.judge(&have, &StreamConflictError{Stream: e.name, Diffs: diffs, Err: refusal})
 	}
 	if err != nil {
-		return report, err
+		return err
 	}
-	return streamReport{did: "changed", info: stream.CachedInfo(), diffs: diffs}, s.verify(stream.CachedInfo().Config)
+	e.changed, e.unlocked = true, e.unlocked || !locked
+	e.report = streamReport{did: "changed", info: stream.CachedInfo(), diffs: e.differences(have, next)}
+	return e.judge(&have, e.verify(stream.CachedInfo().Config, e.api.nc.ConnectedServerVersion()))
+}
+
+// tooOld is the error of a server that refused a configuration, since it does not know
+// an option that was set, or nil. An older one drops what it does not know.
+func (s StreamSpec) tooOld(refusal error, version string) error {
+	if !hasCode(refusal, codeInvalidJSON) {
+		return nil
+	}
+	var old []string
+	for _, f := range streamFields {
+		if minor := neededMinor[f.name]; s.set&f.opt != 0 && minor > 0 && olderThan(version, 2, minor) {
+			old = append(old, f.name+" "+needs(minor, version))
+		}
+	}
+	if len(old) == 0 {
+		return nil
+	}
+	return failure(fmt.Sprintf("stream %q: %s", s.name, strings.Join(old, "; ")), ErrServerTooOld, ErrStreamConflict, refusal)
+}
+
+func needs(minor int, version string) string {
+	return fmt.Sprintf("needs nats-server 2.%d, this is %s", minor, version)
+}
+
+// taken names the other stream that has one of the subjects, or nothing when it cannot
+// be found out.
+func (e *ensuring) taken(ctx context.Context, subjects []string) string {
+	for _, subject := range subjects {
+		names, _ := e.api.streamNames(ctx, subject)
+		for _, name := range names {
+			if name == e.name {
+				continue
+			}
+			its := ""
+			if info, err := e.api.streamInfo(ctx, name); err == nil {
+				for _, s := range info.Config.Subjects {
+					if subjectsOverlap(s, subject) {
+						its = fmt.Sprintf(", which has %q", s)
+						break
+					}
+				}
+			}
+			return fmt.Sprintf("subject %q overlaps with stream %q%s: a subject belongs to one stream, so take it from one of the two", subject, name, its)
+		}
+	}
+	return ""
 }
 
 // streamReport is what was done with a stream, for the log.
@@ -209,18 +380,37 @@ func (r streamReport) log(log *slog.Logger) {
 
 // verify compares the server's result with the description: an older server ignores
 // options that it does not know.
-func (s StreamSpec) verify(got jetstream.StreamConfig) error {
+func (s StreamSpec) verify(got jetstream.StreamConfig, version string) error {
 	next := got
 	s.apply(&next)
 	diffs := s.differences(got, next)
 	if len(diffs) == 0 {
 		return nil
 	}
+	var tooOld []string
 	for i := range diffs {
-		diffs[i].Reason = "the server did not apply it"
+		d := &diffs[i]
+		d.Reason = "the server did not apply it"
+		minor := neededMinor[d.Field]
+		if minor == 0 {
+			continue
+		}
+		d.Reason = needs(minor, version)
+		if !olderThan(version, 2, minor) {
+			d.Reason += ", and that of the stream seems to be older"
+		}
+		tooOld = append(tooOld, d.Field+" "+d.Reason)
 	}
-	return &StreamConflictError{Stream: s.name, Diffs: diffs}
+	conflict := &StreamConflictError{Stream: s.name, Diffs: diffs}
+	if len(tooOld) == 0 {
+		return conflict
+	}
+	return failure(fmt.Sprintf("stream %q: %s", s.name, strings.Join(tooOld, "; ")), ErrServerTooOld, conflict)
 }
+
+// neededMinor is the first version of the server, 2.x, that knows an option, where not
+// all do that natsx works with.
+var neededMinor = map[string]int{"allowMsgTTL": 11, "allowMsgSchedules": 12, "allowAtomicPublish": 12, "allowBatchPublish": 14}
 
 // refuse returns the diffs that the server does not allow, or that would delete messages,
 // each with its reason.

@@ -356,6 +356,119 @@ func TestEnsureByTenAtOnce(t *testing.T) {
 	}
 }
 
+// Ten processes that each set another option at the same time: no change is lost.
+func TestEnsureOfOtherOptionsAtOnce(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name   string
+		url    func(t *testing.T) string
+		base   jetstream.StreamConfig
+		rounds int
+	}{
+		{name: "one server", rounds: 3},
+		{name: "cluster", url: func(t *testing.T) string { return startCluster(t).url() }, base: jetstream.StreamConfig{Replicas: 3}, rounds: 1},
+		{name: "interest", base: jetstream.StreamConfig{Retention: jetstream.InterestPolicy}, rounds: 1},
+		{name: "work queue", base: jetstream.StreamConfig{Retention: jetstream.WorkQueuePolicy}, rounds: 1},
+		{name: "no room for a lock", base: jetstream.StreamConfig{MaxConsumers: 1}, rounds: 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			var url string
+			if tc.url != nil {
+				url = tc.url(t)
+			} else {
+				url = startServer(t).ClientURL()
+			}
+			var conns []*nats.Conn
+			for range 10 {
+				conns = append(conns, connect(t, url))
+			}
+			for round := range tc.rounds {
+				cfg := tc.base
+				cfg.Name = fmt.Sprint("S", round)
+				s := createStream(t, conns[0], cfg)
+				if cfg.MaxConsumers > 0 {
+					if _, err := s.CreateConsumer(testContext(t), jetstream.ConsumerConfig{Durable: "only"}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				base := Stream(cfg.Name)
+				specs := []StreamSpec{
+					base.MaxAge(time.Hour), base.MaxBytes(1 << 20), base.MaxMsgs(1000), base.MaxMsgsPerSubject(100), base.MaxMsgSize(1000),
+					base.Description("x"), base.AllowMsgTTL(), base.AllowDirect(), base.DedupWindow(time.Minute), base.Compression(jetstream.S2Compression),
+				}
+				start := make(chan struct{})
+				errs := make([]error, len(specs))
+				var wg sync.WaitGroup
+				for i, spec := range specs {
+					wg.Go(func() {
+						<-start
+						errs[i] = spec.Ensure(testContext(t), conns[i])
+					})
+				}
+				close(start)
+				wg.Wait()
+				if err := errors.Join(errs...); err != nil {
+					t.Fatal(err)
+				}
+				got := streamConfig(t, conns[0], cfg.Name)
+				for _, spec := range specs {
+					if err := spec.verify(got, "2.15.2"); err != nil {
+						t.Errorf("round %d: a change is gone: %v", round, err)
+					}
+				}
+				want := 0
+				if cfg.MaxConsumers > 0 {
+					want = 1
+				}
+				if n := consumers(t, conns[0], cfg.Name); n != want {
+					t.Errorf("%d consumers are left", n)
+				}
+			}
+		})
+	}
+}
+
+// The lock of a process that was killed is waited for until it ends.
+func TestEnsureAfterAKilledOne(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	s := createStream(t, nc, jetstream.StreamConfig{Name: "S", ConsumerLimits: jetstream.StreamConsumerLimits{InactiveThreshold: time.Second}})
+	lock := streamLock{api: newAPI(nc, jetStream(t, nc)), stream: "S"}
+	if !lock.take(testContext(t), &s.CachedInfo().Config) {
+		t.Fatal("a free lock is not taken")
+	}
+	again := streamLock{api: lock.api, stream: "S"}
+	short, cancel := context.WithTimeout(testContext(t), 50*time.Millisecond)
+	defer cancel()
+	if again.take(short, &s.CachedInfo().Config) {
+		t.Error("two hold the lock")
+	}
+	if err := Stream("S").MaxMsgs(5).Ensure(testContext(t), nc); err != nil {
+		t.Error(err)
+	}
+	if got := streamConfig(t, nc, "S").MaxMsgs; got != 5 {
+		t.Errorf("max messages %d, want 5", got)
+	}
+}
+
+// A subject of another stream is named, and so is the stream.
+func TestEnsureNamesTheOtherStream(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	createStream(t, nc, jetstream.StreamConfig{Name: "ORDERS", Subjects: []string{"other", "orders.*"}})
+	createStream(t, nc, jetstream.StreamConfig{Name: "BILLS", Subjects: []string{"bills"}})
+	const want = `subject "orders.>" overlaps with stream "ORDERS", which has "orders.*"`
+	err := Stream("NEW").Subjects("new", "orders.>").Ensure(testContext(t), nc)
+	if !hasCode(err, codeSubjectOverlap) || !strings.Contains(err.Error(), `natsx: create stream "NEW": `+want) || errors.Is(err, ErrStreamConflict) {
+		t.Errorf("create: got %v, want %s", err, want)
+	}
+	err = Stream("BILLS").Subjects("bills", "orders.>").Ensure(testContext(t), nc)
+	if !hasCode(err, codeSubjectOverlap) || !strings.Contains(err.Error(), want) || !errors.Is(err, ErrStreamConflict) {
+		t.Errorf("update: got %v, want %s", err, want)
+	}
+}
+
 // tracedJetStream reports each request sent.
 func tracedJetStream(t *testing.T, nc *nats.Conn) (jetstream.JetStream, <-chan string) {
 	t.Helper()
@@ -543,14 +656,44 @@ func TestStreamPasses(t *testing.T) {
 // it does not know.
 func TestStreamVerify(t *testing.T) {
 	t.Parallel()
-	spec := Stream("S").AllowBatchPublish().AllowDirect().MaxMsgs(5)
-	err := spec.verify(jetstream.StreamConfig{Name: "S", AllowDirect: true, MaxMsgs: 5})
-	const want = `natsx: stream "S" exists with other settings: allowBatchPublish is false, not true: the server did not apply it`
-	if !errors.Is(err, ErrStreamConflict) || err.Error() != want {
+	spec := Stream("S").AllowMsgTTL().AllowBatchPublish().AllowDirect().MaxMsgs(5)
+	got := jetstream.StreamConfig{Name: "S", AllowDirect: true, MaxMsgs: 5}
+	for version, want := range map[string]string{
+		"2.12.15": `natsx: stream "S": allowMsgTTL needs nats-server 2.11, this is 2.12.15, and that of the stream seems to be older; allowBatchPublish needs nats-server 2.14, this is 2.12.15`,
+		"2.10.29": `natsx: stream "S": allowMsgTTL needs nats-server 2.11, this is 2.10.29; allowBatchPublish needs nats-server 2.14, this is 2.10.29`,
+	} {
+		err := spec.verify(got, version)
+		var conflict *StreamConflictError
+		if !errors.Is(err, ErrServerTooOld) || !errors.Is(err, ErrStreamConflict) || !errors.As(err, &conflict) || len(conflict.Diffs) != 2 || err.Error() != want {
+			t.Errorf("verify = %v, want %s", err, want)
+		}
+	}
+	got.AllowMsgTTL, got.AllowBatchPublish, got.MaxMsgs = true, true, 4
+	const want = `natsx: stream "S" exists with other settings: maxMsgs is 4, not 5: the server did not apply it`
+	if err := spec.verify(got, "2.15.2"); !errors.Is(err, ErrStreamConflict) || errors.Is(err, ErrServerTooOld) || err.Error() != want {
 		t.Errorf("verify = %v, want %s", err, want)
 	}
-	if err := spec.verify(jetstream.StreamConfig{AllowDirect: true, MaxMsgs: 5, AllowBatchPublish: true}); err != nil {
+	got.MaxMsgs = 5
+	if err := spec.verify(got, "2.15.2"); err != nil {
 		t.Errorf("verify = %v, want nil", err)
+	}
+}
+
+// A server of 2.12 refuses what it does not know.
+func TestStreamOfAnUnknownOption(t *testing.T) {
+	t.Parallel()
+	spec := Stream("S").AllowMsgTTL().AllowBatchPublish()
+	refusal := error(&jetstream.APIError{Code: 400, ErrorCode: codeInvalidJSON})
+	err := spec.tooOld(refusal, "2.12.15")
+	if want := `natsx: stream "S": allowBatchPublish needs nats-server 2.14, this is 2.12.15`; err == nil || err.Error() != want ||
+		!errors.Is(err, ErrServerTooOld) || !errors.Is(err, ErrStreamConflict) || !hasCode(err, codeInvalidJSON) {
+		t.Errorf("got %v, want %s", err, want)
+	}
+	if err := spec.tooOld(refusal, "2.15.2"); err != nil {
+		t.Errorf("got %v of a server that knows all", err)
+	}
+	if err := spec.tooOld(&jetstream.APIError{Code: 500, ErrorCode: 10052}, "2.12.15"); err != nil {
+		t.Errorf("got %v for another refusal", err)
 	}
 }
 

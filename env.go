@@ -2,6 +2,7 @@ package natsx
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -17,6 +18,10 @@ import (
 // DrainGrace is how long handlers may still run after the drain timeout has cancelled
 // their contexts.
 const DrainGrace = 2 * time.Second
+
+// startPatience is how long a start waits for JetStream to answer. A server without
+// JetStream does not answer either.
+const startPatience = 10 * time.Second
 
 // settings are the options of a broker that its routes and replays use.
 type settings struct {
@@ -104,6 +109,29 @@ func (e *env) close() {
 	e.endClosing()
 	e.abortHandlers(context.Canceled)
 	e.link.close()
+}
+
+// starting is the policy r for calls of the JetStream API of something that starts. It
+// gives up if JetStream does not answer for startPatience on a connection that is up.
+func (e *env) starting(a *api, r retry) retry {
+	silent := func(err error) bool { return errors.Is(err, nats.ErrNoResponders) && e.link.up() }
+	var since time.Time // when it did not answer for the first time
+	enough := r.enough
+	r.enough = func(err error) bool {
+		if !silent(err) {
+			since = time.Time{}
+		} else if since.IsZero() {
+			since = time.Now()
+		}
+		return !since.IsZero() && time.Since(since) > startPatience || enough != nil && enough(err)
+	}
+	r.explain = func(err error) error {
+		if !silent(err) {
+			return err
+		}
+		return failure(fmt.Sprintf("JetStream is not enabled, or its server is starting: no answer on %q: %s", a.prefix, cause(err)), ErrNoJetStream, err)
+	}
+	return r
 }
 
 // spawn starts a goroutine that a drain waits for.

@@ -349,3 +349,6 @@ func (e *Envelope) hasHeader(name string) bool {
 
 // carriedHeaders are copied from a handled message to what its handler publishes.
 var carriedHeaders = []string{"traceparent", "tracestate", "baggage", "Correlation-Id"}
+
+// plain reports whether the envelope has a subject and a payload and no more.
+func (e *Envelope) plain() bool { return len(e.headers) == 0 && e.contentType == "" && e.set == 0 }

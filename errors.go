@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/nats-io/nats.go"
 )
 
 // Faults of a description: of a route, a replay, a stream, an envelope, a query of dead
@@ -38,7 +41,8 @@ var (
 	ErrDuplicateDurable = errors.New("natsx: durable used twice on one stream")
 	// ErrDLQLoop is a dead letter subject that the route itself consumes.
 	ErrDLQLoop = errors.New("natsx: dead letters would come back to their route")
-	// ErrNotSupported is an option that this version does not implement yet.
+	// ErrNotSupported is an option that this version knows and does not implement; at present
+	// there is none.
 	ErrNotSupported = errors.New("natsx: not supported by this version")
 )
 
@@ -183,7 +187,8 @@ var (
 	// ErrNoResponders is a request to a subject without subscribers.
 	ErrNoResponders = errors.New("natsx: no responders")
 	// ErrTimeout is a request that was not answered, or a publish that was not
-	// acknowledged, in time. The error is also [context.DeadlineExceeded].
+	// acknowledged, in time. The error is also [context.DeadlineExceeded], unless the
+	// responder of a request answered with code 504: then it is a [*ReplyError].
 	ErrTimeout = errors.New("natsx: timeout")
 	// ErrWouldLose is a route whose dead messages would be deleted: it has Retry
 	// and no DLQ on a work-queue or interest stream.
@@ -192,6 +197,9 @@ var (
 	// [ErrNoStream]), or several do, or whose stream cannot keep letters; see
 	// [RouteBuilder.DLQ]. From a redrive or purge it is a DLQ that denies deletion.
 	ErrBadDLQ = errors.New("natsx: dead letters would not be kept")
+	// ErrWouldEvict is a letter that is not redriven, since the stream would delete a newer
+	// message for the copy.
+	ErrWouldEvict = errors.New("natsx: would evict a newer message")
 	// ErrBadRetryStream is a stream in which the retries of [WithRetryStream] could be lost;
 	// the [*StreamError] around it names the setting.
 	ErrBadRetryStream = errors.New("natsx: retries would not be kept")
@@ -206,7 +214,8 @@ var (
 	// or its stream, was recreated. From a redrive it is a letter whose durable no longer
 	// exists.
 	ErrConsumerDeleted = errors.New("natsx: consumer deleted")
-	// ErrStreamDeleted is a stream that was deleted while its route or replay ran.
+	// ErrStreamDeleted is a stream that was deleted while its route or replay ran, or a
+	// DLQ's while its letters were redriven or purged, also when it was recreated.
 	ErrStreamDeleted = errors.New("natsx: stream deleted")
 	// ErrPermission is a permission that the connection's user lacks at the server. The
 	// error is a [*PermissionError], which names the subject, except for streams.
@@ -367,6 +376,19 @@ type ReplyError struct {
 	Code    int    // such as 404; 0 if the code is not a number
 	Message string // the responder's message
 	RawCode string // the code as it was sent; other services may send any text
+
+	// Data is the body that a responder sends with the error, in place of the data that it
+	// returns. In a received error it is empty, since it is in the message that is returned
+	// with it, except for [RequestJSON], which returns no message.
+	Data []byte
+	// Header are the headers that a responder sends with the error, in addition to
+	// [Msg.ReplyHeader]. In a received error they are where Data is.
+	Header nats.Header
+}
+
+// Is reports that a responder that exceeded its deadline (code 504) is an [ErrTimeout].
+func (e *ReplyError) Is(target error) bool {
+	return target == ErrTimeout && e.Code == http.StatusGatewayTimeout
 }
 
 // Error returns code and message.
@@ -386,7 +408,8 @@ func (e *ReplyError) code() string {
 // defined by the application; HTTP status codes are usual. An empty message is sent as
 // "error". Every other error of a responder is answered as 500 "internal error", except
 // a payload that does not decode as 400, one above the limit of a [LimitCodec] as 413,
-// and an exceeded deadline as 504.
+// and an exceeded deadline as 504. A [*ReplyError] made by the application may also have
+// a body and headers.
 func Fail(code int, message string) error { return &ReplyError{Code: code, Message: message} }
 
 // failedError is a text with the errors that callers branch on.

@@ -8,10 +8,52 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/natsx/natsx"
 	"github.com/natsx/natsx/internal/embedded"
 )
+
+// A price that expires leaves a marker, which only a route with Tombstones handles.
+func ExampleRouteBuilder_Tombstones() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	_, err = js.CreateStream(ctx, jetstream.StreamConfig{
+		Name: "PRICES", Subjects: []string{"prices.*"}, MaxMsgsPerSubject: 1,
+		AllowMsgTTL: true, AllowRollup: true, SubjectDeleteMarkerTTL: time.Hour,
+	})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	if _, err := natsx.NewPublisher(nc).Publish(ctx, natsx.To("prices.tea").Data([]byte("290")).TTL(time.Second)); err != nil {
+		fmt.Println(err)
+		return
+	}
+	err = natsx.NewBroker(nc, quiet).Run(ctx, natsx.Route("prices.*").Durable("cache").Tombstones().
+		Handle(func(ctx context.Context, m *natsx.Msg) error {
+			if why := m.Header.Get("Nats-Marker-Reason"); why != "" {
+				fmt.Println(m.Subject, "is gone:", why)
+				cancel()
+				return nil
+			}
+			fmt.Printf("%s is %s\n", m.Subject, m.Data)
+			return nil
+		}))
+	fmt.Println("stopped:", err)
+
+	// Output:
+	// prices.tea is 290
+	// prices.tea is gone: MaxAge
+	// stopped: <nil>
+}
 
 // exampleServer starts a nats-server for an example and connects to it.
 func exampleServer() (nc *nats.Conn, stop func()) {

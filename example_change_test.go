@@ -13,16 +13,17 @@ import (
 )
 
 // handleUntil runs a route of a durable until it has handled so many messages.
-func handleUntil(nc *nats.Conn, n uint64, route natsx.RouteBuilder) {
-	broker := natsx.NewBroker(nc, quiet)
-	end := begin(broker, route.Concurrency(1).Handle(func(ctx context.Context, m *natsx.Msg) error {
+func handleUntil(nc *nats.Conn, n int, route natsx.RouteBuilder) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	err := natsx.NewBroker(nc, quiet).Run(ctx, route.Concurrency(1).Handle(func(ctx context.Context, m *natsx.Msg) error {
 		fmt.Println(m.Durable(), "handles", m.Subject)
+		if n--; n == 0 {
+			cancel()
+		}
 		return nil
 	}))
-	for broker.Stats().Routes[0].Succeeded < n {
-		time.Sleep(time.Millisecond)
-	}
-	end()
+	fmt.Println("stopped:", err)
 }
 
 // publishEmpty stores an empty message on each subject.
@@ -44,9 +45,9 @@ func successor(ctx context.Context, js jetstream.JetStream, stream, durable stri
 	return route.Stream(stream).DeliverFromSequence(before.CachedInfo().AckFloor.Stream + 1), nil
 }
 
-// A durable keeps its filter: a route with another one is refused. A new durable with
-// the new filter goes on where the old one stopped.
-func ExampleRouteBuilder_Durable_changeFilter() {
+// A durable keeps its filter: a route with another one is refused, or changes it where it
+// says so. What was stored before on a filter that is added is not handled.
+func ExampleRouteBuilder_AdoptChanges_filter() {
 	nc, stop := exampleServer()
 	defer stop()
 	ctx := context.Background()
@@ -61,12 +62,36 @@ func ExampleRouteBuilder_Durable_changeFilter() {
 	err := natsx.NewBroker(nc, quiet).Run(ctx, natsx.Route("orders.>").Durable("billing").Handle(handle))
 	fmt.Println(errors.Is(err, natsx.ErrConsumerConflict))
 
+	handleUntil(nc, 2, natsx.Route("orders.>").Durable("billing").AdoptChanges())
+
+	// Output:
+	// billing handles orders.new
+	// billing handles orders.paid
+	// stopped: <nil>
+	// true
+	// billing handles orders.eu.new
+	// billing handles orders.paid
+	// stopped: <nil>
+}
+
+// A new durable goes on where an old one stopped.
+func ExampleRouteBuilder_DeliverFromSequence_successor() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx := context.Background()
+	if err := natsx.Stream("ORDERS").Subjects("orders.>").Ensure(ctx, nc); err != nil {
+		fmt.Println(err)
+	}
+	publishEmpty(ctx, nc, "orders.new", "orders.paid")
+	handleUntil(nc, 2, natsx.Route("orders.*").Durable("billing"))
+	publishEmpty(ctx, nc, "orders.eu.new", "orders.paid")
+
 	js, err := jetstream.New(nc)
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
-	route, err := successor(ctx, js, "ORDERS", "billing", natsx.Route("orders.>").Durable("billing-all"))
+	route, err := successor(ctx, js, "ORDERS", "billing", natsx.Route("orders.>").Durable("invoicing"))
 	if err != nil {
 		fmt.Println(err)
 	}
@@ -77,9 +102,8 @@ func ExampleRouteBuilder_Durable_changeFilter() {
 	// billing handles orders.new
 	// billing handles orders.paid
 	// stopped: <nil>
-	// true
-	// billing-all handles orders.eu.new
-	// billing-all handles orders.paid
+	// invoicing handles orders.eu.new
+	// invoicing handles orders.paid
 	// stopped: <nil>
 	// <nil>
 }
@@ -125,8 +149,8 @@ func ExampleStreamSpec_Subjects_move() {
 	// 1 kept
 }
 
-// An existing durable goes on where it is, whatever its route says of the start. To
-// handle again what was handled, replay it, or start a new durable.
+// An existing durable goes on where it is: another start is refused. To handle again what
+// was handled, replay it, or start a new durable.
 func ExampleRouteBuilder_DeliverFromSequence() {
 	nc, stop := exampleServer()
 	defer stop()
@@ -137,26 +161,20 @@ func ExampleRouteBuilder_DeliverFromSequence() {
 	publishEmpty(ctx, nc, "orders.new", "orders.paid")
 	handleUntil(nc, 2, natsx.Route("orders.*").Durable("billing"))
 
-	publishEmpty(ctx, nc, "orders.sent")
-	handleUntil(nc, 1, natsx.Route("orders.*").Durable("billing")) // not from 1 again
-	from := natsx.Route("orders.*").Durable("billing").DeliverFromSequence(1).Handle(func(context.Context, *natsx.Msg) error { return nil })
-	fmt.Println("conflict:", errors.Is(natsx.NewBroker(nc, quiet).Run(ctx, from), natsx.ErrConsumerConflict))
+	handle := func(ctx context.Context, m *natsx.Msg) error { return nil }
+	err := natsx.NewBroker(nc, quiet).Run(ctx, natsx.Route("orders.*").Durable("billing").DeliverFromSequence(2).Handle(handle))
+	fmt.Println(errors.Is(err, natsx.ErrConsumerConflict))
 
-	report, err := natsx.NewBroker(nc, quiet).Replay(ctx, natsx.Replay("orders.*").FromSequence(2).
-		Handle(func(ctx context.Context, m *natsx.Msg) error { return nil }))
+	report, err := natsx.NewBroker(nc, quiet).Replay(ctx, natsx.Replay("orders.*").FromSequence(2).Handle(handle))
 	fmt.Println("replayed:", report.Handled, err)
-	handleUntil(nc, 3, natsx.Route("orders.*").Durable("billing-2"))
+	handleUntil(nc, 1, natsx.Route("orders.*").Durable("billing-2").DeliverFromSequence(2))
 
 	// Output:
 	// billing handles orders.new
 	// billing handles orders.paid
 	// stopped: <nil>
-	// billing handles orders.sent
-	// stopped: <nil>
-	// conflict: true
-	// replayed: 2 <nil>
-	// billing-2 handles orders.new
+	// true
+	// replayed: 1 <nil>
 	// billing-2 handles orders.paid
-	// billing-2 handles orders.sent
 	// stopped: <nil>
 }

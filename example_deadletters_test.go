@@ -161,6 +161,62 @@ func ExampleDeadLetterQuery_Redrive() {
 	// stopped: <nil>
 }
 
+// Single letters are selected by their sequences in the DLQ, and any by a function.
+func ExampleDeadLetterQuery_Where() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "o-1", "bad", "o-2")
+
+	show := func(q natsx.DeadLetterQuery) {
+		for l, err := range q.List(ctx, nc) {
+			fmt.Printf("letter %d: %s %v\n", l.DLQSequence, l.Data, err)
+		}
+	}
+	letters := natsx.DeadLetters("dlq.orders")
+	show(letters.Sequence(1, 3))
+	show(letters.Where(func(l natsx.DeadLetter) bool { return strings.HasPrefix(string(l.Data), "bad") }))
+
+	// Output:
+	// letter 1: o-1 <nil>
+	// letter 3: o-2 <nil>
+	// letter 2: bad <nil>
+}
+
+// An edit repairs letters before they are redriven. A letter for which it returns an error
+// stays.
+func ExampleWithRedriveEdit() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	makeLetters(ctx, nc, "bad-1", "bad-2")
+
+	report, err := natsx.DeadLetters("dlq.orders").Redrive(ctx, nc, natsx.WithRedriveEdit(func(l *natsx.DeadLetter) error {
+		number, _ := strings.CutPrefix(string(l.Data), "bad-")
+		if number == "2" {
+			return errors.New("nobody knows what it means")
+		}
+		l.Data = []byte("o-" + number)
+		l.Header.Set("Repaired", "yes")
+		return nil
+	}))
+	fmt.Println(report.Redriven, "redriven,", report.Errors[0], err)
+	err = natsx.NewBroker(nc, quiet).Run(ctx, natsx.Route("orders.*").Durable("billing").DLQ("dlq.orders").
+		Handle(func(ctx context.Context, m *natsx.Msg) error {
+			fmt.Printf("%s, repaired: %s\n", m.Data, m.Header.Get("Repaired"))
+			cancel()
+			return nil
+		}))
+	fmt.Println("stopped:", err)
+
+	// Output:
+	// 1 redriven, natsx: dead letter 2 of stream "DLQ": edit: nobody knows what it means <nil>
+	// o-1, repaired: yes
+	// stopped: <nil>
+}
+
 // A dry run reports what a redrive would do. Here billing fails again, and messages that
 // were redriven before are skipped.
 func ExampleDeadLetterQuery_Redrive_dryRun() {

@@ -594,6 +594,46 @@ func ExampleReplayBuilder_UntilTime() {
 	// 6 <nil>
 }
 
+// The messages of one customer are handled in their order, also when one of them is
+// retried; those of others go on.
+func ExampleRouteBuilder_OrderedBy() {
+	nc, stop := exampleServer()
+	defer stop()
+	ctx := context.Background()
+	if err := natsx.Stream("BOOKINGS").Subjects("bookings.*").Ensure(ctx, nc); err != nil {
+		fmt.Println(err)
+	}
+	for _, b := range []string{"ann 1", "bob 1", "ann 2", "bob 2"} {
+		customer, _, _ := strings.Cut(b, " ")
+		if _, err := natsx.NewPublisher(nc).Publish(ctx, natsx.To("bookings."+customer).Data([]byte(b))); err != nil {
+			fmt.Println(err)
+		}
+	}
+
+	var mu sync.Mutex
+	booked := map[string][]string{}
+	broker := natsx.NewBroker(nc, quiet)
+	end := begin(broker, natsx.Route("bookings.*").Durable("ledger").OrderedBy(natsx.SubjectToken(1)).Backoff(time.Millisecond, time.Second).
+		Handle(func(ctx context.Context, m *natsx.Msg) error {
+			if string(m.Data) == "ann 1" && m.Attempt() < 3 {
+				return errors.New("the ledger is locked")
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			booked[m.Token(1)] = append(booked[m.Token(1)], string(m.Data))
+			return nil
+		}))
+	for broker.Stats().Routes[0].Succeeded < 4 {
+		time.Sleep(time.Millisecond)
+	}
+	end()
+	fmt.Println(booked["ann"], booked["bob"])
+
+	// Output:
+	// stopped: <nil>
+	// [ann 1 ann 2] [bob 1 bob 2]
+}
+
 // The key of an order may be the subject, a token of it, or a header.
 func ExampleOrderKey() {
 	fmt.Println(natsx.SubjectKey(), natsx.SubjectToken(1), natsx.HeaderKey("Customer"))

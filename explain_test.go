@@ -55,7 +55,7 @@ func TestStartLogsWhatItFoundAndMade(t *testing.T) {
 			Stream("DLQ").Subjects("dlq.*"),
 		))
 		err := runBroker(t, b,
-			Route("orders.*").Durable("billing").DeliverNew().AckWait(ackWait).DLQ("dlq.orders").Handle(succeed),
+			Route("orders.*").Durable("billing").DeliverNew().AckWait(ackWait).MaxAckPending(65536).AdoptChanges().DLQ("dlq.orders").Handle(succeed),
 			Route("audit.a").Durable("one").Handle(succeed),
 			Route("audit.b").Durable("two").Handle(succeed),
 		).stop(t)
@@ -89,15 +89,8 @@ func TestStartLogsWhatItFoundAndMade(t *testing.T) {
 	}
 	book = start(2*time.Minute, 2*time.Hour)
 	wantTold(t, book, "natsx: stream changed stream=ORDERS", "changes=[maxAge: 1h0m0s -> 2h0m0s]")
-	wantTold(t, book, "natsx: durable changed route=orders.* durable=billing", "pending=1",
-		"ackWait: 1m0s -> 2m0s", "maxDeliver: 7 -> unlimited", "maxAckPending: 1000 -> 65536")
-
-	// Where an existing durable does not start is said too.
-	book, log := newLogBook()
-	if err := runBroker(t, NewBroker(nc, WithLogger(log)), Route("audit.a").Durable("one").DeliverNew().Handle(succeed)).stop(t); err != nil {
-		t.Fatal(err)
-	}
-	wantTold(t, book, "natsx: durable found route=audit.a durable=one", "deliver=all", "ignored=deliver new: only a new durable starts there")
+	wantTold(t, book, "natsx: durable changed to match the route route=orders.* durable=billing", "pending=1",
+		"ackWait 2m0s, where its AckWait was 1m0s", "maxDeliver unlimited, where its MaxDeliver was 7", "maxAckPending 65536, where its MaxAckPending was 1000")
 }
 
 func TestEnsureLogsWhatItDid(t *testing.T) {

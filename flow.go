@@ -18,7 +18,9 @@ const (
 	idleStay      = 30 * time.Second
 	idleHeartbeat = 10 * time.Second
 	// leastStay and mostStay bound how long a real pull waits at the server. A pull
-	// cannot be cancelled, so a pause or a stop waits for its end.
+	// cannot be cancelled, so a pause or a stop waits for its end. A quarter of the lease
+	// bounds it too: a lease is counted from the pull where the message may have been long
+	// in transit.
 	leastStay = 200 * time.Millisecond
 	mostStay  = time.Second
 	// heldFor is how long a message may wait for a worker before the route checks whether
@@ -49,7 +51,7 @@ const (
 // pool is locked.
 func (r *durableRoute) demand(now int64) demand {
 	p := r.env.pool
-	d := demand{stay: min(max(time.Duration(now-r.openedAt)/2, leastStay), mostStay)}
+	d := demand{stay: min(max(time.Duration(now-r.openedAt)/2, leastStay), mostStay, r.ackWait/4)}
 	if r.letters.down || r.mover.full() || r.checks.suspended || r.isolating() || r.other().isolating() {
 		return d
 	}
@@ -152,6 +154,9 @@ func (r *durableRoute) setAlarm(now int64) {
 	if r.batch != nil {
 		soonest(r.batch.wake())
 	}
+	if r.order != nil {
+		soonest(r.order.wake())
+	}
 	if r.lane.waiting() > 0 {
 		soonest(max(r.started, r.heldAt) + int64(heldFor))
 	}
@@ -190,6 +195,13 @@ func (r *durableRoute) tick(now int64) {
 		r.queueBatch(now)
 	}
 	back := r.unserved(now)
+	if r.order != nil {
+		for _, w := range r.order.rested(now) {
+			p.held--
+			r.leases.remove(w)
+			back = append(back, w)
+		}
+	}
 	if !r.stopped && r.checks.due(now, r.arrived) {
 		r.requestCheck(now, false)
 	}
@@ -253,7 +265,11 @@ func (r *durableRoute) takeWaiting() []*work {
 		back = r.unbatch(back)
 	}
 	for _, w := range back {
-		r.removeUnrun(w)
+		if w.rests { // it has run
+			r.leases.remove(w)
+		} else {
+			r.removeUnrun(w)
+		}
 	}
 	return back
 }
@@ -279,7 +295,7 @@ func (r *durableRoute) doubtOrder(now int64) {
 	if slices.Contains(unstarted, r.isolated) {
 		r.isolated = nil
 	}
-	r.order.doubt(unstarted)
+	r.order.doubt(now, unstarted)
 	r.requestCheck(now, true)
 }
 
@@ -288,6 +304,12 @@ func (r *durableRoute) doubtOrder(now int64) {
 func (r *durableRoute) orderIsStill() bool {
 	return r.order != nil && r.order.unsure && r.puller.pin != "" &&
 		r.lane.inHand() == 0 && r.puller.outstanding == 0 && !r.letters.active
+}
+
+// orderStalls reports whether the order is in doubt for longer than leases last. The pool is
+// locked.
+func (r *durableRoute) orderStalls(now int64) bool {
+	return r.order != nil && r.order.unsure && r.puller.pin != "" && now-r.order.since > 4*max(int64(r.ackWait), int64(time.Second))
 }
 
 // judgeOrder ends the doubt in the order when all unsettled messages are in hand, given

@@ -235,6 +235,27 @@ func stalls() (longest func() time.Duration) {
 	}
 }
 
+// undisturbed runs a try and reports its faults, unless this process stood still meanwhile
+// for longer than a quarter of the lease that the try is about: then it is run again.
+func undisturbed(t testing.TB, lease time.Duration, try func(fault func(format string, args ...any))) {
+	t.Helper()
+	for range 5 {
+		var faults []string
+		stalled := stalls()
+		try(func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) })
+		stood := stalled()
+		if len(faults) == 0 {
+			return
+		}
+		if stood <= lease/4 {
+			t.Error(strings.Join(faults, "\n"))
+			return
+		}
+		t.Logf("after the process stood still for %v: %q", stood, faults)
+	}
+	t.Skip("the machine stands still for too long, again and again")
+}
+
 // logBook is a slog handler that keeps what was logged.
 type logBook struct {
 	attrs []slog.Attr

@@ -28,6 +28,8 @@ type history struct {
 	kept      map[messageID]struct{} // handled, but their acknowledgements may be lost
 	keptUntil int64
 
+	late map[messageID]Outcome // handled and lapsed; counted once they are acknowledged
+
 	idle  map[messageID]uint32 // how many deliveries ran nothing
 	order fifo[messageID]      // of idle, the oldest first
 
@@ -81,6 +83,26 @@ func (h *history) addHandled(now int64, id messageID) {
 	h.recent.add(id)
 }
 
+// addLate remembers a message that was done, with its outcome, and lapsed because its
+// acknowledgement was late or not confirmed.
+func (h *history) addLate(id messageID, o Outcome) {
+	if h.late == nil || len(h.late) >= mostRemembered {
+		h.late = map[messageID]Outcome{}
+	}
+	h.late[id] = o
+}
+
+// settledLate returns the outcome of addLate once, else "": the message is acknowledged
+// again.
+func (h *history) settledLate(now int64, id messageID) Outcome {
+	o, late := h.late[id]
+	if late {
+		delete(h.late, id)
+		h.addHandled(now, id)
+	}
+	return o
+}
+
 // doubt remembers for longer what was handled lately: if the acknowledgements were lost,
 // the messages are redelivered after ackWait.
 func (h *history) doubt(now int64, ackWait time.Duration) {
@@ -100,6 +122,9 @@ func (h *history) doubt(now int64, ackWait time.Duration) {
 // wasHandled reports whether this process has handled a message.
 func (h *history) wasHandled(id messageID) bool {
 	if _, yes := h.kept[id]; yes {
+		return true
+	}
+	if _, yes := h.late[id]; yes {
 		return true
 	}
 	return h.recent.has(id) || h.earlier.has(id)

@@ -37,7 +37,7 @@ type number struct {
 // have been, gives it back, and the lowest is given out first: the next try has the same
 // id.
 type numbering struct {
-	name string // of the handled message
+	name string // of the handled message, or of the original of a redriven one
 
 	mu    sync.Mutex
 	taken map[digest]uint32   // the highest number given out
@@ -45,6 +45,10 @@ type numbering struct {
 	// After maxExactNumbers, envelopes in the same bucket count as equal. They get the
 	// same numbers in each run only if they are published in the same order.
 	beyond []uint32
+}
+
+func newNumbering(name string) *numbering {
+	return &numbering{name: name, taken: make(map[digest]uint32)}
 }
 
 // take returns the next number.

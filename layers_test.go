@@ -31,13 +31,13 @@ var layers = []struct {
 		"natsx.go builder.go delivery.go order.go letter.go retrycopy.go codec.go stream.go envelope.go identity.go observe.go"},
 	{"mechanics", // machines, each with one owner and one lock
 		"pool.go rate.go agenda.go lease.go history.go window.go budget.go puller.go link.go acker.go env.go " +
-			"connect.go explain.go ensure.go ordered.go reader.go"},
+			"connect.go explain.go ensure.go ensure_lock.go ordered.go reader.go"},
 	{"publishing",
-		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go request.go publish_hook.go"},
+		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go replies.go request.go publish_hook.go"},
 	{"running", // what a route does
 		"route.go settle.go adopt.go breaker.go batch.go sequencer.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
 	{"tools", // the day after
-		"deadletters.go redrive.go replay.go replay_run.go replay_source.go kit.go"},
+		"deadletters.go redrive.go redrive_retry.go redrive_marks.go replay.go replay_run.go replay_source.go kit.go"},
 	{"face", // options and Run: start, run, drain
 		"broker.go engine.go service.go serve.go doc.go"},
 }

@@ -17,26 +17,13 @@ import (
 func TestSlowHandlersShareWithoutDuplicates(t *testing.T) {
 	t.Parallel()
 	const ackWait = time.Second
-	for range 5 {
-		stalled := stalls()
-		faults := shareSlowly(t, ackWait)
-		if stood := stalled(); len(faults) > 0 && stood > ackWait/4 {
-			t.Logf("after the process stood still for %v: %q", stood, faults)
-			continue
-		}
-		for _, fault := range faults {
-			t.Error(fault)
-		}
-		return
-	}
-	t.Skip("the machine stands still for too long, again and again")
+	undisturbed(t, ackWait, func(fault func(format string, args ...any)) { shareSlowly(t, ackWait, fault) })
 }
 
 // shareSlowly has two brokers with handlers slower than the lease share a backlog,
-// and returns what went wrong.
-func shareSlowly(t *testing.T, ackWait time.Duration) (faults []string) {
+// and reports what went wrong.
+func shareSlowly(t *testing.T, ackWait time.Duration, fault func(format string, args ...any)) {
 	const messages, workers = 32, 4
-	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	s := startServer(t)
 	nc := connect(t, s.ClientURL())
 	// In memory, since a disk that stalls for half a lease is no fault of natsx.
@@ -74,7 +61,6 @@ func shareSlowly(t *testing.T, ackWait time.Duration) (faults []string) {
 	if got := consumerInfo(t, nc, "SLOW", "d").NumRedelivered; got != 0 {
 		fault("%d redelivered, want none", got)
 	}
-	return faults
 }
 
 // What has been running for a moment says nothing of how long it will: before the
@@ -104,6 +90,38 @@ func TestFirstMessagesAreNotTakenForFastOnes(t *testing.T) {
 		}
 		p.mu.Unlock()
 		<-time.After(time.Millisecond)
+	}
+}
+
+// A message that comes at the end of a pull that has waited for it has its lease: with a
+// short one too it is delivered once.
+func TestShortLeaseOfAMessageThatWasWaitedFor(t *testing.T) {
+	t.Parallel()
+	const messages = 6
+	for _, ackWait := range []time.Duration{2 * minAckWait, 500 * time.Millisecond, time.Second} {
+		t.Run(ackWait.String(), func(t *testing.T) {
+			t.Parallel()
+			undisturbed(t, ackWait, func(fault func(format string, args ...any)) {
+				nc := connect(t, startServer(t).ClientURL())
+				orders(t, nc, inMemory)
+				seen := make(chan string, 10*messages)
+				b := NewBroker(nc, WithWorkers(2))
+				r := runBroker(t, b, Route("orders.*").Durable("d").AckWait(ackWait).Handle(func(_ context.Context, m *Msg) error {
+					seen <- string(m.Data)
+					return nil
+				}))
+				for i := range messages {
+					<-time.After(mostStay - 50*time.Millisecond) // not yet idle
+					publishAcked(t, nc, "orders.x", fmt.Sprint(i))
+					receive(t, seen, "the message")
+				}
+				eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
+				r.stop(t)
+				if st := b.Stats().Routes[0]; st.Received != messages || st.Lapsed != 0 {
+					fault("got %+v, want %d received and none lapsed", st, messages)
+				}
+			})
+		})
 	}
 }
 

@@ -6,6 +6,9 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"math"
+	"net/textproto"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -25,7 +28,18 @@ const (
 
 // deliveryID names a message of a durable: <stream>/<durable>/<sequence>@<stored time>.
 func deliveryID(stream, durable string, id messageID) string {
-	return fmt.Sprintf("%s/%s/%d@%d", stream, durable, id.seq, id.time)
+	return stream + "/" + durable + "/" + id.String()
+}
+
+// parseDeliveryID reads what deliveryID has written. The names are such as a server
+// takes, which hold no slash.
+func parseDeliveryID(text string) (stream, durable string, id messageID, ok bool) {
+	parts := strings.Split(text, "/")
+	if len(parts) != 3 || nameFault(parts[0]) != "" || nameFault(parts[1]) != "" {
+		return "", "", messageID{}, false
+	}
+	id, ok = parseMessageID(parts[2])
+	return parts[0], parts[1], id, ok
 }
 
 // Reason is why a message is dead.
@@ -39,6 +53,9 @@ const (
 	ReasonUndecodable Reason = "undecodable" // the payload did not decode
 	ReasonCrashed     Reason = "crashed"     // the process ended during each attempt
 )
+
+// allReasons are the reasons that a letter may have.
+var allReasons = []Reason{ReasonExhausted, ReasonPermanent, ReasonPanic, ReasonUndecodable, ReasonCrashed}
 
 // Headers of a dead letter. The original's headers are kept. Those of NATS (Nats-*) are
 // renamed to Natsx-Orig-*, since they would expire, schedule or deduplicate the letter,
@@ -64,6 +81,11 @@ const (
 	// unsettled and counts against MaxAckPending, until a redrive or a purge of the letter
 	// releases it.
 	HeaderDLQPointer = "Natsx-Dlq-Pointer"
+	// HeaderDLQRedrives is how often the message was redriven before it died again, and
+	// HeaderDLQOriginal the <sequence>@<stored time in ns> that it had before its first
+	// redrive. Both are missing on others.
+	HeaderDLQRedrives = "Natsx-Dlq-Redrives"
+	HeaderDLQOriginal = "Natsx-Dlq-Original"
 )
 
 // Limits of the error texts in a dead letter, in bytes.
@@ -93,10 +115,8 @@ type DeadLetter struct {
 	Data      []byte      // the original's payload, none if Pointer is set
 	// Pointer reports that the payload was too large for a letter. The original is still
 	// in its stream.
-	Pointer bool
-	// Redrives is how many times the original was redriven before, by its headers, which
-	// only [DeadLetterQuery.Redrive] verifies.
-	Redrives int
+	Pointer  bool
+	Redrives int // how many times the message was redriven before
 
 	DLQSubject  string    // the letter's subject
 	DLQStream   string    // its stream
@@ -121,7 +141,7 @@ func parseLetter(stream string, m *storedMsg) (DeadLetter, error) {
 		Header:   restoredHeaders(h, len(m.data) == 0),
 		Data:     m.data,
 		Pointer:  h.Get(HeaderDLQPointer) != "",
-		Redrives: redriveCount(h),
+		Redrives: redriveCount(h.Get(HeaderDLQRedrives)),
 
 		DLQSubject: m.subject, DLQStream: stream, DLQSequence: m.seq, DLQTime: m.time,
 		header: h,
@@ -242,20 +262,48 @@ func headerText(text string, most int) string {
 	return text[:cut] + "..."
 }
 
-// Headers of a redriven message, in addition to its original ones.
+// root is the message that the letter's was before its first redrive.
+func (l *DeadLetter) root() messageID {
+	if id, ok := parseMessageID(l.header.Get(HeaderDLQOriginal)); ok && l.Redrives > 0 {
+		return id
+	}
+	return messageID{l.Sequence, l.Published.UnixNano()}
+}
+
+// Headers of a redriven message, beside its original ones.
 const (
 	HeaderRedriveTo    = "Natsx-Redrive-To"    // the durable that it is for
-	HeaderRedriveCount = "Natsx-Redrive-Count" // number of redrives
-	HeaderRedriveToken = "Natsx-Redrive-Token" // proves the other two
+	HeaderRedriveCount = "Natsx-Redrive-Count" // how often it was redriven
+	// HeaderRedriveOriginal is the message that died first, as
+	// <stream>/<durable>/<sequence>@<stored time in ns>.
+	HeaderRedriveOriginal = "Natsx-Redrive-Original"
+	HeaderRedriveToken    = "Natsx-Redrive-Token" // proves the others
+	// HeaderOriginalMsgID is the Nats-Msg-Id that the message was published with. Its own
+	// is that of the redrive.
+	HeaderOriginalMsgID = "Natsx-Orig-Nats-Msg-Id"
 )
 
-// redriveProof is what the headers of a redriven message prove.
-type redriveProof struct {
-	durable string // that it is for
-	dlq     string // stream of its letter
-	stored  int64  // when the letter was stored there, Unix nanoseconds
-	seq     uint64 // of the letter there
-	count   int    // redrives so far
+// redriveCopy is what the headers of a redriven message say. Its token proves it.
+type redriveCopy struct {
+	stream, durable string    // that it is for
+	original        messageID // in the stream, before the first redrive
+	count           int       // redrives so far
+	letter          messageID // in the DLQ
+	dlq             string    // the DLQ's stream
+}
+
+// readCopy reads the headers of a redrive, which anybody may write.
+func readCopy(h nats.Header) (c redriveCopy, ok bool) {
+	c.count = redriveCount(h.Get(HeaderRedriveCount))
+	if c.stream, c.durable, c.original, ok = parseDeliveryID(h.Get(HeaderRedriveOriginal)); !ok || c.durable != h.Get(HeaderRedriveTo) {
+		return c, false
+	}
+	id, redriven := strings.CutPrefix(h.Get(nats.MsgIdHdr), "redrive/")
+	name, stored, found := strings.Cut(id, "@")
+	nanos, seq, _ := strings.Cut(stored, "/")
+	c.dlq = name
+	c.letter, ok = parseMessageID(seq + "@" + nanos)
+	return c, ok && redriven && found && nameFault(name) == ""
 }
 
 // redriveID is the message id of a letter's copy. The time distinguishes the letter from
@@ -264,40 +312,45 @@ func redriveID(l *DeadLetter) string {
 	return fmt.Sprintf("redrive/%s@%d/%d", l.DLQStream, l.DLQTime.UnixNano(), l.DLQSequence)
 }
 
-// redriveToken authenticates a copy. Its key is made of stream information, so that a
-// publisher without access to the JetStream API cannot make a token. It covers the whole
-// message, so that a token cannot be used for another one.
-func redriveToken(stream string, created int64, durable, subject, id, count string, data []byte) string {
-	key := sha256.Sum256(fmt.Appendf(nil, "natsx redrive %d %s", created, stream))
-	mac := hmac.New(sha256.New, key[:])
-	for _, part := range []string{durable, subject, id, count} {
-		fmt.Fprintf(mac, "%d:%s", len(part), part)
+// redriveToken authenticates a copy. The key is the id that natsx gave the durable: it
+// is told by the JetStream API alone, which a mere publisher may not ask, and is the
+// same after a restart of the server. The token covers subject, payload, message id and
+// all headers that a server leaves alone, so that it fits no other message.
+func redriveToken(key, subject string, h nats.Header, data []byte) string {
+	mac := hmac.New(sha256.New, []byte("natsx redrive "+key))
+	add := func(s string) { fmt.Fprintf(mac, "%d:%s", len(s), s) }
+	add(subject)
+	add(h.Get(nats.MsgIdHdr))
+	names := make([]string, 0, len(h))
+	for name := range h {
+		if !hasPrefixFold(name, "Nats-") && name != HeaderRedriveToken {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		for _, v := range h[name] {
+			add(name)
+			add(sentValue.Replace(textproto.TrimString(v)))
+		}
 	}
 	body := sha256.Sum256(data)
 	mac.Write(body[:])
 	return hex.EncodeToString(mac.Sum(nil))
 }
 
-// proveRedrive reports whether a message of the stream was made by a redrive.
-func proveRedrive(stream string, created int64, subject string, h nats.Header, data []byte) (redriveProof, bool) {
-	to, count, id := h.Get(HeaderRedriveTo), h.Get(HeaderRedriveCount), h.Get(nats.MsgIdHdr)
-	token := redriveToken(stream, created, to, subject, id, count, data)
-	if !hmac.Equal([]byte(token), []byte(h.Get(HeaderRedriveToken))) {
-		return redriveProof{}, false
-	}
-	p := redriveProof{durable: to, count: redriveCount(h)}
-	rest, ok := strings.CutPrefix(id, "redrive/")
-	name, rest, ok1 := strings.Cut(rest, "@")
-	stored, seq, ok2 := strings.Cut(rest, "/")
-	nanos, ok3 := parseUint(stored)
-	p.dlq, p.stored = name, int64(nanos)
-	var ok4 bool
-	p.seq, ok4 = parseUint(seq)
-	return p, ok && ok1 && ok2 && ok3 && ok4
+// sentValue makes of a header's value what nats.go sends.
+var sentValue = strings.NewReplacer("\r", " ", "\n", " ")
+
+// provenCopy reports whether a message bears the token of a key.
+func provenCopy(key, subject string, h nats.Header, data []byte) bool {
+	token := h.Get(HeaderRedriveToken)
+	return token != "" && hmac.Equal([]byte(token), []byte(redriveToken(key, subject, h, data)))
 }
 
-func redriveCount(h nats.Header) int {
-	n, err := strconv.Atoi(h.Get(HeaderRedriveCount))
+// redriveCount reads a number of redrives, 0 for none.
+func redriveCount(text string) int {
+	n, err := strconv.Atoi(text)
 	if err != nil || n < 0 {
 		return 0
 	}
@@ -324,4 +377,17 @@ type heldLetter struct {
 type messageID struct {
 	seq  uint64
 	time int64 // when it was stored, Unix nanoseconds
+}
+
+func (id messageID) String() string { return utoa(id.seq) + "@" + strconv.FormatInt(id.time, 10) }
+
+// parseMessageID reads what String has written.
+func parseMessageID(text string) (id messageID, ok bool) {
+	seq, nanos, found := strings.Cut(text, "@")
+	var at uint64
+	var okSeq, okTime bool
+	id.seq, okSeq = parseUint(seq)
+	at, okTime = parseUint(nanos)
+	id.time = int64(at)
+	return id, found && okSeq && okTime && at <= math.MaxInt64
 }

@@ -99,7 +99,8 @@ type Msg struct {
 // Attempt is the number of this run of the handler for the message, 1 for the first, as
 // far as is known. It is always 1 for messages that are not from a durable, and never
 // above the attempts that Retry allows. A delivery that this process did not start or
-// gave back at a shutdown is no attempt. Deliveries to other processes count as attempts.
+// gave back at a shutdown is no attempt. Deliveries to other processes count as attempts,
+// unless the broker has a [WithRetryStream]: then exactly the runs that returned do.
 func (m *Msg) Attempt() int {
 	if m == nil {
 		return 1

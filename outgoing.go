@@ -356,6 +356,6 @@ func (d *delivery) output() *numbering {
 	if m := d.numbering.Load(); m != nil {
 		return m
 	}
-	d.numbering.CompareAndSwap(nil, &numbering{name: deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time}), taken: make(map[digest]uint32)})
+	d.numbering.CompareAndSwap(nil, newNumbering(deliveryID(d.msg.Stream(), d.msg.Durable(), messageID{d.msg.seq, d.msg.time})))
 	return d.numbering.Load()
 }

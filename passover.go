@@ -1,9 +1,13 @@
 package natsx
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -13,8 +17,14 @@ import (
 
 const (
 	headerSchedule = "Nats-Schedule"
-	// takeTimeout is how long a route tries to remove the letter of a redriven message.
+	headerMarker   = "Nats-Marker-Reason"
+	// takeTimeout is how long a route tries to remove the letter of a redriven message, and
+	// to find the original of another durable's.
 	takeTimeout = 3 * time.Second
+	// keyFor is for how long a route relies on the identity of another durable, and
+	// mostKeys how many it remembers.
+	keyFor   = 10 * time.Second
+	mostKeys = 64
 )
 
 // passer decides which messages of a stream are not for a route, and removes the letters
@@ -23,14 +33,28 @@ type passer struct {
 	route   *route
 	stream  string
 	durable string
-	created int64 // the stream's creation, Unix nanoseconds
+	key     *atomic.Pointer[string] // of the durable's copies, see redriveToken; shared with the route of its retries
 
 	denied atomic.Bool // the user lacks the permission to remove letters
+
+	mu   sync.Mutex
+	keys map[string]durableKey // of other durables of the stream
+}
+
+// durableKey is what was last learned of a durable: its key, empty when it has none or
+// the user may not ask, or that it does not exist.
+type durableKey struct {
+	key    string
+	exists bool
+	asked  time.Time
 }
 
 // judge returns what to do with a message instead of handling it, or actHandle.
 func (p *passer) judge(ctx context.Context, w *work, c *jetstream.StreamConfig) (act action, delay time.Duration) {
-	if w.raw.Header[HeaderRedriveTo] != nil && p.redriven(ctx, w) {
+	if w.raw.Header[HeaderRedriveTo] != nil && p.redriven(ctx, w, c) {
+		return actAck, 0
+	}
+	if isTombstone(w.raw, c) && p.route.spec.route.set&optTombstones == 0 {
 		return actAck, 0
 	}
 	if !isSchedule(w.raw, c) {
@@ -43,11 +67,47 @@ func (p *passer) judge(ctx context.Context, w *work, c *jetstream.StreamConfig) 
 	return actNak, untilDue(w.raw.Header.Get(headerSchedule))
 }
 
+// isTombstone reports whether m is a marker that the server puts in the place of a
+// subject's last message when that is gone (ADR-43). It has neither a payload nor a
+// header of an application, and only a stream with SubjectDeleteMarkerTTL, or one that
+// takes its messages from others, has markers: elsewhere the header means nothing.
+func isTombstone(m *nats.Msg, c *jetstream.StreamConfig) bool {
+	if m.Header[headerMarker] == nil || len(m.Data) > 0 ||
+		c == nil || c.SubjectDeleteMarkerTTL == 0 && c.Mirror == nil && len(c.Sources) == 0 {
+		return false
+	}
+	for name := range m.Header {
+		if !hasPrefixFold(name, "Nats-") {
+			return false
+		}
+	}
+	return true
+}
+
 // isSchedule reports whether m is a message that the server keeps to publish later
 // (ADR-51). Only streams with AllowMsgSchedules have schedules, and they refuse invalid
 // ones; in other streams the header means nothing.
 func isSchedule(m *nats.Msg, c *jetstream.StreamConfig) bool {
 	return c != nil && c.AllowMsgSchedules && len(m.Header[headerSchedule]) > 0
+}
+
+// takesNoCopy is why a stream does not store what is published on a subject under that
+// subject, so that its letters cannot be redriven, or empty.
+func takesNoCopy(c *jetstream.StreamConfig, subject string) string {
+	captured := slices.ContainsFunc(c.Subjects, func(s string) bool { return subjectMatches(s, subject) })
+	switch {
+	case c.Mirror != nil:
+		return fmt.Sprintf("is a mirror of %q, and takes no copy: a route on that stream could have its letters redriven", c.Mirror.Name)
+	case captured && transformed(c, subject) != subject:
+		return fmt.Sprintf("would store the copy on another subject than %q: it transforms %q to %q", subject, c.SubjectTransform.Source, c.SubjectTransform.Destination)
+	case captured:
+		return ""
+	case len(c.Sources) > 0:
+		return fmt.Sprintf("has messages on %q from its sources alone, and takes no copy: a route on their stream could have its letters redriven", subject)
+	case c.SubjectTransform != nil:
+		return fmt.Sprintf("has messages on %q by a transform alone, and takes no copy", subject)
+	}
+	return ""
 }
 
 // untilDue is how long a schedule stays, plus a moment for the server to remove it. For a
@@ -60,35 +120,77 @@ func untilDue(schedule string) time.Duration {
 	return max(time.Until(at), 0) + 5*time.Second
 }
 
-// redriveHeaders returns the redrive headers of a message that is dead again, for its
-// letter, so that its redrives are still counted.
-func (p *passer) redriveHeaders(raw *nats.Msg) nats.Header {
-	h := raw.Header
-	if h[HeaderRedriveToken] == nil {
-		return nil
+// redriven reports whether a message with the header of a redrive is for another
+// durable, and one that this durable has the original of. Of one that is for this
+// durable it removes the letter.
+//
+// Headers prove nothing, since anybody may write them. What is for this durable is
+// handled in any case; its token decides whether the rest is believed.
+func (p *passer) redriven(ctx context.Context, w *work, config *jetstream.StreamConfig) bool {
+	c, ok := readCopy(w.raw.Header)
+	if !ok || c.stream != p.stream {
+		return false
 	}
-	if _, ok := proveRedrive(p.stream, p.created, raw.Subject, h, raw.Data); !ok {
-		return nil
+	ctx, cancel := context.WithTimeout(ctx, takeTimeout)
+	defer cancel()
+	if c.durable != p.durable {
+		return p.hasOriginal(ctx, w.raw, c, config)
 	}
-	kept := nats.Header{}
-	for _, name := range []string{HeaderRedriveTo, HeaderRedriveCount, HeaderRedriveToken, nats.MsgIdHdr} {
-		kept[name] = h[name]
+	if key := p.key.Load(); key != nil && *key != "" && provenCopy(*key, w.raw.Subject, w.raw.Header, w.raw.Data) {
+		w.redrive = &c
+		w.delivery.numbering.Store(newNumbering(deliveryID(p.stream, p.durable, c.original)))
+		p.takeLetter(ctx, w, c)
 	}
-	return originalHeaders(kept, false)
+	return false
 }
 
-// redriven reports whether a message is a proven redrive for another durable. For a
-// redrive for this durable it removes the letter.
-func (p *passer) redriven(ctx context.Context, w *work) bool {
-	proof, ok := proveRedrive(p.stream, p.created, w.raw.Subject, w.raw.Header, w.raw.Data)
-	if !ok {
-		return false // anybody may write headers
+// hasOriginal reports whether the copy of another durable is proven, and its original
+// was, or is to be, delivered to this one as well: the stream has it, with the same
+// subject and time, before the copy. What an interest stream has no more, all its
+// durables have settled.
+//
+// A durable that natsx gave no identity, or whose identity the user may not ask for,
+// cannot prove anything: then the original must have the copy's payload, so that nothing
+// is passed over that this durable does not get.
+func (p *passer) hasOriginal(ctx context.Context, m *nats.Msg, c redriveCopy, config *jetstream.StreamConfig) bool {
+	k, err := p.keyOf(ctx, c.durable)
+	if err != nil || !k.exists || !provenCopy(k.key, m.Subject, m.Header, m.Data) {
+		return false
 	}
-	if proof.durable != p.durable {
-		return true
+	original, err := p.route.env.api.get(ctx, p.stream, getRequest{Seq: c.original.seq})
+	switch {
+	case err != nil:
+		return false
+	case original == nil:
+		return k.key != "" && config != nil && config.Retention == jetstream.InterestPolicy
 	}
-	p.takeLetter(ctx, w, proof)
-	return false
+	return original.time.UnixNano() == c.original.time && original.subject == m.Subject && (k.key != "" || bytes.Equal(original.data, m.Data))
+}
+
+// keyOf is the key of another durable of the stream, which may be some seconds old.
+func (p *passer) keyOf(ctx context.Context, durable string) (durableKey, error) {
+	p.mu.Lock()
+	k, known := p.keys[durable]
+	p.mu.Unlock()
+	if known && time.Since(k.asked) < keyFor {
+		return k, nil
+	}
+	var info jetstream.ConsumerInfo
+	err := p.route.env.api.ask(ctx, "CONSUMER.INFO."+p.stream+"."+durable, struct{}{}, &info)
+	k = durableKey{key: info.Config.Metadata[metadataID], exists: true, asked: time.Now()}
+	switch {
+	case hasCode(err, codeConsumerNotFound):
+		k.exists = false
+	case err != nil && !errors.Is(err, ErrPermission):
+		return k, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.keys == nil || len(p.keys) >= mostKeys {
+		p.keys = make(map[string]durableKey)
+	}
+	p.keys[durable] = k
+	return k, nil
 }
 
 // takeLetter removes the letter of a redriven message before the message is handled. The
@@ -98,39 +200,55 @@ func (p *passer) redriven(ctx context.Context, w *work) bool {
 //
 // Without the permission to read or delete in the DLQ only the duplicate window protects
 // from that.
-func (p *passer) takeLetter(ctx context.Context, w *work, proof redriveProof) {
+func (p *passer) takeLetter(ctx context.Context, w *work, c redriveCopy) {
 	if p.denied.Load() {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, takeTimeout)
-	defer cancel()
 	a := p.route.env.api
 	err := func() error {
-		m, err := a.get(ctx, proof.dlq, getRequest{Seq: proof.seq})
-		if err != nil || m == nil || m.time.UnixNano() != proof.stored {
+		m, err := a.get(ctx, c.dlq, getRequest{Seq: c.letter.seq})
+		if err != nil || m == nil || m.time.UnixNano() != c.letter.time {
 			return err
 		}
-		l, err := parseLetter(proof.dlq, m)
+		l, err := parseLetter(c.dlq, m)
 		if err != nil {
 			return err
 		}
-		return discardLetter(ctx, a, &l)
+		_, err = discardLetter(ctx, a, &l)
+		return err
 	}()
 	switch {
-	case err == nil || hasCode(err, codeStreamNotFound):
+	case err == nil || hasCode(err, codeStreamNotFound) || errors.Is(err, ErrStreamDeleted):
 	case errors.Is(err, ErrPermission):
 		p.denied.Store(true)
 		fallthrough
 	default:
-		p.route.env.log.Warn("natsx: letter of a redriven message not removed", p.route.about(w, "letter", proof.seq, "dlq", proof.dlq, "error", err)...)
+		p.route.env.log.Warn("natsx: letter of a redriven message not removed", p.route.about(w, "letter", c.letter.seq, "dlq", c.dlq, "error", err)...)
 	}
 }
 
-// discardLetter deletes a letter, after releasing an original that was kept only for it.
-func discardLetter(ctx context.Context, a *api, l *DeadLetter) error {
+// findLetter reports whether a letter is still in the DLQ. Another message in its place
+// is an [ErrStreamDeleted]: the DLQ was recreated.
+func findLetter(ctx context.Context, a *api, l *DeadLetter) (bool, error) {
+	m, err := a.get(ctx, l.DLQStream, getRequest{Seq: l.DLQSequence})
+	if err != nil || m == nil {
+		return false, err
+	}
+	if !m.time.Equal(l.DLQTime) {
+		return false, failure(fmt.Sprintf("stream %q has another message %d than before", l.DLQStream, l.DLQSequence), ErrStreamDeleted)
+	}
+	return true, nil
+}
+
+// discardLetter deletes a letter, after releasing an original that was kept only for it,
+// and reports whether this call deleted it.
+func discardLetter(ctx context.Context, a *api, l *DeadLetter) (bool, error) {
+	if there, err := findLetter(ctx, a, l); !there {
+		return false, err
+	}
 	if l.Pointer {
 		if err := releaseOriginal(ctx, a, l); err != nil {
-			return err
+			return false, err
 		}
 	}
 	return a.remove(ctx, l.DLQStream, l.DLQSequence)
@@ -154,7 +272,8 @@ func releaseOriginal(ctx context.Context, a *api, l *DeadLetter) error {
 		return err
 	}
 	if source.Config.Retention == jetstream.WorkQueuePolicy {
-		return a.remove(ctx, l.Stream, l.Sequence)
+		_, err := a.remove(ctx, l.Stream, l.Sequence)
+		return err
 	}
 	var durable jetstream.ConsumerInfo
 	err = a.ask(ctx, "CONSUMER.INFO."+l.Stream+"."+l.Durable, struct{}{}, &durable)

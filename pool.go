@@ -52,8 +52,8 @@ type pool struct {
 	waking   bool                 // a worker was signalled and has not woken up yet
 	alive    int                  // workers that have not ended
 	watching bool                 // watch is scheduled
-	workers  map[*worker]struct{} // that hold work
-	bursts   map[*worker]int32    // those of them with several works, and how many were started at the last watch
+	workers  map[*worker]struct{} // all
+	bursts   map[*worker]int32    // those with several works, and how many were started at the last watch
 	closed   bool
 	allDone  chan struct{} // of drained, closed once nothing is in hand; or nil
 }
@@ -124,6 +124,7 @@ type worker struct {
 	since atomic.Int64 // when the burst was begun, which what runs of it was soon after; 0 until it is
 
 	// Guarded by the pool's mutex.
+	size   int // of the burst when it was taken
 	count  int // works in burst that still belong to it
 	booked int // those of them that are booked already
 }
@@ -200,6 +201,7 @@ func (p *pool) work(only *worker) {
 		p.mu.Lock()
 		l := w.lane
 		next := p.releaseWorker(w, done+1)
+		delete(p.workers, w)
 		if only == nil {
 			go p.work(nil)
 		} else {
@@ -209,6 +211,7 @@ func (p *pool) work(only *worker) {
 		l.owner.send(next)
 	}()
 	p.mu.Lock()
+	p.workers[w] = struct{}{}
 	for {
 		if w.lane == nil && !p.take(w) {
 			break
@@ -244,10 +247,12 @@ func (p *pool) work(only *worker) {
 			p.mu.Lock()
 		}
 		if only != nil {
+			p.signal() // a worker may wait for the place that this one took
 			break
 		}
 	}
 	left = false
+	delete(p.workers, w)
 	p.workerEnded()
 	p.mu.Unlock()
 }
@@ -272,9 +277,6 @@ func (p *pool) queue(l *lane, q *fifo[*work], d *work) {
 	p.waiting++
 	p.enlist(l)
 	p.signal()
-	if l.requests && l.running == 0 && p.busy >= p.size {
-		p.watchIn(watchEvery)
-	}
 }
 
 // drop removes the works from the queue for which pick reports true, and returns them.
@@ -314,7 +316,14 @@ func (p *pool) enlist(l *lane) {
 	}
 	l.listed = true
 	p.ready.push(l)
+	if p.busy >= p.size && l.unserved() {
+		p.watchIn(watchEvery)
+	}
 }
+
+// unserved reports whether l is a lane of requests for which no worker is at work. When all
+// workers are busy, with messages that may wait for its answers, watch gives it one.
+func (l *lane) unserved() bool { return l.requests && l.running == 0 }
 
 // resume continues a lane that has waited for its rate. The pool is not locked.
 func (p *pool) resume(l *lane) {
@@ -362,7 +371,7 @@ func (p *pool) assign(w *worker, l *lane) {
 	for i := range n {
 		w.burst[i] = l.pop()
 	}
-	w.lane, w.count, w.booked = l, n, 0
+	w.lane, w.size, w.count, w.booked = l, n, n, 0
 	w.turns++
 	w.next.Store(0)
 	w.since.Store(0)
@@ -375,12 +384,16 @@ func (p *pool) assign(w *worker, l *lane) {
 	l.listed = false
 	if p.busy++; p.busy == p.size {
 		p.full()
+		for i := range p.ready.len() {
+			if p.ready.at(i).unserved() {
+				p.watchIn(watchEvery)
+			}
+		}
 	}
 	if l.requests {
 		p.serving++
 	}
 	p.waiting -= n
-	p.workers[w] = struct{}{}
 	if n > 1 {
 		p.bursts[w] = 0
 		p.watchIn(watchEvery)
@@ -498,9 +511,9 @@ func (p *pool) releaseWorker(w *worker, done int) pullRequest {
 	l := w.lane
 	p.reclaim(w)
 	next := p.book(w, done)
-	clear(w.burst[:])
-	delete(p.bursts, w)
-	delete(p.workers, w)
+	if clear(w.burst[:w.count]); w.size > 1 {
+		delete(p.bursts, w)
+	}
 	w.lane = nil
 	l.running--
 	p.busy--
@@ -600,9 +613,10 @@ func (p *pool) watch() {
 	}
 	for range p.ready.len() {
 		l := p.ready.pop()
-		if l.requests && l.running == 0 && p.busy >= p.size {
+		if l.unserved() && p.busy >= p.size {
 			w := &worker{}
 			p.alive++
+			p.workers[w] = struct{}{}
 			p.assign(w, l)
 			go p.work(w)
 			continue
@@ -668,7 +682,9 @@ func (p *pool) stuck() []string {
 	defer p.mu.Unlock()
 	count := map[string]int{}
 	for w := range p.workers {
-		count[w.lane.name]++
+		if w.lane != nil {
+			count[w.lane.name]++
+		}
 	}
 	return counted(count)
 }

@@ -222,6 +222,27 @@ func TestPoolKeepsWorkersForLanesWithoutOne(t *testing.T) {
 	receive(t, p.drained(), "the pool's rest")
 }
 
+// A request that comes while the one before it is not quite finished, and all workers are
+// at messages that wait for its answer, gets a worker too.
+func TestPoolServesARequestBehindAnother(t *testing.T) {
+	t.Parallel()
+	p := startPool(t, 1)
+	answer, leave := make(chan struct{}), make(chan struct{})
+	requests := newTestJob(p, 1, func(*work) { answer <- struct{}{}; <-leave })
+	messages := newTestJob(p, 1, func(*work) {
+		requests.put(1)
+		<-answer
+		requests.put(1)
+		leave <- struct{}{}
+		<-answer
+		leave <- struct{}{}
+	})
+	requests.lane.requests = true
+	p.enterAll(requests, messages)
+	messages.put(1)
+	receive(t, p.drained(), "the last answer")
+}
+
 // Works of messages may wait for the answers to requests: they do not take the last
 // workers, and where there is no other, requests get one beyond the pool's size.
 func TestPoolServesRequestsBesideMessages(t *testing.T) {

@@ -194,7 +194,7 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 	f.until("the route removes the letter", func() bool { return handled.get("bad") == 1 && dlq() == 0 })
 	stop()
 
-	_, stop = run(2) // finds its durable
+	b, stop = run(2) // finds its durable
 	publish("bad")
 	f.until("it is dead", func() bool { return dlq() == 1 })
 	letters := DeadLetters("dlq.orders")
@@ -205,6 +205,24 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 		}
 		return err
 	})
+	f.do("pause", func() error { return b.Pause("billing") })
+	f.do("another redrive is killed", func() error {
+		if _, err := letters.Redrive(f.ctx, killed); err == nil {
+			return errors.New("it could delete the letter")
+		}
+		return nil
+	})
+	f.do("redrive", func() error {
+		r, err := letters.Redrive(f.ctx, oncall)
+		if err == nil && r.Skips[SkipRedriven] != 1 {
+			err = fmt.Errorf("redriven: %+v, want what the killed one began", r)
+		}
+		return err
+	})
+	f.do("resume", func() error { return b.Resume("billing") })
+	f.until("it is handled", func() bool { return handled.get("bad") == 2 })
+	publish("bad")
+	f.until("another is dead", func() bool { return dlq() == 1 })
 	f.do("redrive", func() error {
 		r, err := letters.Redrive(f.ctx, oncall)
 		if err == nil && r.Redriven != 1 {
@@ -212,7 +230,7 @@ func (f *shopFloor) work(t *testing.T, slow bool) {
 		}
 		return err
 	})
-	f.until("it is handled", func() bool { return handled.get("bad") == 2 })
+	f.until("it is handled", func() bool { return handled.get("bad") == 3 })
 	publish("bad")
 	f.until("one more is dead", func() bool { return dlq() == 1 })
 	f.do("purge", func() error {

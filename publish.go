@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -169,7 +168,7 @@ func (p *Publisher) coreMessage(ctx context.Context, e Envelope) (*nats.Msg, err
 	}
 	m := &nats.Msg{Subject: e.subject, Data: e.data}
 	carried := p.carried(ctx)
-	if len(e.headers)+len(carried) > 0 || e.contentType != "" || e.set != 0 {
+	if len(carried) > 0 || !e.plain() {
 		m.Header = make(nats.Header, len(e.headers)+3)
 		e.fill(m.Header, carried)
 	}
@@ -196,7 +195,6 @@ func slimCore(m *nats.Msg, e *Envelope) bool {
 			if !strings.EqualFold(have, name) || e.hasHeader(have) {
 				continue
 			}
-			m.Header = maps.Clone(m.Header) // it may be one of timeoutHeaders
 			delete(m.Header, have)
 			if len(m.Header) == 0 {
 				m.Header = nil

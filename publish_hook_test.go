@@ -211,6 +211,11 @@ func TestPublishMiddlewareCarries(t *testing.T) {
 			t.Errorf("headers of message %d differ (-want +got):\n%s", i+1, diff)
 		}
 	}
+	// So does a request from outside of a handler, which has no headers otherwise.
+	runBroker(t, NewBroker(nc), Route("ask").Reply(func(_ context.Context, m *Msg) ([]byte, error) { return []byte(m.Header.Get("x-more")), nil }))
+	if m, err := pub.Request(testContext(t), To("ask")); err != nil || string(m.Data) != "m" {
+		t.Errorf("request: got %v, %v", m, err)
+	}
 	large := []byte(strings.Repeat("x", 1024))
 	if err := pub.Send(handling(testContext(t), in), To("core").Data(large)); err != nil {
 		t.Fatal(err)

@@ -66,7 +66,8 @@ type Publisher struct {
 	count      atomic.Uint64 // automatic message ids so far
 	recent     recentStreams
 
-	denials *denials // stopped by a cleanup of the publisher
+	replies atomic.Pointer[replies] // of requests without headers, once there was one
+	denials *denials                // stopped by a cleanup of the publisher
 }
 
 // PublisherOption configures a [Publisher].

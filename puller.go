@@ -1,6 +1,7 @@
 package natsx
 
 import (
+	"math"
 	"slices"
 	"time"
 )
@@ -33,6 +34,7 @@ type puller struct {
 	limits pullLimits // of the consumer
 	budget *budget    // bytes of the connection, nil for no bound
 	size   int64      // of a message in bytes, a moving mean
+	short  bool       // leases are so short that the end of every pull is to be announced; see since
 
 	open        bool // requests may be sent
 	pulls       []pull
@@ -43,6 +45,7 @@ type puller struct {
 	heard       int64 // when the last message or status arrived
 	unheard     int64 // when the oldest pull was sent whose end was not announced, 0 for none
 	notBefore   int64 // no request before this time
+	past        int64 // what the server delivered before this time has arrived
 	unserved    int   // requests in a row that no server served
 	single      bool  // the next real request is for one message of any size
 	starved     bool  // the budget did not allow the last request
@@ -118,6 +121,10 @@ func (p *puller) status(now int64, s pullStatus) pullEvent {
 	if i >= 0 {
 		ended = p.pulls[i]
 		p.end(i, s.left)
+		p.past = max(p.past, ended.sent)
+		if s.code == "408" && s.left > 0 { // it expired
+			p.past = max(p.past, min(ended.expires, now))
+		}
 	}
 	switch s.kind {
 	case statusNoMessages, statusEnded:
@@ -307,13 +314,16 @@ func (p *puller) next(now int64, d demand) (r pullRequest, ok bool) {
 			p.starved = true
 			return r, false
 		}
-		p.starved, p.single = false, false
 		r = pullRequest{batch: n, expires: d.stay, heartbeat: d.heartbeat}
-		if p.budget != nil && n > 1 {
+		switch {
+		case p.budget != nil && n > 1:
 			// The next messages may be larger than the last ones. A pull for one message
 			// needs no bound, and without one no status message about its end.
 			r.maxBytes = max(4*int64(n)*per, minPullBytes)
+		case p.short && !p.single && p.limits.bytes == 0:
+			r.maxBytes = math.MaxInt32 // any message fits
 		}
+		p.starved, p.single = false, false
 		p.outstanding += n
 		p.asked += int64(n) * per
 	}
@@ -349,14 +359,16 @@ func (p *puller) waitsUntil() (at int64) {
 }
 
 // since is when the oldest real pull was sent that may still deliver messages, or now if
-// there is none. The server delivered no message that arrives now before that time.
+// there is none. The server delivered no message that arrives now before that time, nor
+// before it announced the end of another pull. The server does not announce the end of an
+// unbounded pull that has delivered all: that one stays for statusGrace longer.
 func (p *puller) since(now int64) int64 {
 	if p.unheard != 0 {
 		return p.unheard
 	}
 	for _, q := range p.pulls {
 		if !q.idle {
-			return q.sent
+			return max(q.sent, p.past)
 		}
 	}
 	return now

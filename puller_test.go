@@ -106,6 +106,36 @@ func TestPuller(t *testing.T) {
 			s.p.open = false
 			s.at(0).want(ten, "").want(idle, "")
 		}},
+		{"a full pull is no longer the oldest once a later one has expired", func(s *pullScript) {
+			pull := func(n int) string { return fmt.Sprintf(`{"batch":%d,"expires":250000000}`, n) }
+			two := demand{messages: 2, stay: 250 * time.Millisecond}
+			s.at(0).want(two, pull(2)).at(100).messages(1, 100).want(two, pull(1)).messages(1, 100).at(200).want(two, pull(1))
+			if got := s.p.since(s.now); got != ms(0) {
+				s.t.Errorf("since %d, want the time of the first pull", got)
+			}
+			s.p.tokens-- // the second one
+			s.at(360).status("408", "Request Timeout", 1, pullGoesOn)
+			s.p.tokens++
+			if got := s.p.since(s.now); got != ms(350) {
+				s.t.Errorf("since %d, want the end of the second pull", got)
+			}
+			s.outstanding(1)
+		}},
+		{"with short leases the end of a pull for one message is announced too", func(s *pullScript) {
+			s.p.short = true
+			one := demand{messages: 1, stay: time.Second}
+			two := demand{messages: 2, stay: time.Second}
+			s.at(0).want(one, `{"batch":1,"expires":1000000000,"max_bytes":2147483647}`)
+			s.at(50).want(two, `{"batch":1,"expires":1000000000,"max_bytes":2147483647}`)
+			s.p.tokens--
+			s.at(60).messages(1, 100).status("409", "Batch Completed", 0, pullGoesOn).outstanding(1)
+			s.p.tokens++
+			if got := s.p.since(s.now); got != ms(50) {
+				s.t.Errorf("since %d, want the time of the second pull", got)
+			}
+			s.p.limits.bytes = 1000 // a larger message would not fit a pull within that
+			s.at(70).want(two, `{"batch":1,"expires":1000000000}`)
+		}},
 		{"expired brings less", func(s *pullScript) {
 			s.at(0).want(ten, pull(10)).messages(3, 100)
 			s.at(1000).status("408", "Request Timeout", 7, pullGoesOn).outstanding(0).want(ten, pull(10))

@@ -1,6 +1,7 @@
 package natsx
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,7 @@ const (
 	redrivePatience = 30 * time.Second
 	// maxRedriveErrors is the most errors in a report.
 	maxRedriveErrors = 100
-	// maxRedriveCache bounds what a redrive caches of streams and subjects.
+	// maxRedriveCache bounds what a redrive caches of streams and durables.
 	maxRedriveCache = 1000
 )
 
@@ -48,7 +49,7 @@ type RedriveReport struct {
 // RedriveProgress is the progress of a redrive, after every selected message.
 type RedriveProgress struct {
 	Report RedriveReport // so far; must not be kept or changed
-	Total  int           // selected messages at the start, including those that are not letters
+	Total  int           // selected messages at the start, without the limit, including those that are not letters
 	Letter DeadLetter    // the last one
 	Skip   SkipReason    // why it was skipped, or empty
 	Err    error         // why it failed, or nil
@@ -67,14 +68,28 @@ func WithRedriveProgress(fn func(RedriveProgress)) RedriveOption {
 	return func(r *redrive) { r.progress = fn }
 }
 
+// WithRedriveEdit has fn change a letter's Data and Header before it is redriven, such as
+// to mend what made it die; the other fields are to be read. The letter is the caller's
+// to change, and a pointer has its original's payload. It is called once for each letter,
+// in a dry run too, on the goroutine of Redrive. A letter for which it returns an error
+// stays and is a failure in the report, with that error. Default, also for nil, is to
+// redrive letters as they are.
+func WithRedriveEdit(fn func(*DeadLetter) error) RedriveOption {
+	return func(r *redrive) { r.edit = fn }
+}
+
 // redrive is one run of Redrive.
 type redrive struct {
 	*deadLetters
-	progress func(RedriveProgress)
-	report   RedriveReport
-	total    int
-	sources  map[string]*redriveSource // by stream
-	copies   map[[2]string]*copies     // by stream and subject
+	progress   func(RedriveProgress)
+	edit       func(*DeadLetter) error
+	report     RedriveReport
+	total      int
+	marks      *redriveMarks
+	sources    map[string]*redriveSource // by stream
+	copies     map[string]*copies        // by stream
+	retries    map[[3]string]*retryRoute // by retry stream, stream and durable
+	unfinished bool                      // a copy may be stored whose letter is not removed
 }
 
 // redriveSource is a stream that letters came from.
@@ -84,11 +99,12 @@ type redriveSource struct {
 	durables map[string]*jetstream.ConsumerInfo
 }
 
-// copies are the redriven messages found on a subject.
+// copies are the redriven messages found in a stream.
 type copies struct {
-	searched uint64 // up to this sequence
-	at       time.Time
-	seqs     map[string]uint64 // by message id
+	looked time.Time         // when the marks were last looked at
+	behind uint64            // from here on the stream was searched
+	upTo   uint64            // and up to here, 0 when it was not
+	seqs   map[string]uint64 // by message id
 }
 
 // redriveFault is a failure of one letter, after which the redrive goes on.
@@ -106,26 +122,40 @@ func faultf(err error, format string, args ...any) error {
 //
 // The copy has [HeaderRedriveTo], with a token that a publisher cannot forge. Routes of
 // natsx with other durables acknowledge it without handling it, and count it only as
-// received; other consumers and core subscribers receive it. The durable must still exist
-// and its filter match the subject.
+// received, if they had the original: the stream still has it, or has interest retention.
+// Otherwise they handle the copy. Other consumers and core subscribers receive it. The
+// durable must still exist and its filter match the subject. What its handler publishes
+// has the message ids that it had before the message was dead. The message id of the
+// original is in [HeaderOriginalMsgID].
+//
+// A letter of a broker with [WithRetryStream] goes back by the retry stream, while brokers
+// use that for the durable: then only the durable receives the copy, nothing is deleted for
+// it, and mirrors and sourced subjects can have their letters redriven.
 //
 // A letter is redriven once, even if the redrive is killed and repeated, or run by several
 // processes at once: a copy is not stored again while an earlier one is in the stream or
 // within the stream's duplicate window, and natsx removes the letter before it handles the
 // copy. After that window this requires that the durable is a natsx route whose user may
-// get and delete messages of the DLQ's stream ($JS.API.STREAM.MSG.GET and .DELETE).
+// get and delete messages of the DLQ's stream ($JS.API.STREAM.MSG.GET and .DELETE). While
+// it runs, a redrive keeps a consumer named natsx-redrive-* on the DLQ's stream; that of a
+// killed redrive stays for the next one, for 30 days. If there can be none (because of the
+// retention, MaxConsumers or a permission), each redrive reads the original streams once.
 //
 // A letter that cannot be redriven stays and is a failure in the report: its stream is
-// gone, does not capture the subject or transforms it ([ErrNoStream]); its durable is gone
+// gone, does not capture the subject, which is so for mirrors and sourced subjects, or
+// transforms it ([ErrNoStream]); its durable is gone
 // ([ErrConsumerDeleted]) or its filter does not match the subject ([ErrConsumerConflict]);
 // natsx does not publish to the subject, such as one with a wildcard
-// ([ErrInvalidSubject]); or the server refuses the copy, which is about 300 bytes larger
+// ([ErrInvalidSubject]); the stream would delete a newer message because of
+// MaxMsgsPerSubject, or, because of MaxMsgs or MaxBytes, one that the durable has not
+// settled ([ErrWouldEvict]); or the server refuses the copy, which is about 400 bytes larger
 // than the original. An error that ends the redrive, such as the end of ctx or a missing
 // permission ([ErrPermission]), is returned together with the report; the same call
-// continues from there. If the DLQ stream has DenyDelete, the error is [ErrBadDLQ] and
+// continues from there. A DLQ stream that was recreated meanwhile is [ErrStreamDeleted].
+// If the DLQ stream has DenyDelete, the error is [ErrBadDLQ] and
 // nothing is redriven.
 func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...RedriveOption) (RedriveReport, error) {
-	r := &redrive{sources: map[string]*redriveSource{}, copies: map[[2]string]*copies{}}
+	r := &redrive{sources: map[string]*redriveSource{}, copies: map[string]*copies{}}
 	for _, opt := range opts {
 		opt(r)
 	}
@@ -137,19 +167,34 @@ func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...Red
 		return r.report, err
 	}
 	if r.progress != nil {
-		counts, err := q.Count(ctx, nc)
-		if err != nil {
-			return r.report, err
+		for _, err := range r.all(ctx, true) {
+			if err != nil && !errors.Is(err, ErrNotALetter) {
+				return r.report, err
+			}
+			r.total++
 		}
-		r.total = counts.Total + counts.Foreign
 	}
-	pace := pacer{rate: q.rate}
+	r.marks = newRedriveMarks(r.deadLetters)
+	whole, err := r.run(ctx)
+	if !r.unfinished {
+		const filters = optLetterDurable | optLetterReason | optLetterSubject | optLetterSequence | optLetterWhere | optLetterSince | optLetterUntil
+		r.marks.end(ctx, whole && q.set&filters == 0 && r.report.Failed == 0)
+	}
+	if err != nil {
+		return r.report, failure(fmt.Sprintf("redrive %q: %s", q.subject, cause(err)), err)
+	}
+	return r.report, nil
+}
+
+// run redrives the selected letters, and reports whether it came to their end.
+func (r *redrive) run(ctx context.Context) (whole bool, _ error) {
+	pace := pacer{rate: r.rate}
 	for l, err := range r.all(ctx, false) {
 		if errors.Is(err, ErrNotALetter) {
 			r.book(l, SkipForeign, nil)
 			continue
 		}
-		if err == nil && !q.dryRun {
+		if err == nil && !r.dryRun {
 			err = pace.wait(ctx)
 		}
 		var skip SkipReason
@@ -161,12 +206,15 @@ func (q DeadLetterQuery) Redrive(ctx context.Context, nc *nats.Conn, opts ...Red
 		case errors.As(err, &fault):
 			r.book(l, "", &LetterError{Subject: l.DLQSubject, Stream: l.DLQStream, Sequence: l.DLQSequence, Err: fault.error})
 		case err != nil:
-			return r.report, failure(fmt.Sprintf("redrive %q: %s", q.subject, cause(err)), err)
+			return false, err
 		default:
 			r.book(l, skip, nil)
 		}
+		if r.enough(r.report.Redriven) {
+			return false, nil
+		}
 	}
-	return r.report, nil
+	return true, nil
 }
 
 // book records the outcome of a letter.
@@ -197,25 +245,47 @@ func (r *redrive) book(l DeadLetter, skip SkipReason, err error) {
 // stream or within its duplicate window, or it was handled and the letter is gone. So look
 // for the copy first, then for the letter, and publish at once: a copy stored after the
 // first look is within the window.
-func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
-	src, err := r.source(ctx, l)
-	if err != nil {
-		return "", err
-	}
-	m, count, err := r.copyOf(ctx, l, src)
-	if err != nil {
-		return "", err
-	}
+func (r *redrive) one(ctx context.Context, l *DeadLetter) (_ SkipReason, err error) {
+	published := false // or may be
+	defer func() { r.unfinished = r.unfinished || published && err != nil }()
 	most := DefaultMaxRedrives
 	if r.set&optLetterMaxRedrives != 0 {
 		most = r.maxRedrives
 	}
-	if count > most {
+	v, err := r.retryRouteOf(ctx, l)
+	if err != nil {
+		return "", err
+	}
+	var src *redriveSource
+	if v == nil {
+		if src, err = r.source(ctx, l); err != nil {
+			return "", err
+		}
+	}
+	if l.Redrives >= most {
 		return SkipMaxRedrives, nil
 	}
+	header, data, err := r.content(ctx, l)
+	if err != nil {
+		return "", err
+	}
+	if v != nil {
+		if m := v.copyOf(r.api.nc, l, header, data); m != nil {
+			return r.byRetries(ctx, l, v, m)
+		}
+		if src, err = r.source(ctx, l); err != nil {
+			return "", err
+		}
+	}
+	m := src.copyOf(l, header, data)
 	begun := time.Now()
 	pause := backoff{first: 50 * time.Millisecond, most: time.Second}
 	for lost := false; ; {
+		if !r.dryRun {
+			if err := r.marks.put(ctx, l.Stream, src.info.State.LastSeq); err != nil {
+				return "", err
+			}
+		}
 		done := SkipReason("")
 		if !lost {
 			done = SkipRedriven
@@ -227,15 +297,18 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		if found {
 			return done, r.removeLetter(ctx, l)
 		}
-		letter, err := r.api.get(ctx, l.DLQStream, getRequest{Seq: l.DLQSequence})
+		there, err := findLetter(ctx, r.api, l)
 		if err != nil {
 			return "", err
 		}
-		if letter == nil || !letter.time.Equal(l.DLQTime) {
+		if !there {
 			if lost {
 				return "", nil // its copy was handled meanwhile
 			}
 			return SkipGone, nil
+		}
+		if err := r.keepNewer(ctx, l, src, m); err != nil {
+			return "", err
 		}
 		if r.dryRun {
 			return "", nil
@@ -249,14 +322,16 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		if r.api.nc.IsConnected() {
 			var ack Ack
 			ack, err = r.publish(ctx, m)
+			published = published || err == nil && !ack.Duplicate || err != nil && mayBeStored(err)
 			if err == nil && ack.Duplicate && !lost {
 				stored, err := r.api.get(ctx, l.Stream, getRequest{Seq: ack.Sequence})
 				if err != nil {
 					return "", err
 				}
-				if stored != nil && !src.isCopy(stored, m) {
+				if stored != nil && !src.isCopy(l, stored, m) {
 					return "", faultf(ErrBadAck, "message %d of stream %q has the id %q and is no copy of the letter", stored.seq, l.Stream, redriveID(l))
 				}
+				published = true
 				return SkipRedriven, r.removeLetter(ctx, l)
 			}
 			if err == nil {
@@ -264,10 +339,16 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 			}
 		}
 		var api *jetstream.APIError
+		errors.As(err, &api)
 		switch {
 		case errors.Is(err, ErrPermission), errors.Is(err, nats.ErrConnectionClosed):
 			return "", err
-		case errors.As(err, &api) && api.ErrorCode != codeIDInProcess && api.ErrorCode != codeTooManyRequests && api.ErrorCode != codeClusterNotLeader && api.ErrorCode != codeClusterNoLeader,
+		case hasCode(err, jetstream.JSErrCodeStreamWrongLastSequence): // somebody published on the subject
+			if time.Since(begun) > redrivePatience {
+				return "", faultf(err, "copy not stored in stream %q, which keeps %d messages a subject: others are stored on %q all the time", l.Stream, src.info.Config.MaxMsgsPerSubject, l.Subject)
+			}
+		case api != nil && api.ErrorCode != codeIDInProcess && api.ErrorCode != codeTooManyRequests && api.ErrorCode != codeClusterNotLeader &&
+			api.ErrorCode != codeClusterNoLeader && api.ErrorCode != jetstream.JSErrCodeStreamWrongLastSequenceConstant,
 			errors.Is(err, ErrWrongStream), errors.Is(err, ErrBadAck), isLocal(err):
 			return "", faultf(err, "copy not stored in stream %q: %s", l.Stream, cause(err))
 		case errors.Is(err, nats.ErrNoResponders):
@@ -276,10 +357,8 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 			if src, err = r.source(ctx, l); err != nil {
 				return "", err
 			}
-			if m, _, err = r.copyOf(ctx, l, src); err != nil {
-				return "", err
-			}
-		case api == nil:
+			m = src.copyOf(l, header, data)
+		case mayBeStored(err):
 			lost = true
 		}
 		if time.Since(begun) > redrivePatience {
@@ -287,6 +366,13 @@ func (r *redrive) one(ctx context.Context, l *DeadLetter) (SkipReason, error) {
 		}
 		pause.wait(ctx)
 	}
+}
+
+// mayBeStored reports whether a message may be in its stream in spite of err.
+func mayBeStored(err error) bool {
+	var api *jetstream.APIError
+	return !errors.As(err, &api) && !errors.Is(err, nats.ErrNoResponders) && !errors.Is(err, ErrPermission) &&
+		!errors.Is(err, ErrWrongStream) && !errors.Is(err, nats.ErrDisconnected) && !isLocal(err)
 }
 
 // publish is one try, which the end of ctx does not cancel.
@@ -307,7 +393,7 @@ func (r *redrive) removeLetter(ctx context.Context, l *DeadLetter) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redrivePatience)
 	defer cancel()
-	if err := discardLetter(ctx, r.api, l); err != nil {
+	if _, err := discardLetter(ctx, r.api, l); err != nil {
 		return failure(fmt.Sprintf("copy of letter %d is stored, but the letter was not removed: %s", l.DLQSequence, cause(err)), err)
 	}
 	return nil
@@ -334,11 +420,11 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 		src = &redriveSource{info: info, asked: time.Now(), durables: map[string]*jetstream.ConsumerInfo{}}
 		r.sources[l.Stream] = src
 	}
+	if why := takesNoCopy(&src.info.Config, l.Subject); why != "" {
+		return nil, faultf(ErrNoStream, "original stream %q %s", l.Stream, why)
+	}
 	if !captures(src.info, l.Subject) {
 		return nil, faultf(ErrNoStream, "original stream %q does not take the subject %q any more", l.Stream, l.Subject)
-	}
-	if t := src.info.Config.SubjectTransform; t != nil && t.Source != t.Destination && (t.Source == "" || subjectMatches(t.Source, l.Subject)) {
-		return nil, faultf(ErrNoStream, "original stream %q would store the copy on another subject than %q: it transforms %q to %q", l.Stream, l.Subject, t.Source, t.Destination)
 	}
 	c := src.durables[l.Durable]
 	if c == nil {
@@ -365,87 +451,166 @@ func (r *redrive) source(ctx context.Context, l *DeadLetter) (*redriveSource, er
 	return src, nil
 }
 
-// copyOf returns the copy of a letter and the number of its redrives, including this one.
-func (r *redrive) copyOf(ctx context.Context, l *DeadLetter, src *redriveSource) (*nats.Msg, int, error) {
+// content returns the headers and payload of a letter, as they are redriven.
+func (r *redrive) content(ctx context.Context, l *DeadLetter) (nats.Header, []byte, error) {
 	header, data := l.Header, l.Data
 	if l.Pointer {
 		original, err := r.api.get(ctx, l.Stream, getRequest{Seq: l.Sequence})
 		if err != nil {
-			return nil, 0, err
+			return nil, nil, err
 		}
 		if original == nil || !l.pointsTo(original) {
-			return nil, 0, faultf(nil, "the letter is a pointer, and its original, message %d of stream %q, is gone", l.Sequence, l.Stream)
+			return nil, nil, faultf(nil, "the letter is a pointer, and its original, message %d of stream %q, is gone", l.Sequence, l.Stream)
 		}
 		header, data = original.header, original.data
 	}
-	created := src.info.Created.UnixNano()
-	count := 1
-	if proof, ok := proveRedrive(l.Stream, created, l.Subject, header, data); ok {
-		count += proof.count
+	if r.edit == nil {
+		return header, data, nil
 	}
+	edited := *l
+	edited.Header, edited.Data = nats.Header{}, slices.Clone(data)
+	for k, v := range header {
+		edited.Header[k] = slices.Clone(v)
+	}
+	if err := r.edit(&edited); err != nil {
+		return nil, nil, faultf(err, "edit: %v", err)
+	}
+	return edited.Header, edited.Data, nil
+}
+
+// key is what proves the copies for a durable; see redriveToken.
+func (s *redriveSource) key(durable string) string {
+	return s.durables[durable].Config.Metadata[metadataID]
+}
+
+// copyOf makes the copy of a letter.
+func (s *redriveSource) copyOf(l *DeadLetter, header nats.Header, data []byte) *nats.Msg {
 	m := &nats.Msg{Subject: l.Subject, Header: nats.Header{}, Data: data}
 	for k, v := range header {
 		if !hasPrefixFold(k, "Nats-") && !hasPrefixFold(k, redrivePrefix) {
 			m.Header[k] = v
 		}
 	}
-	id := redriveID(l)
-	m.Header.Set(nats.MsgIdHdr, id)
+	if id := header[nats.MsgIdHdr]; len(id) > 0 && l.Redrives == 0 {
+		m.Header[HeaderOriginalMsgID] = id
+	}
+	m.Header.Set(nats.MsgIdHdr, redriveID(l))
 	m.Header.Set(nats.ExpectedStreamHdr, l.Stream)
 	m.Header.Set(HeaderRedriveTo, l.Durable)
-	m.Header.Set(HeaderRedriveCount, strconv.Itoa(count))
-	m.Header.Set(HeaderRedriveToken, redriveToken(l.Stream, created, l.Durable, l.Subject, id, strconv.Itoa(count), data))
-	return m, count, nil
+	m.Header.Set(HeaderRedriveCount, strconv.Itoa(l.Redrives+1))
+	m.Header.Set(HeaderRedriveOriginal, deliveryID(l.Stream, l.Durable, l.root()))
+	m.Header.Set(HeaderRedriveToken, redriveToken(s.key(l.Durable), m.Subject, m.Header, data))
+	return m
 }
 
-// isCopy reports whether a stored message is the copy m.
-func (s *redriveSource) isCopy(stored *storedMsg, m *nats.Msg) bool {
-	_, ok := proveRedrive(s.info.Config.Name, s.info.Created.UnixNano(), stored.subject, stored.header, stored.data)
-	return ok && stored.header.Get(nats.MsgIdHdr) == m.Header.Get(nats.MsgIdHdr) && stored.header.Get(HeaderRedriveTo) == m.Header.Get(HeaderRedriveTo)
+// isCopy reports whether a stored message is the copy m of l. A durable without an
+// identity has no secret: then the payload decides.
+func (s *redriveSource) isCopy(l *DeadLetter, stored *storedMsg, m *nats.Msg) bool {
+	key := s.key(l.Durable)
+	return stored.header.Get(nats.MsgIdHdr) == m.Header.Get(nats.MsgIdHdr) &&
+		provenCopy(key, stored.subject, stored.header, stored.data) && (key != "" || bytes.Equal(stored.data, m.Data))
 }
 
-// findCopy looks for the copy of a letter in its original stream. Usually nothing was
-// stored on the subject since the original, which one request shows. Otherwise the subject
-// is searched once, and then only new messages. Unless fresh is set, messages of half the
-// duplicate window may be missed.
-func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSource, m *nats.Msg, fresh bool) (bool, error) {
-	key := [2]string{l.Stream, l.Subject}
-	known := r.copies[key]
-	if known == nil || fresh || time.Since(known.at) > src.info.Config.Duplicates/2 {
+// findCopy looks for the copy of a letter in its original stream, where the marks of
+// other redrives, or a lost ack of this one, say that there may be one. What may have
+// come within half of the duplicate window need not be known, unless an ack was lost.
+func (r *redrive) findCopy(ctx context.Context, l *DeadLetter, src *redriveSource, m *nats.Msg, lost bool) (bool, error) {
+	known := r.copies[l.Stream]
+	if known == nil {
+		known = &copies{}
+		r.copies[l.Stream] = known
+	}
+	if lost || time.Since(known.looked) > src.info.Config.Duplicates/2 {
 		now := time.Now()
-		last, err := r.api.get(ctx, l.Stream, getRequest{LastFor: l.Subject})
+		behind, all, err := r.marks.others(ctx)
 		if err != nil {
 			return false, err
 		}
-		behind := uint64(0) // in a stream that was recreated the original's sequence means nothing
-		if !src.info.Created.After(l.Published) {
-			behind = l.Sequence
+		if lost && !all {
+			lower(behind, r.marks.own.Behind)
 		}
-		if last == nil || known == nil && last.seq <= behind {
-			return false, nil
-		}
-		if known == nil {
-			if len(r.copies) >= maxRedriveCache {
-				clear(r.copies)
-			}
-			known = &copies{seqs: map[string]uint64{}}
-			r.copies[key] = known
-		}
-		part := span{stream: src.info, filter: l.Subject, first: max(behind, known.searched) + 1, last: last.seq, headersOnly: true}
-		for stored, err := range readSpan(ctx, r.api, part) {
-			if err != nil {
+		from, marked := behind[l.Stream]
+		if all || marked {
+			if err := r.search(ctx, l.Stream, known, from); err != nil {
 				return false, err
 			}
-			if id := stored.header.Get(nats.MsgIdHdr); stored.header.Get(HeaderRedriveToken) != "" && strings.HasPrefix(id, "redrive/"+l.DLQStream+"@") {
-				known.seqs[id] = stored.seq
-			}
 		}
-		known.searched, known.at = max(last.seq, known.searched), now
+		known.looked = now
 	}
 	seq := known.seqs[redriveID(l)]
 	if seq == 0 {
 		return false, nil
 	}
 	stored, err := r.api.get(ctx, l.Stream, getRequest{Seq: seq})
-	return err == nil && stored != nil && src.isCopy(stored, m), err
+	return err == nil && stored != nil && src.isCopy(l, stored, m), err
+}
+
+// search looks for copies of the DLQ's letters behind a sequence.
+func (r *redrive) search(ctx context.Context, stream string, known *copies, behind uint64) error {
+	info, err := r.api.askStreamInfo(ctx, stream)
+	if err != nil {
+		return err
+	}
+	last := info.State.LastSeq
+	if known.upTo == 0 || behind < known.behind || last < known.upTo {
+		known.behind, known.upTo, known.seqs = behind, min(behind, last), map[string]uint64{}
+	}
+	for stored, err := range readSpan(ctx, r.api, span{stream: info, filter: ">", first: known.upTo + 1, last: last, headersOnly: true}) {
+		if err != nil {
+			return err
+		}
+		if id := stored.header.Get(nats.MsgIdHdr); stored.header.Get(HeaderRedriveToken) != "" && strings.HasPrefix(id, "redrive/"+r.dlq.Config.Name+"@") {
+			known.seqs[id] = stored.seq
+		}
+	}
+	known.upTo = max(last, 1)
+	return nil
+}
+
+// keepNewer refuses a copy for which the stream would delete a message that is newer
+// than the letter's: on its subject, or the first of a full stream when the durable has
+// not settled that. Where the copy's subject has room it is to be stored behind the
+// message that is the last now.
+func (r *redrive) keepNewer(ctx context.Context, l *DeadLetter, src *redriveSource, m *nats.Msg) error {
+	c := &src.info.Config
+	if c.Discard != jetstream.DiscardOld || c.MaxMsgsPerSubject <= 0 && c.MaxMsgs <= 0 && c.MaxBytes <= 0 {
+		return nil
+	}
+	newest := uint64(0)
+	if c.MaxMsgsPerSubject > 0 {
+		last, err := r.api.get(ctx, l.Stream, getRequest{LastFor: l.Subject})
+		if err != nil {
+			return err
+		}
+		if last != nil {
+			newest = last.seq
+		}
+		m.Header.Set(nats.ExpectedLastSubjSeqHdr, utoa(newest))
+	}
+	var now jetstream.StreamInfo
+	if err := r.api.ask(ctx, "STREAM.INFO."+l.Stream, map[string]string{"subjects_filter": l.Subject}, &now); err != nil {
+		return err
+	}
+	if most := c.MaxMsgsPerSubject; most > 0 && now.State.Subjects[l.Subject] >= uint64(most) {
+		first, err := r.api.get(ctx, l.Stream, getRequest{Seq: 1, NextFor: l.Subject})
+		if err != nil {
+			return err
+		}
+		if first != nil && first.time.After(l.Published) {
+			return faultf(ErrWouldEvict, "stream %q keeps %d messages a subject, and would delete the newer message %d of %q for the copy", l.Stream, most, first.seq, l.Subject)
+		}
+		return nil
+	}
+	st := now.State
+	if full := c.MaxMsgs > 0 && st.Msgs >= uint64(c.MaxMsgs) || c.MaxBytes > 0 && st.Bytes+uint64(messageSize(m)) > uint64(c.MaxBytes); !full || !st.FirstTime.After(l.Published) {
+		return nil
+	}
+	durable, err := r.api.consumerInfo(ctx, l.Stream, l.Durable)
+	if err != nil {
+		return err
+	}
+	if st.FirstSeq > durable.AckFloor.Stream {
+		return faultf(ErrWouldEvict, "stream %q is full, and would delete message %d for the copy, which is newer than the letter's and which the durable has not settled", l.Stream, st.FirstSeq)
+	}
+	return nil
 }

@@ -5,6 +5,8 @@ import (
 	"math"
 	"sync/atomic"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 const (
@@ -53,14 +55,14 @@ type replay struct {
 	// are fixed once the stream was found.
 	stream    string  // empty until it is found
 	from      *origin // of its messages
-	schedules bool    // some of the messages may be schedules
-	end       uint64  // last sequence of the replay
-	endTime   int64   // Unix nanoseconds of the last message, 0 if unknown
-	total     uint64  // as counted at the start
-	located   bool    // received is valid
-	received  uint64  // stream sequence of the last message received
-	accepted  int     // messages received that are to be handled
-	complete  bool    // everything was received
+	config    *jetstream.StreamConfig
+	end       uint64 // last sequence of the replay
+	endTime   int64  // Unix nanoseconds of the last message, 0 if unknown
+	total     uint64 // as counted at the start
+	located   bool   // received is valid
+	received  uint64 // stream sequence of the last message received
+	accepted  int    // messages received that are to be handled
+	complete  bool   // everything was received
 	stopping  bool
 	cause     error // of stopping, nil for a failure alone
 	failure   *ReplayFailure

@@ -3,7 +3,6 @@ package natsx
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math"
 	"sort"
 	"strconv"
@@ -45,7 +44,7 @@ func (r *replay) openSource() error {
 	}
 	p := r.env.pool
 	p.mu.Lock()
-	r.stream, r.schedules = c.Name, c.AllowMsgSchedules
+	r.stream, r.config = c.Name, c
 	r.from = &origin{filter: r.want.replay.filter, stream: c.Name, ctx: r.serving}
 	p.mu.Unlock()
 	r.reader, err = openReader(r.env.api, r.env.link, r.env.log, info, readerOptions{
@@ -180,26 +179,16 @@ func (r *replay) try(fn func(context.Context) error) error {
 			return r.intake.Err()
 		}
 	}
-	begun, logged := time.Now(), false
-	var absent error
-	err := retry{
+	logged := false
+	return closedCause(r.env.starting(r.env.api, retry{
 		told: func(err error) {
 			if !logged {
 				logged = true
 				r.env.log.Warn("natsx: replay cannot start, trying again", "replay", r.want.replay.filter, "error", err)
 			}
 		},
-		enough: func(err error) bool {
-			if errors.Is(err, nats.ErrNoResponders) && l.up() && time.Since(begun) > startPatience {
-				absent = fmt.Errorf("%w: the server does not answer on %q: %w", ErrNoJetStream, r.env.api.prefix, err)
-			}
-			return absent != nil || hasCode(err, codeStreamNotFound)
-		},
-	}.do(r.intake, fn)
-	if absent != nil {
-		return absent
-	}
-	return closedCause(err)
+		enough: func(err error) bool { return hasCode(err, codeStreamNotFound) },
+	}).do(r.intake, fn))
 }
 
 // unreadable is the fault of a stream that can no longer be read.
@@ -250,7 +239,7 @@ func (r *replay) take(d *delivery, a arrival, now int64) {
 	waited := now - r.asking
 	r.asking = now
 	r.received = a.sequence
-	if r.schedules && len(a.msg.Header[headerSchedule]) > 0 {
+	if len(a.msg.Header) > 0 && (isSchedule(a.msg, r.config) || isTombstone(a.msg, r.config)) {
 		return
 	}
 	w := r.newWork(d, a)

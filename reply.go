@@ -43,6 +43,12 @@ func answer(data []byte, hdr nats.Header, err error) (payload []byte, header nat
 	reply, internal := replyFor(err)
 	if is[*ReplyError](err) {
 		header = cloneHeader(hdr)
+		for name, values := range reply.Header {
+			header[name] = values
+		}
+		if reply.Data != nil {
+			data = reply.Data
+		}
 		delete(header, "Status")
 	} else {
 		data, header = nil, make(nats.Header, 2)

@@ -17,8 +17,10 @@ const DefaultRequestTimeout = 5 * time.Second
 
 // Request sends an envelope on core NATS and returns the answer. It waits, also for the
 // first connection, until ctx ends or, if ctx has no deadline, for
-// [DefaultRequestTimeout]. A deadline of ctx is sent to the responder as the remaining
-// time, in the header Natsx-Timeout, and ends the responder's context too.
+// [DefaultRequestTimeout]. A deadline of ctx is sent to a responder of natsx as the remaining
+// time, and ends the responder's context too: in the header Natsx-Timeout or, for an
+// envelope without headers, in the reply subject, which costs less. A service import of
+// another account replaces the reply subject, and passes on only the header.
 //
 // An error in the answer is a [*ReplyError]; the message is returned too, since it may
 // have a payload. Without subscribers the error is [ErrNoResponders] at once; without an
@@ -38,20 +40,20 @@ func (p *Publisher) Request(ctx context.Context, e Envelope) (*Msg, error) {
 }
 
 func (p *Publisher) request(ctx context.Context, e Envelope) (*Msg, error) {
-	m, err := p.coreMessage(ctx, e)
-	if err != nil {
+	if err := e.checkCore(); err != nil {
 		return nil, err
 	}
 	mark, up := p.denials.mark(), p.nc.IsConnected()
-	if up && ctx.Done() == nil {
-		// Only a deadline can end it, and a timeout costs nats.go less than a context.
-		return p.ask(m, &e, mark, func() (*nats.Msg, error) {
-			r, err := p.nc.RequestMsg(m, DefaultRequestTimeout)
-			if errors.Is(err, nats.ErrTimeout) {
-				err = context.DeadlineExceeded
-			}
-			return r, err
-		})
+	// A handler's request uses nats.go, so that it is still answered when the application
+	// drains the connection.
+	if up && e.plain() && deliveryFrom(ctx) == nil && (p.around == nil || len(p.carried(ctx)) == 0) {
+		if r := p.inbox(); r != nil {
+			return p.askPlain(ctx, &e, r, mark)
+		}
+	}
+	m, err := p.coreMessage(ctx, e)
+	if err != nil {
+		return nil, err
 	}
 	_, bounded := ctx.Deadline()
 	ctx, cancel := withLimit(ctx, DefaultRequestTimeout)
@@ -59,19 +61,97 @@ func (p *Publisher) request(ctx context.Context, e Envelope) (*Msg, error) {
 	if err := p.ready(ctx, m, up); err != nil {
 		return nil, err
 	}
-	switch {
-	case !bounded:
-	case m.Header == nil:
-		// The header map can be reused: nats.go encodes it before it sends the request.
-		h := timeoutHeaders.Get().(nats.Header)
-		defer timeoutHeaders.Put(h)
-		m.Header = h
-		h[timeoutHeader][0] = timeoutLeft(ctx)
-	default:
+	if bounded {
+		if m.Header == nil {
+			m.Header = make(nats.Header, 1)
+		}
 		m.Header[timeoutHeader] = []string{timeoutLeft(ctx)}
 	}
 	return p.ask(m, &e, mark, func() (*nats.Msg, error) { return p.nc.RequestMsgWithContext(ctx, m) })
 }
+
+// inbox is where the answers to plain requests come, or nil when there can be none.
+func (p *Publisher) inbox() *replies {
+	if r := p.replies.Load(); r != nil {
+		return r
+	}
+	if p.nc.Opts.UseOldRequestStyle {
+		return nil
+	}
+	r, err := repliesOf(p.nc)
+	if err != nil {
+		return nil
+	}
+	p.replies.Store(r)
+	return r
+}
+
+// askPlain makes a request without headers.
+func (p *Publisher) askPlain(ctx context.Context, e *Envelope, r *replies, mark uint64) (*Msg, error) {
+	fail := func(err error) (*Msg, error) {
+		return nil, p.requestFailure(&nats.Msg{Subject: e.subject, Data: e.data}, mark, err)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, requestError(e.subject, err)
+	}
+	var left time.Duration
+	var limit <-chan time.Time
+	if deadline, bounded := ctx.Deadline(); bounded {
+		if left = time.Until(deadline); left <= 0 {
+			return nil, requestError(e.subject, context.DeadlineExceeded)
+		}
+	} else {
+		t := timers.Get().(*time.Timer)
+		t.Reset(DefaultRequestTimeout)
+		defer func() {
+			t.Stop()
+			timers.Put(t)
+		}()
+		limit = t.C
+	}
+	key, reply, w, ok := r.expect(left)
+	defer waiters.Put(w)
+	if !ok {
+		return fail(nats.ErrConnectionClosed)
+	}
+	if err := p.nc.PublishRequest(e.subject, reply, e.data); err != nil {
+		if !r.forget(key) {
+			<-w.answer
+		}
+		return fail(err)
+	}
+	var m *nats.Msg
+	var end error
+	select {
+	case m = <-w.answer:
+	case <-ctx.Done():
+		end = ctx.Err()
+	case <-limit:
+		end = context.DeadlineExceeded
+	}
+	if end != nil {
+		if r.forget(key) {
+			return fail(end)
+		}
+		m = <-w.answer
+	}
+	switch {
+	case m == nil && p.nc.IsClosed():
+		return fail(nats.ErrConnectionClosed)
+	case m == nil:
+		return fail(nats.ErrDisconnected)
+	case len(m.Data) == 0 && m.Header.Get("Status") == "503":
+		return fail(nats.ErrNoResponders)
+	}
+	return received(m)
+}
+
+// timers are stopped.
+var timers = sync.Pool{New: func() any {
+	t := time.NewTimer(time.Hour)
+	t.Stop()
+	return t
+}}
 
 // ask sends a request, without the headers that natsx adds if it is too large with them.
 func (p *Publisher) ask(m *nats.Msg, e *Envelope, mark uint64, send func() (*nats.Msg, error)) (*Msg, error) {
@@ -86,10 +166,14 @@ func (p *Publisher) ask(m *nats.Msg, e *Envelope, mark uint64, send func() (*nat
 }
 
 // RequestJSON is [Publisher.Request] for an answer in JSON. If it cannot be decoded into a
-// T, the error wraps that of [json.Unmarshal].
+// T, the error wraps that of [json.Unmarshal]. The [*ReplyError] of an answer that is an
+// error has its body and headers.
 func RequestJSON[T any](ctx context.Context, p *Publisher, e Envelope) (T, error) {
 	var v T
 	m, err := p.Request(ctx, e)
+	if refusal, ok := err.(*ReplyError); ok {
+		refusal.Data, refusal.Header = m.Data, m.Header
+	}
 	if err != nil {
 		return v, err
 	}
@@ -193,9 +277,6 @@ func (p *Publisher) ready(ctx context.Context, m *nats.Msg, up bool) error {
 	}
 	return nil
 }
-
-// timeoutHeaders holds headers of nothing but timeoutHeader.
-var timeoutHeaders = sync.Pool{New: func() any { return nats.Header{timeoutHeader: {""}} }}
 
 // timeoutLeft is the value of timeoutHeader for ctx.
 func timeoutLeft(ctx context.Context) string {

@@ -46,7 +46,7 @@ func TestRequest(t *testing.T) {
 			t.Fatalf("got %+v, %v", m, err)
 		}
 		r := receive(t, requests, "the request")
-		left, ok := requestTimeout(r.Header)
+		left, ok := requestTimeout(r)
 		if !ok || left > testLimit || left < testLimit/2 || r.Header.Get("traceparent") != "tp" {
 			t.Errorf("got headers %v, want a time limit below %s and the trace", r.Header, testLimit)
 		}
@@ -251,7 +251,7 @@ func FuzzReplyHeaders(f *testing.F) {
 		if e := replyError(h); (e == nil) != (code == "" && message == "") || e != nil && (e.RawCode != code || e.Message != message) {
 			t.Fatalf("got %+v of %q, %q", e, code, message)
 		}
-		if d, ok := requestTimeout(h); ok && d <= 0 {
+		if d, ok := requestTimeout(&nats.Msg{Header: h}); ok && d <= 0 {
 			t.Fatalf("got %s of %q", d, timeout)
 		}
 	})

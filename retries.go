@@ -27,16 +27,18 @@ func (r *durableRoute) moveTo(to *retryStream) {
 	}
 }
 
-// locate finds or makes the consumer of the retries. Their route and the retry stream are
+// locateRetries finds or creates the consumer of the retries. Their route and the retry stream are
 // known.
 func (r *durableRoute) locateRetries(ctx context.Context) error {
 	own := r.retryOf
 	place := retryPlace{r.mover.to.prefix, own.target.stream, own.target.consumer}
 	own.mover.retryPlace, r.mover.retryPlace = place, place
 
+	const kept = optDurable | optRetry | optBackoff | optTimeout | optAckWait | optConcurrency | optBatch |
+		optRate | optBreaker | optMaxAckPending | optConfirmAcks | optDLQ
 	spec := own.spec.route
 	r.spec.route = RouteBuilder{
-		set:    spec.set & (optDurable | optRetry | optBackoff | optTimeout | optAckWait | optConcurrency | optBatch | optRate | optBreaker | optMaxAckPending | optConfirmAcks | optDLQ),
+		set:    spec.set&kept | optAdoptChanges, // whatever the durable may have, its retries follow
 		filter: place.due(), durable: place.consumer(), stream: r.mover.to.name, dlq: spec.dlq,
 		retry: spec.retry, backoffMin: spec.backoffMin, backoffMax: spec.backoffMax, timeout: spec.timeout,
 		ackWait: spec.ackWait, concurrency: spec.concurrency, maxAckPending: spec.maxAckPending,
@@ -46,7 +48,7 @@ func (r *durableRoute) locateRetries(ctx context.Context) error {
 	r.target.config.Store(r.mover.to.config)
 	r.letters.stream, r.letters.durable = place.stream, place.durable
 	r.letters.target = own.letters.target
-	r.passer.stream, r.passer.durable, r.passer.created = own.passer.stream, own.passer.durable, own.passer.created
+	r.passer.stream, r.passer.durable, r.passer.key = own.passer.stream, own.passer.durable, own.passer.key
 	if err := r.ensureConsumer(ctx); err != nil {
 		return err
 	}

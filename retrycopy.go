@@ -51,6 +51,16 @@ type retryCopy struct {
 // captures prefix.>.
 type retryPlace struct{ prefix, stream, durable string }
 
+// retryPrefix is the prefix of the copies' subjects on a retry stream, empty if it has none.
+func retryPrefix(c *jetstream.StreamConfig) string {
+	for _, subject := range c.Subjects {
+		if prefix, ok := strings.CutSuffix(subject, ".>"); ok && !strings.Contains(prefix, "*") {
+			return prefix
+		}
+	}
+	return ""
+}
+
 // due is the filter of all copies that are due.
 func (p retryPlace) due() string { return p.prefix + ".due." + p.stream + "." + p.durable + ".>" }
 
@@ -113,15 +123,20 @@ func (p retryPlace) message(c *retryCopy, original *nats.Msg, at time.Time) *nat
 
 // redriven is the copy that sends the message of a letter back to its durable alone, also
 // if its stream takes no publishes: due at once, with its attempts starting anew. m is the
-// message with the headers of its redrive number count. Like every copy it is stored once,
-// and anyOf its life finds it until it is settled.
-func (p retryPlace) redriven(l *DeadLetter, m *nats.Msg, count int) *nats.Msg {
+// message with the headers of a redrive. Like every copy it is stored once, and anyOf its
+// life finds it until it is settled.
+func (p retryPlace) redriven(l *DeadLetter, m *nats.Msg) *nats.Msg {
 	c := retryCopy{
 		stream: l.Stream, durable: l.Durable, subject: l.Subject, number: 1, attempt: 1,
 		id: messageID{l.Sequence, l.Published.UnixNano()},
 	}
-	c.life = fmt.Sprintf("%d@%d-%d", c.id.seq, c.id.time, count)
+	c.life = redrivenLife(l)
 	return p.message(&c, m, time.Time{})
+}
+
+// redrivenLife is the life that the redrive of a letter begins.
+func redrivenLife(l *DeadLetter) string {
+	return fmt.Sprintf("%d@%d-%d@%d", l.Sequence, l.Published.UnixNano(), l.DLQSequence, l.DLQTime.UnixNano())
 }
 
 // openCopy reads a message of a retry stream: the original, with the copy's reply

@@ -86,11 +86,8 @@ func (s *retryStream) judge(c *jetstream.StreamConfig, log *slog.Logger, sources
 	bad := func(field, value, format string, args ...any) error {
 		return s.fault(field, value, fmt.Sprintf(format, args...), ErrBadRetryStream)
 	}
-	i := slices.IndexFunc(c.Subjects, func(subject string) bool {
-		return strings.HasSuffix(subject, ".>") && !strings.ContainsAny(subject[:len(subject)-1], "*")
-	})
 	switch {
-	case i < 0:
+	case retryPrefix(c) == "":
 		return bad("subjects", fmt.Sprintf("%q", c.Subjects), "needs a subject such as %q", s.name+".>")
 	case !c.AllowMsgSchedules:
 		return bad("allowMsgSchedules", "false", "needs AllowMsgSchedules, which can be switched on")
@@ -127,7 +124,7 @@ func (s *retryStream) judge(c *jetstream.StreamConfig, log *slog.Logger, sources
 	if c.Storage == jetstream.MemoryStorage && slices.ContainsFunc(sources, func(source *jetstream.StreamConfig) bool { return source.Storage == jetstream.FileStorage }) {
 		warn("keeps retries in memory, which ends with its server")
 	}
-	s.prefix = strings.TrimSuffix(c.Subjects[i], ".>")
+	s.prefix = retryPrefix(c)
 	s.maxMsgSize, s.maxAge = max(int64(c.MaxMsgSize), 0), c.MaxAge
 	s.keeps = c.Retention == jetstream.LimitsPolicy
 	s.config = c
@@ -328,7 +325,7 @@ func (v *mover) forget(ctx context.Context, w *work) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, apiTimeout)
 	defer cancel()
-	if err := v.route.env.api.remove(ctx, v.to.name, w.id.seq); err != nil {
+	if _, err := v.route.env.api.remove(ctx, v.to.name, w.id.seq); err != nil {
 		v.to.undeleted.Do(func() {
 			v.route.env.log.Warn("natsx: handled retries stay in the retry stream, which has limits retention", v.route.names("stream", v.to.name, "error", err)...)
 		})

@@ -849,51 +849,126 @@ func TestOrderedRouteKeepsItsRetries(t *testing.T) {
 }
 
 // A letter goes back to its durable by the retry stream, once for each redrive, and can die
-// again.
+// again. No other durable sees it.
 func TestRedriveByTheRetryStream(t *testing.T) {
 	t.Parallel()
 	nc := connect(t, startServer(t).ClientURL())
-	orders(t, nc, workQueue)
+	orders(t, nc)
 	runs := make(chan run, 10)
+	var others atomic.Int32
 	b := NewBroker(nc, WithRetryStream("RETRY"))
-	r := runBroker(t, b, Route("orders.*").Durable("d").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.x").Handle(func(_ context.Context, m *Msg) error {
-		runs <- runOf(m)
-		return errors.New("broken")
-	}))
+	r := runBroker(t, b,
+		Route("orders.*").Durable("d").Retry(1).Backoff(time.Millisecond, time.Millisecond).DLQ("dlq.x").Handle(func(_ context.Context, m *Msg) error {
+			runs <- runOf(m)
+			return errors.New("broken")
+		}),
+		Route("orders.*").Durable("other").Handle(func(context.Context, *Msg) error {
+			others.Add(1)
+			return nil
+		}))
 	publish(t, nc, &nats.Msg{Subject: "orders.x", Header: nats.Header{"X": {"y"}}, Data: []byte("payload")})
 	first := receive(t, runs, "a run")
 	receive(t, runs, "the retry")
 	for redrives := range 3 {
-		eventually(t, "it is dead", func() bool { return stored(t, nc, "DLQ") == redrives+1 })
-		var last DeadLetter
+		eventually(t, "it is dead", func() bool { return stored(t, nc, "DLQ") == 1 && idle(t, nc, "ORDERS", "d") })
 		for l, err := range DeadLetters("dlq.x").List(testContext(t), nc) {
-			if err != nil {
-				t.Fatal(err)
+			if err != nil || l.header.Get(HeaderDLQRetryStream) != "RETRY" || l.Sequence != 1 || l.Attempts != 2 || l.Redrives != redrives {
+				t.Fatalf("letter %+v, %v", l, err)
 			}
-			last = l
-		}
-		if got := last.header.Get(HeaderDLQRetryStream); got != "RETRY" || last.Sequence != 1 || last.Attempts != 2 {
-			t.Fatalf("letter %+v of retry stream %q", last, got)
 		}
 		if redrives == 2 {
 			break
 		}
-		for range 2 { // as by two redrives at once
-			publish(t, nc, ordersPlace.redriven(&last, &nats.Msg{Header: last.Header, Data: last.Data}, redrives+1))
+		reports := make(chan RedriveReport, 2)
+		for range 2 { // at once
+			go func() {
+				report, err := DeadLetters("dlq.x").Limit(1).Redrive(testContext(t), nc)
+				if err != nil || report.Failed > 0 {
+					t.Errorf("redrive: %+v %v", report, err)
+				}
+				reports <- report
+			}()
 		}
 		for attempt := 1; attempt <= 2; attempt++ {
+			got := receive(t, runs, "a run")
+			for name := range got.Header {
+				if strings.HasPrefix(name, "Natsx-Redrive-") || name == nats.MsgIdHdr || name == nats.ExpectedStreamHdr {
+					delete(got.Header, name)
+				}
+			}
 			first.Attempt = attempt
-			if diff := cmp.Diff(first, receive(t, runs, "a run")); diff != "" {
+			if diff := cmp.Diff(first, got); diff != "" {
 				t.Errorf("redrive %d (-first +got):\n%s", redrives+1, diff)
 			}
 		}
+		receive(t, reports, "a report")
+		receive(t, reports, "the other report")
 	}
-	eventually(t, "nothing is left", func() bool { return idle(t, nc, "ORDERS", "d") })
 	if err := r.stop(t); err != nil {
 		t.Error(err)
 	}
-	if n := len(runs); n != 0 {
-		t.Errorf("%d more runs", n)
+	if n := len(runs); n != 0 || others.Load() != 1 || stored(t, nc, "ORDERS") != 1 {
+		t.Errorf("%d more runs, %d of the other durable, %d messages stored, want 0, 1 and 1", n, others.Load(), stored(t, nc, "ORDERS"))
+	}
+}
+
+// The letters of a durable on a mirror are redriven by its retry stream, which takes what
+// the mirror does not, and by their own stream when the retry stream is gone.
+func TestRedriveOnAMirror(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	createStream(t, nc, jetstream.StreamConfig{Name: "COPY", Mirror: &jetstream.StreamSource{Name: "ORDERS"}})
+	var mended atomic.Bool
+	handled := make(chan string, 10)
+	fails := func(_ context.Context, m *Msg) error {
+		if !mended.Load() {
+			return Permanent(errors.New("broken"))
+		}
+		handled <- m.Stream() + " " + string(m.Data)
+		return nil
+	}
+	_, log := newLogBook()
+	b := NewBroker(nc, WithRetryStream("RETRY"), WithLogger(log))
+	r := runBroker(t, b,
+		Route("orders.*").Stream("COPY").Durable("mirrored").DLQ("dlq.mirrored").Handle(fails),
+		Route("orders.*").Stream("ORDERS").Durable("d").DLQ("dlq.own").Handle(fails))
+	publishAcked(t, nc, "orders.x", "payload")
+	eventually(t, "both are dead", func() bool { return stored(t, nc, "DLQ") == 2 })
+	mended.Store(true)
+	report, err := DeadLetters("dlq.mirrored").Redrive(testContext(t), nc)
+	if err != nil || report.Redriven != 1 {
+		t.Errorf("redrive: %+v %v", report, err)
+	}
+	if got := receive(t, handled, "the message"); got != "COPY payload" {
+		t.Errorf("got %q", got)
+	}
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	if err := jetStream(t, nc).DeleteStream(testContext(t), "RETRY"); err != nil {
+		t.Fatal(err)
+	}
+	report, err = DeadLetters("dlq.own").Redrive(testContext(t), nc)
+	if err != nil || report.Redriven != 1 || stored(t, nc, "ORDERS") != 2 {
+		t.Errorf("redrive without the retry stream: %+v %v", report, err)
+	}
+}
+
+// A redeployed route takes the consumer of its retries along.
+func TestRetriesFollowAChangedRoute(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	route := Route("orders.*").Durable("d")
+	for _, next := range []RouteBuilder{route, route.AckWait(time.Minute).MaxAckPending(100).AdoptChanges()} {
+		r := runBroker(t, NewBroker(nc, WithRetryStream("RETRY")), next.Handle(succeed))
+		if err := r.stop(t); err != nil {
+			t.Error(err)
+		}
+	}
+	if c := consumerInfo(t, nc, "RETRY", ordersPlace.consumer()).Config; c.AckWait != time.Minute || c.MaxAckPending != 100 {
+		t.Errorf("got %s and %d, want those of the route", c.AckWait, c.MaxAckPending)
 	}
 }
 

@@ -2,21 +2,15 @@ package natsx
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 )
-
-// startPatience is how long a route that starts waits for JetStream to answer. A server
-// without JetStream does not answer either.
-const startPatience = 10 * time.Second
 
 // route is the common part of core and durable routes.
 type route struct {
@@ -160,7 +154,11 @@ func (r *route) count(w *work) {
 	if !w.shared {
 		r.stats.HandlerTime += w.took()
 	}
-	switch w.outcome {
+	r.countOutcome(w.outcome)
+}
+
+func (r *route) countOutcome(o Outcome) {
+	switch o {
 	case OutcomeSucceeded:
 		r.stats.Succeeded++
 	case OutcomeRetried:
@@ -270,22 +268,11 @@ func (r *route) streamInfo(ctx context.Context, name string) (info *jetstream.St
 }
 
 // tryOn sends a request to the JetStream API for a route that starts, and retries
-// transient failures. It gives up if JetStream does not answer within startPatience.
+// transient failures. Its health says what it waits for.
 func (r *route) tryOn(ctx context.Context, try func(context.Context) error) error {
-	begun := time.Now()
-	var absent error
-	err := retry{
-		told: func(err error) { r.trouble("start", err) },
-		enough: func(err error) bool {
-			if errors.Is(err, nats.ErrNoResponders) && r.env.link.up() && time.Since(begun) > startPatience {
-				absent = fmt.Errorf("%w: the server does not answer on %q: %w", ErrNoJetStream, r.env.api.prefix, err)
-			}
-			return absent != nil || hasCode(err, codeStreamNotFound) || r.env.failed()
-		},
-	}.do(ctx, try)
-	r.clear("start")
-	if absent != nil {
-		return absent
-	}
-	return err
+	defer r.clear("start")
+	return r.env.starting(r.env.api, retry{
+		told:   func(err error) { r.trouble("start", err) },
+		enough: func(err error) bool { return hasCode(err, codeStreamNotFound) || r.env.failed() },
+	}).do(ctx, try)
 }

@@ -2,11 +2,16 @@ package natsx
 
 import (
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base32"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
 	"encoding/pem"
 	"math/big"
 	"net"
@@ -16,10 +21,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/jwt/v2"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nkeys"
 )
 
 // authority signs certificates of a test.
@@ -190,79 +193,109 @@ func TestConnectWithClientCertificates(t *testing.T) {
 	}
 }
 
-// issuer is an operator with one account, whose users have credentials files.
+// issuer is an operator with one account, whose users have credentials files. It writes
+// keys and tokens itself: the server's packages for that are no dependency of natsx.
 type issuer struct {
 	t       *testing.T
-	account nkeys.KeyPair
+	account identityKey
 	opts    func(*server.Options)
+}
+
+// identityKey is a key of an operator, an account or a user.
+type identityKey struct {
+	kind   byte // of the public key
+	secret ed25519.PrivateKey
+}
+
+const (
+	operatorKey = 14 << 3
+	accountKey  = 0
+	userKey     = 20 << 3
+	seedKey     = 18 << 3
+)
+
+func newIdentity(t *testing.T, kind byte) identityKey {
+	t.Helper()
+	_, secret, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return identityKey{kind, secret}
+}
+
+func (k identityKey) public() string {
+	return keyText(append([]byte{k.kind}, k.secret.Public().(ed25519.PublicKey)...))
+}
+
+func (k identityKey) seed() string {
+	return keyText(append([]byte{seedKey | k.kind>>5, k.kind & 31 << 3}, k.secret.Seed()...))
+}
+
+// keyText writes a key as NATS does: with a checksum, in base 32.
+func keyText(key []byte) string {
+	var sum uint16
+	for _, b := range key {
+		sum ^= uint16(b) << 8
+		for range 8 {
+			if sum&0x8000 != 0 {
+				sum = sum<<1 ^ 0x1021
+			} else {
+				sum <<= 1
+			}
+		}
+	}
+	return base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(binary.LittleEndian.AppendUint16(key, sum))
+}
+
+// token is a JSON web token about a key, signed by this one.
+func (k identityKey) token(t *testing.T, subject string, expires time.Time, claims map[string]any) string {
+	t.Helper()
+	body := map[string]any{"jti": rand.Text(), "iat": time.Now().Unix(), "iss": k.public(), "sub": subject, "name": "test", "nats": claims}
+	if !expires.IsZero() {
+		body["exp"] = expires.Unix()
+	}
+	var parts []string
+	for _, part := range []map[string]any{{"typ": "JWT", "alg": "ed25519-nkey"}, body} {
+		text, err := json.Marshal(part)
+		if err != nil {
+			t.Fatal(err)
+		}
+		parts = append(parts, base64.RawURLEncoding.EncodeToString(text))
+	}
+	signed := strings.Join(parts, ".")
+	return signed + "." + base64.RawURLEncoding.EncodeToString(ed25519.Sign(k.secret, []byte(signed)))
 }
 
 func newIssuer(t *testing.T) *issuer {
 	t.Helper()
-	i := &issuer{t: t}
-	must := func(key nkeys.KeyPair, err error) (nkeys.KeyPair, string) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		public, err := key.PublicKey()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return key, public
-	}
-	operator, operatorID := must(nkeys.CreateOperator())
-	system, systemID := must(nkeys.CreateAccount())
-	account, accountID := must(nkeys.CreateAccount())
-	_ = system
-	i.account = account
+	operator, system, account := newIdentity(t, operatorKey), newIdentity(t, accountKey), newIdentity(t, accountKey)
 	resolver := &server.MemAccResolver{}
-	for _, id := range []string{systemID, accountID} {
-		claims := jwt.NewAccountClaims(id)
-		if id == accountID {
-			claims.Limits.JetStreamLimits = jwt.JetStreamLimits{MemoryStorage: -1, DiskStorage: -1, Streams: -1, Consumer: -1}
+	for _, k := range []identityKey{system, account} {
+		limits := map[string]any{"subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1, "leaf": -1}
+		if k.public() == account.public() {
+			for _, name := range []string{"mem_storage", "disk_storage", "streams", "consumer"} {
+				limits[name] = -1
+			}
 		}
-		token, err := claims.Encode(operator)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := resolver.Store(id, token); err != nil {
+		token := operator.token(t, k.public(), time.Time{}, map[string]any{"type": "account", "version": 2, "limits": limits})
+		if err := resolver.Store(k.public(), token); err != nil {
 			t.Fatal(err)
 		}
 	}
-	i.opts = func(o *server.Options) {
-		o.TrustedKeys, o.SystemAccount, o.AccountResolver = []string{operatorID}, systemID, resolver
-	}
-	return i
+	return &issuer{t, account, func(o *server.Options) {
+		o.TrustedKeys, o.SystemAccount, o.AccountResolver = []string{operator.public()}, system.public(), resolver
+	}}
 }
 
 // issue writes the credentials of a new user into a file.
 func (i *issuer) issue(file string, expires time.Time) {
 	i.t.Helper()
-	user, err := nkeys.CreateUser()
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	public, err := user.PublicKey()
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	claims := jwt.NewUserClaims(public)
-	claims.Expires = expires.Unix()
-	token, err := claims.Encode(i.account)
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	seed, err := user.Seed()
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	creds, err := jwt.FormatUserConfig(token, seed)
-	if err != nil {
-		i.t.Fatal(err)
-	}
+	user := newIdentity(i.t, userKey)
+	token := i.account.token(i.t, user.public(), expires, map[string]any{"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1})
+	creds := "-----BEGIN NATS USER JWT-----\n" + token + "\n------END NATS USER JWT------\n\n" +
+		"-----BEGIN USER NKEY SEED-----\n" + user.seed() + "\n------END USER NKEY SEED------\n"
 	temporary := file + ".new"
-	if err := os.WriteFile(temporary, creds, 0o600); err != nil {
+	if err := os.WriteFile(temporary, []byte(creds), 0o600); err != nil {
 		i.t.Fatal(err)
 	}
 	if err := os.Rename(temporary, file); err != nil {

@@ -1,6 +1,7 @@
 package natsx
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
@@ -26,8 +27,10 @@ const (
 // more than those in hand here, and those are sorted.
 type sequencer struct {
 	keys    *keyedQueue
+	resting []*work                  // failed, kept with their leases until their retry is due, in that order
 	retries map[messageID]retriedKey // given back to the server; their keys wait for them
 	last    uint64                   // consumer sequence of the last delivery, 0 for none
+	since   int64                    // when the doubt began
 	unsure  bool
 	held    []*work // while it is unsure
 	missing int     // messages that are unsettled and not here, and not asked for since that is known
@@ -70,6 +73,34 @@ func (s *sequencer) admit(w *work) bool {
 // retry is told that w was given back to be delivered again at a time.
 func (s *sequencer) retry(w *work, due int64) { s.retries[w.id] = retriedKey{w.key, due} }
 
+// rest keeps a failed message until its retry is due. If the server delayed it, a process
+// that takes over would have to wait for it as long; so it is there within an ack wait.
+func (s *sequencer) rest(w *work) {
+	i, _ := slices.BinarySearchFunc(s.resting, w.due, func(v *work, due int64) int { return cmp.Compare(v.due, due) })
+	s.resting = slices.Insert(s.resting, i, w)
+}
+
+// wake is when the first retry is due, 0 for none.
+func (s *sequencer) wake() int64 {
+	if len(s.resting) == 0 {
+		return 0
+	}
+	return s.resting[0].due
+}
+
+// rested removes the messages whose retry is due. They are to be given back to the server,
+// which counts the attempts.
+func (s *sequencer) rested(now int64) (due []*work) {
+	n := 0
+	for n < len(s.resting) && s.resting[n].due <= now {
+		s.retry(s.resting[n], now)
+		n++
+	}
+	due = slices.Clone(s.resting[:n])
+	s.resting = slices.Delete(s.resting, 0, n)
+	return due
+}
+
 // ended is told that w is settled, and returns the next message of its key, if any.
 func (s *sequencer) ended(w *work) (next *work) {
 	if !w.first {
@@ -107,8 +138,8 @@ func (s *sequencer) next(key string) *work {
 
 // doubt holds everything that was not started: the given works, which may start, and what
 // waits behind them and others.
-func (s *sequencer) doubt(unstarted []*work) {
-	s.unsure, s.missing = true, 0
+func (s *sequencer) doubt(now int64, unstarted []*work) {
+	s.unsure, s.since, s.missing = true, now, 0
 	s.held = append(s.held, unstarted...)
 	s.held = s.keys.takeBehind(s.held)
 	for _, w := range unstarted {
@@ -121,19 +152,14 @@ func (s *sequencer) doubt(unstarted []*work) {
 // admitted again.
 func (s *sequencer) sure() (held []*work) {
 	held, s.held, s.unsure = s.held, nil, false
-	slices.SortFunc(held, func(a, b *work) int {
-		if a.id.seq < b.id.seq {
-			return -1
-		}
-		return 1
-	})
+	slices.SortFunc(held, func(a, b *work) int { return cmp.Compare(a.id.seq, b.id.seq) })
 	return held
 }
 
 // takeAll removes and returns all that may not start.
 func (s *sequencer) takeAll() (all []*work) {
-	all = s.keys.takeBehind(s.held)
-	s.held = nil
+	all = append(s.keys.takeBehind(s.held), s.resting...)
+	s.held, s.resting = nil, nil
 	for _, w := range all {
 		if w.first { // a retry that came back
 			w.first = false

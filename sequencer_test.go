@@ -73,7 +73,7 @@ func TestSequencerInDoubt(t *testing.T) {
 		s.admit(w)
 	}
 	s.retry(retried, 50)
-	s.doubt([]*work{unstarted})
+	s.doubt(0, []*work{unstarted})
 	if s.waiting() != 2 || s.admit(keyed(4, "b")) || s.admit(keyed(2, "c")) || s.admit(keyed(3, "d")) {
 		t.Error("something may start")
 	}
@@ -124,13 +124,37 @@ func TestSequencerDemand(t *testing.T) {
 	if d := s.limit(71, want, 64, 1<<20, true); d.messages != 1 {
 		t.Errorf("got %+v, want the retry", d)
 	}
-	s.doubt(nil)
+	s.doubt(0, nil)
 	if d := s.limit(71, want, 0, 100, true); d.messages != 0 {
 		t.Errorf("got %+v, want nothing before it is known what is missing", d)
 	}
 	s.missing = 3
 	if d := s.limit(80, want, 0, 100, true); d.messages != 3 {
 		t.Errorf("got %+v, want the missing ones", d)
+	}
+}
+
+// What rests is given back when it is due, the first first, and with all else at a stop.
+func TestSequencerRests(t *testing.T) {
+	t.Parallel()
+	s := newSequencer(SubjectKey())
+	a, b, c := keyed(1, "a"), keyed(2, "b"), keyed(3, "c")
+	for i, w := range []*work{a, b, c} {
+		s.admit(w)
+		w.due = []int64{300, 100, 200}[i]
+		s.rest(w)
+	}
+	if s.wake() != 100 || len(s.rested(99)) != 0 {
+		t.Error("something is due before its time")
+	}
+	if due := s.rested(200); len(due) != 2 || due[0] != b || due[1] != c || len(s.retries) != 2 || s.wake() != 300 {
+		t.Errorf("due are %v, want b and c", due)
+	}
+	if s.admit(keyed(4, "b")) || !s.admit(keyed(2, "b")) {
+		t.Error("the key does not wait for its retry")
+	}
+	if all := s.takeAll(); len(all) != 2 || len(s.resting) != 0 {
+		t.Errorf("a stop gives back %d, want the one that rests and the one behind", len(all))
 	}
 }
 
@@ -314,6 +338,27 @@ func TestOrderThroughDeploys(t *testing.T) {
 	j.check(t, keys, each)
 }
 
+// A key that waits for a retry of much later holds up no other, also when a process takes
+// over from one that was killed meanwhile.
+func TestOrderIsTakenOverBesideALongRetry(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	orders(t, nc)
+	publishMany(t, nc, 1, numbered("orders.late"))
+	publishMany(t, nc, 3, numbered("orders.x"))
+	lines := make(chan string, 100)
+	c := startChild(t, "ordered", s.ClientURL(), lines)
+	for range 3 {
+		receive(t, lines, "a run of the first process")
+	}
+	c.kill()
+	publishMany(t, nc, 3, numbered("orders.x"))
+	var done tally
+	runBroker(t, NewBroker(connect(t, s.ClientURL())), orderedSpec(func(line string) { done.add("run") }))
+	eventually(t, "the other key goes on", func() bool { return done.sum() >= 3 })
+}
+
 func init() { childModes["ordered"] = orderedChild }
 
 // orderedChild handles what is ordered by key and prints each run that succeeds.
@@ -332,6 +377,9 @@ func orderedSpec(done func(line string)) Spec {
 	return Route("orders.*").Durable("d").OrderedBy(SubjectToken(1)).AckWait(time.Second).Backoff(time.Millisecond, 10*time.Millisecond).
 		Handle(func(_ context.Context, m *Msg) error {
 			time.Sleep(time.Millisecond)
+			if m.Token(1) == "late" {
+				return RetryAfter(time.Hour, errors.New("much later"))
+			}
 			if m.Attempt() == 1 && m.Sequence()%5 == 0 {
 				return errors.New("not yet")
 			}

@@ -1,9 +1,12 @@
 package natsx
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -20,7 +23,9 @@ import (
 // service.
 //
 // An endpoint is named after its route, with a dash for each dot and an underscore for
-// every other character that a name may not have. It reports the route's own queue group:
+// every other character that a name may not have. If several routes would get the same
+// name, a hash of the subject is appended for those whose subject differs from it. It reports
+// the route's own queue group:
 // without [RouteBuilder.Queue] every replica answers every request. Refused requests count
 // as requests and as errors. The service is listed from when the broker is ready until its
 // shutdown begins. The user also needs the permission to subscribe to $SRV.>.
@@ -151,9 +156,11 @@ func (d *discovery) info() micro.Info {
 		ServiceIdentity: d.identity, Type: micro.InfoResponseType,
 		Description: d.description, Endpoints: []micro.EndpointInfo{},
 	}
-	for _, r := range d.eng.responders() {
+	responders := d.eng.responders()
+	names := endpointNames(responders)
+	for i, r := range responders {
 		info.Endpoints = append(info.Endpoints, micro.EndpointInfo{
-			Name: endpointName(r.spec.route.filter), Subject: r.spec.route.filter,
+			Name: names[i], Subject: r.spec.route.filter,
 			QueueGroup: r.spec.route.queue, Metadata: map[string]string{},
 		})
 	}
@@ -165,12 +172,14 @@ func (d *discovery) stats() micro.Stats {
 		ServiceIdentity: d.identity, Type: micro.StatsResponseType,
 		Started: d.started, Endpoints: []*micro.EndpointStats{},
 	}
-	for _, r := range d.eng.responders() {
+	responders := d.eng.responders()
+	names := endpointNames(responders)
+	for i, r := range responders {
 		d.eng.pool.mu.Lock()
 		counted, last := r.stats, r.lastError
 		d.eng.pool.mu.Unlock()
 		s := &micro.EndpointStats{
-			Name: endpointName(r.spec.route.filter), Subject: r.spec.route.filter, QueueGroup: r.spec.route.queue,
+			Name: names[i], Subject: r.spec.route.filter, QueueGroup: r.spec.route.queue,
 			NumRequests:    int(counted.Succeeded + counted.Failed),
 			NumErrors:      int(counted.Failed),
 			ProcessingTime: counted.HandlerTime,
@@ -197,6 +206,30 @@ func (e *engine) responders() []*coreRoute {
 		}
 	}
 	return found
+}
+
+// endpointNames are the names of the routes' endpoints, each another. They do not depend
+// on the order of the routes, but for two with the same subject and queue group.
+func endpointNames(routes []*coreRoute) []string {
+	names := make([]string, len(routes))
+	uses := map[string]int{}
+	for i, r := range routes {
+		names[i] = endpointName(r.spec.route.filter)
+		uses[names[i]]++
+	}
+	taken := map[string]bool{}
+	for i, r := range routes {
+		spec := r.spec.route
+		if uses[names[i]] > 1 && (names[i] != spec.filter || taken[names[i]]) {
+			hash := sha256.Sum256([]byte(spec.filter + " " + spec.queue))
+			names[i] += "-" + hex.EncodeToString(hash[:4])
+		}
+		for n, name := 2, names[i]; taken[names[i]]; n++ {
+			names[i] = name + "-" + strconv.Itoa(n)
+		}
+		taken[names[i]] = true
+	}
+	return names
 }
 
 // endpointName returns a valid endpoint name for a route's subject.

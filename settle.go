@@ -195,10 +195,14 @@ func invoke(h Handler, ctx context.Context, m *Msg) (err error) {
 // invokeWithin is invoke with a deadline. A handler that returns after the deadline has
 // failed even if it returns nil, since it may have stopped its work at the end of its
 // context.
-func invokeWithin(timeout time.Duration, h Handler, d *delivery) error {
-	ctx := withDeadline(d, time.Now().Add(timeout))
+func invokeWithin(timeout time.Duration, h Handler, w *work) error {
+	ctx := withDeadline(w.timed, w.delivery, atProcessTime(w.began).Add(timeout))
 	defer ctx.end()
-	return lateness(ctx, timeout, invoke(h, ctx, &d.msg))
+	err := invoke(h, ctx, &w.msg)
+	if w.ended = processTime(); !ctx.passed(atProcessTime(w.ended)) {
+		return err
+	}
+	return lateness(ctx, timeout, err)
 }
 
 // lateness is the result of a handler that has returned err under a context with a
@@ -269,12 +273,15 @@ func attempt(owner job, h Handler, w *work, timeout time.Duration) {
 	}()
 	var err error
 	if timeout > 0 {
-		err = invokeWithin(timeout, h, w.delivery)
+		err = invokeWithin(timeout, h, w)
 	} else {
 		err = invoke(h, w.delivery, &w.msg)
+		w.ended = processTime()
 	}
-	err = sound(err)
+	if err != nil {
+		err = sound(err)
+		w.ended = processTime()
+	}
 	returned = true
-	w.ended = processTime()
 	owner.conclude(w, err)
 }

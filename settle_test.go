@@ -238,17 +238,17 @@ func TestInvokeWithinFailsWhatReturnsLate(t *testing.T) {
 	t.Parallel()
 	boom := errors.New("boom")
 	for _, result := range []error{nil, boom, context.DeadlineExceeded, Permanent(boom)} {
-		d := &delivery{}
+		w := &work{delivery: &delivery{}, began: processTime()}
 		err := invokeWithin(time.Millisecond, func(ctx context.Context, _ *Msg) error {
 			<-ctx.Done()
 			return result
-		}, d)
+		}, w)
 		if !errors.Is(err, context.DeadlineExceeded) || result != nil && !errors.Is(err, result) {
 			t.Errorf("handler returned %v late: got %v", result, err)
 		}
 	}
-	d := &delivery{}
-	if err := invokeWithin(time.Hour, func(context.Context, *Msg) error { return boom }, d); err != boom {
+	w := &work{delivery: &delivery{}, began: processTime()}
+	if err := invokeWithin(time.Hour, func(context.Context, *Msg) error { return boom }, w); err != boom {
 		t.Errorf("in time: got %v, want %v", err, boom)
 	}
 }

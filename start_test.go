@@ -297,14 +297,31 @@ func TestStartUpWarnings(t *testing.T) {
 	}
 }
 
-// A server without JetStream looks like one that starts, but not for ever.
+// A server without JetStream looks like one that starts, but not for ever. Meanwhile log
+// and Health say what the broker waits for.
 func TestServerWithoutJetStream(t *testing.T) {
 	t.Parallel()
-	nc := connect(t, startServer(t, func(o *server.Options) { o.JetStream = false }).ClientURL())
-	_, log := newLogBook()
-	r := startBroker(t, NewBroker(nc, WithLogger(log)), Route("orders.*").Durable("d").Handle(succeed))
-	if err := r.wait(t); !errors.Is(err, ErrNoJetStream) || !errors.Is(err, nats.ErrNoResponders) || !strings.Contains(err.Error(), "JetStream is not enabled") {
-		t.Errorf("got %v, want that JetStream is not enabled", err)
+	for _, tt := range []struct {
+		name string
+		opts []Option
+	}{
+		{"a route", nil},
+		{"a stream", []Option{WithStreams(Stream("ORDERS").Subjects("orders.*"))}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			nc := connect(t, startServer(t, func(o *server.Options) { o.JetStream = false }).ClientURL())
+			book, log := newLogBook()
+			r := startBroker(t, NewBroker(nc, append(tt.opts, WithLogger(log))...), Route("orders.*").Durable("d").Handle(succeed))
+			eventually(t, "Health says so", func() bool { return errors.Is(r.Health(), ErrNoJetStream) })
+			eventually(t, "the log says so", func() bool { return len(book.alarms("JetStream is not enabled")) == 1 })
+			if err := r.wait(t); !errors.Is(err, ErrNoJetStream) || !errors.Is(err, nats.ErrNoResponders) || !strings.Contains(err.Error(), "JetStream is not enabled") || strings.Count(err.Error(), "natsx:") != 1 {
+				t.Errorf("got %v, want that JetStream is not enabled", err)
+			}
+			if got := book.alarms("JetStream is not enabled"); len(got) != 1 {
+				t.Errorf("said %q, want it once", got)
+			}
+		})
 	}
 }
 

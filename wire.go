@@ -19,6 +19,7 @@ const (
 	codeClusterNoLeader       jetstream.ErrorCode = 10008
 	codeClusterNotLeader      jetstream.ErrorCode = 10009
 	codeClusterRequired       jetstream.ErrorCode = 10010
+	codeInvalidJSON           jetstream.ErrorCode = 10025
 	codeConsumerNotFound      jetstream.ErrorCode = 10014
 	codeInsufficientResources jetstream.ErrorCode = 10023
 	codeMaximumConsumers      jetstream.ErrorCode = 10026
@@ -28,6 +29,7 @@ const (
 	codeNotEnabledOnAccount   jetstream.ErrorCode = 10039
 	codeMessageTooLarge       jetstream.ErrorCode = 10054
 	codeStreamNotFound        jetstream.ErrorCode = 10059
+	codeSubjectOverlap        jetstream.ErrorCode = 10065
 	codeNotEnabled            jetstream.ErrorCode = 10076
 	codeHeaderTooLarge        jetstream.ErrorCode = 10097
 	codeWorkQueueOneConsumer  jetstream.ErrorCode = 10099 // one has no filter
@@ -349,15 +351,43 @@ func replyError(h nats.Header) *ReplyError {
 	return e
 }
 
-// requestTimeout returns how long the requester waits, from the arrival of the request.
-// ok is false if the header is missing or invalid.
-func requestTimeout(h nats.Header) (d time.Duration, ok bool) {
-	text := h.Get(timeoutHeader)
-	if text == "" { // avoid the cost of a parse error
+// requestTimeout returns how long the requester waits, from the arrival of the request: by
+// its header or, without one, by its reply subject. ok is false if that is missing or
+// invalid.
+func requestTimeout(m *nats.Msg) (d time.Duration, ok bool) {
+	if text := m.Header.Get(timeoutHeader); text != "" { // avoid the cost of a parse error
+		d, err := time.ParseDuration(text)
+		return d, err == nil && d > 0
+	}
+	key, text, ok := strings.Cut(m.Reply[strings.LastIndexByte(m.Reply, '.')+1:], "~")
+	if !ok || len(key) != replyKey {
 		return 0, false
 	}
-	d, err := time.ParseDuration(text)
-	return d, err == nil && d > 0
+	n, ok := parseUint(text)
+	if !ok || n == 0 || n > math.MaxInt64/uint64(time.Microsecond) {
+		return 0, false
+	}
+	return time.Duration(n) * time.Microsecond, true
+}
+
+// replyKey is the length of the key in the last token of a reply subject, in hexadecimal.
+const replyKey = 16
+
+// appendReplyToken writes the last token of a reply subject: the key and, when there is
+// a limit, ~ and how long the requester waits in microseconds.
+func appendReplyToken(b []byte, key uint64, left time.Duration) []byte {
+	start := len(b)
+	for range replyKey {
+		b = append(b, '0')
+	}
+	for i := len(b) - 1; i >= start; i-- {
+		b[i] = "0123456789abcdef"[key&15]
+		key >>= 4
+	}
+	if left > 0 {
+		b = strconv.AppendInt(append(b, '~'), max(left.Microseconds(), 1), 10)
+	}
+	return b
 }
 
 // withMetadata returns a copy of m with one more value, without those of the server.

@@ -31,6 +31,7 @@ func Drop(r natsx.RouteBuilder) {
 	r.Retry(5)                          // dropped
 	r.Stream("ORDERS")                  // dropped
 	r.Timeout(time.Minute)              // dropped
+	r.Tombstones()                      // dropped
 }
 
 // Unseen is what staticcheck does not report: it does not see that they only return.
