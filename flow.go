@@ -66,7 +66,7 @@ func (r *durableRoute) demand(now int64) demand {
 	if !r.pending {
 		room = min(room, max(p.size/max(p.lanes, 1), r.trickle()))
 	}
-	if room <= 0 && waiting == 0 && r.pending && r.running < p.share() && r.lane.free() > 0 {
+	if room <= 0 && waiting == 0 && r.pending && r.running < p.share() && r.lane.running < r.lane.limit {
 		p.waitForWorker(&r.lane)
 	}
 	room = max(room, 0)
