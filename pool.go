@@ -491,8 +491,14 @@ func (p *pool) waitForWorker(l *lane) {
 
 // offerWorkers lets wanting lanes pull for free workers. The pool is locked.
 func (p *pool) offerWorkers() {
-	for free := p.size - p.busy; free > 0 && p.wanting.len() > 0; free-- {
+	free := p.size - p.busy
+	for i := p.wanting.len(); i > 0 && free > 0; i-- {
 		l := p.wanting.pop()
+		if l.free() <= 0 {
+			p.wanting.push(l) // its peer has all workers of their route
+			continue
+		}
+		free--
 		l.wanting = false
 		l.owner.workerFree()
 		p.watchIn(watchEvery) // in case l pulls nothing

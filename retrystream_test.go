@@ -971,3 +971,50 @@ func TestRetriesFollowAChangedRoute(t *testing.T) {
 		t.Errorf("got %s and %d, want those of the route", c.AckWait, c.MaxAckPending)
 	}
 }
+
+// Retries that are due while the route's own messages have all of its workers are pulled as
+// soon as a worker is free.
+func TestRetriesGoOnWhenAWorkerIsFree(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	failed, began, release, done := make(chan struct{}, 1), make(chan struct{}), make(chan struct{}), make(chan struct{})
+	b := NewBroker(nc, WithRetryStream("RETRY"), WithWorkers(4))
+	r := runBroker(t, b, Route("orders.*").Durable("d").Concurrency(1).Handle(func(_ context.Context, m *Msg) error {
+		if m.Subject == "orders.long" {
+			close(began)
+			<-release
+			return nil
+		}
+		select {
+		case <-began:
+			close(done)
+			return nil
+		default:
+		}
+		if m.Attempt() == 1 {
+			failed <- struct{}{}
+		}
+		return RetryAfter(50*time.Millisecond, nil)
+	}))
+	publishAcked(t, nc, "orders.short", "short")
+	receive(t, failed, "the first failure")
+	publishAcked(t, nc, "orders.long", "long")
+	receive(t, began, "the long message")
+	part, p := b.ran.Load().durables[0].retries, b.ran.Load().durables[0].env.pool
+	const soon = checkBusyEvery / 2
+	eventually(t, "the retry is due, and nothing else of its route is soon", func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return part.pending && len(part.puller.pulls) == 0 && part.inHand() == 0 && part.alarmAt-processTime() > int64(soon)
+	})
+	freed := time.Now()
+	close(release)
+	receive(t, done, "the retry")
+	if took := time.Since(freed); took > soon {
+		t.Errorf("the retry waited for %v, until the next check of its consumer", took)
+	}
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+}
