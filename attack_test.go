@@ -4,9 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -366,6 +369,46 @@ func TestPullsOfAnIdleRoute(t *testing.T) {
 		if got := receive(t, handled, "the message"); got != 1 {
 			t.Errorf("it was attempt %d, want 1", got)
 		}
+	}
+}
+
+// Many idle routes that start together do not check their consumers together.
+func TestChecksOfIdleRoutesAreSpread(t *testing.T) {
+	t.Parallel()
+	const routes = 200
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc, inMemory)
+	var asked atomic.Int64
+	if _, err := nc.Subscribe("$JS.API.CONSUMER.INFO.>", func(*nats.Msg) { asked.Add(1) }); err != nil {
+		t.Fatal(err)
+	}
+	var specs []Spec
+	for i := range routes {
+		specs = append(specs, Route("orders.*").Durable(fmt.Sprintf("d%d", i)).Handle(succeed))
+	}
+	b := NewBroker(nc)
+	runBroker(t, b, specs...)
+	started := asked.Load()
+	var due []int64
+	for _, r := range b.ran.Load().durables {
+		r.env.pool.mu.Lock()
+		due = append(due, r.checks.at(r.arrived))
+		r.env.pool.mu.Unlock()
+	}
+	slices.Sort(due)
+	const together = routes / 10
+	for i := range routes - together {
+		if took := time.Duration(due[i+together] - due[i]); took < 100*time.Millisecond {
+			t.Fatalf("%d checks are due within %v", together, took)
+		}
+	}
+	// They are made when they are due.
+	eventually(t, "the first ones are made", func() bool { return asked.Load() > started })
+	if now := processTime(); now < due[0] {
+		t.Errorf("the first check came %v before it was due", time.Duration(due[0]-now))
+	}
+	if n := asked.Load() - started; n > routes/2 {
+		t.Errorf("%d checks came with the first", n)
 	}
 }
 

@@ -49,6 +49,7 @@ type durableRoute struct {
 	pullsFail bool     // Health reports that pulls are refused or not served
 	seen      uint64   // highest consumer sequence received
 	more      int64    // when the demand grows even if nothing happens, 0 for never
+	behind    bool     // the callback had something to work off when last looked
 	unplanned int      // messages received since the last plan
 	mean      float64  // handler time in ns, weighted towards slow runs
 	started   int64    // when a message was last finished, or the first began to wait

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -412,6 +414,58 @@ func TestRecreatedStreamKeepsItsLetters(t *testing.T) {
 		if err := jetStream(t, nc).DeleteStream(testContext(t), "AGAIN"); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// A volume that is restored from a backup uses sequences again, inside the duplicate window
+// of a DLQ that was not restored: the letter of the next message is not taken for that of
+// the one that had its sequence.
+func TestRestoredStreamKeepsItsLetters(t *testing.T) {
+	t.Parallel()
+	p := startPhoenix(t)
+	nc := connect(t, p.url())
+	createStream(t, nc, jetstream.StreamConfig{Name: "DLQ", Subjects: []string{"dlq.x"}, Duplicates: time.Hour})
+	createStream(t, nc, jetstream.StreamConfig{Name: "ORDERS", Subjects: []string{"orders.*"}})
+	_, log := newLogBook()
+	start := func() *running {
+		return runBroker(t, NewBroker(connect(t, p.url()), WithLogger(log)), dying("orders.*", "d", "dlq.x").Handle(func(context.Context, *Msg) error {
+			return Permanent(errors.New("never"))
+		}))
+	}
+	r := start()
+	publishAcked(t, nc, "orders.x", "in the backup")
+	eventually(t, "the first letter is stored", func() bool { return stored(t, nc, "DLQ") == 1 && settled(t, nc, "ORDERS", "d") })
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	p.stop()
+	volume, backup := filepath.Join(p.opts.StoreDir, "jetstream", "$G", "streams", "ORDERS"), filepath.Join(t.TempDir(), "backup")
+	if err := os.CopyFS(backup, os.DirFS(volume)); err != nil {
+		t.Fatal(err)
+	}
+	p.start(t)
+	running := start()
+	publishAcked(t, nc, "orders.x", "behind the backup")
+	eventually(t, "the second letter is stored", func() bool { return stored(t, nc, "DLQ") == 2 && settled(t, nc, "ORDERS", "d") })
+	p.stop()
+	if err := os.RemoveAll(volume); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(volume, os.DirFS(backup)); err != nil {
+		t.Fatal(err)
+	}
+	p.start(t)
+	eventually(t, "all are connected", func() bool { return nc.IsConnected() && running.Health() == nil })
+	if seq := publish(t, nc, &nats.Msg{Subject: "orders.x", Data: []byte("with the same sequence")}); seq != 2 {
+		t.Fatalf("stored as %d, want the sequence that was used", seq)
+	}
+	eventually(t, "the third letter is stored", func() bool { return stored(t, nc, "DLQ") == 3 && settled(t, nc, "ORDERS", "d") })
+	var bodies []string
+	for _, l := range letters(t, nc, "DLQ") {
+		bodies = append(bodies, string(l.Data))
+	}
+	if want := []string{"in the backup", "behind the backup", "with the same sequence"}; !slices.Equal(bodies, want) {
+		t.Errorf("letters of %q, want %q", bodies, want)
 	}
 }
 

@@ -172,6 +172,9 @@ func (r *durableRoute) setAlarm(now int64) {
 	if r.needsKeepAlive() {
 		soonest(r.keptAlive + int64(r.inactive)/4)
 	}
+	if r.behind && at != 0 {
+		at = max(at, now+int64(time.Millisecond))
+	}
 	if at != r.alarmAt {
 		r.alarmAt = at
 		r.env.agenda.set(&r.alarm, max(at, now))
@@ -189,7 +192,9 @@ func (r *durableRoute) tick(now int64) {
 	p := r.env.pool
 	p.mu.Lock()
 	r.alarmAt = 0
-	silent := r.puller.expire(now) && r.open
+	// What waits in the subscription came before now: it may be what a pull has delivered.
+	r.behind = r.queued()
+	silent := !r.behind && r.puller.expire(now) && r.open
 	due := r.leases.due(now, r.ackWait, nil)
 	if r.batch != nil && r.batch.wake() != 0 && r.batch.wake() <= now {
 		r.queueBatch(now)
@@ -223,6 +228,16 @@ func (r *durableRoute) tick(now int64) {
 		r.env.link.check(r.env.closing, patienceFor(r.ackWaitNow()), r.env.log, r.env.spawn)
 		r.verify(true, nil)
 	}
+}
+
+// queued reports whether something from the server waits for the subscription's callback.
+// The pool is locked.
+func (r *durableRoute) queued() bool {
+	if r.sub == nil {
+		return false
+	}
+	n, _, err := r.sub.Pending()
+	return err == nil && n > 0
 }
 
 func (r *durableRoute) ackWaitNow() time.Duration {

@@ -49,6 +49,13 @@ func serve(ctx context.Context, b *Broker, reportEvery time.Duration, specs []Sp
 			ready = nil
 			report.Stop()
 		case <-report.C:
+			select {
+			case <-ready: // both were due
+				ready = nil
+				report.Stop()
+				continue
+			default:
+			}
 			b.log.Warn("natsx: broker is not ready yet", "error", b.Health())
 		case s := <-signals:
 			signal.Stop(signals)
