@@ -164,6 +164,7 @@ func TestPinnedRouteOutlivesItsServer(t *testing.T) {
 		eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
 		if round == 0 {
 			p.stop()
+			eventually(t, "the stop is noticed", func() bool { return !nc.IsConnected() })
 			p.start(t)
 			eventually(t, "the client is back", nc.IsConnected)
 		}
