@@ -30,6 +30,9 @@ func (b *breaker) now(now int64) (state BreakerState, mayHold int) {
 	case BreakerOpen:
 		return b.state, 0
 	case BreakerHalfOpen:
+		if b.probing {
+			return b.state, 0
+		}
 		return b.state, 1
 	}
 	return b.state, -1
@@ -42,9 +45,10 @@ func (b *breaker) turn(now int64) {
 }
 
 // wake is when an open breaker becomes half-open, 0 if it is not open.
-func (b *breaker) wake() int64 {
+func (b *breaker) wake(now int64) int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.turn(now)
 	if b.state != BreakerOpen {
 		return 0
 	}

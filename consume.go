@@ -291,6 +291,10 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	p := r.env.pool
 	p.mu.Lock()
 	pinned := r.puller.pinned(pin)
+	if pinned && r.order != nil && len(r.order.retries) > 0 {
+		r.doubtOrder(now) // others may have had what was given back
+		r.order.forgetRetries()
+	}
 	if r.order != nil && r.order.arrived(info.consumerSeq) {
 		r.doubtOrder(now)
 	}
@@ -438,7 +442,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
 	w.copy, w.again = nil, false
-	w.key, w.first, w.rests, w.alone, w.marked, w.confirmed, w.outcome, w.reason, w.late = "", false, false, false, false, false, "", "", ""
+	w.key, w.first, w.rests, w.unchecked, w.alone, w.marked, w.confirmed, w.outcome, w.reason, w.late = "", false, false, false, false, false, false, "", "", ""
 	w.began, w.ended, w.err, w.due, w.answer, w.redrive, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, nil, false, 0
 	if len(r.free) < deepest {
 		r.free = append(r.free, w)
@@ -509,6 +513,7 @@ func (r *durableRoute) mayStart(now int64) bool {
 
 // turnAway gives back a message that an open breaker does not let run.
 func (r *durableRoute) turnAway(w *work) {
+	w.ended = w.began
 	w.outcome = OutcomeReturned
 	r.leave(w, r.breaker.redeliverAfter(), w.msg.attempt, w.lost)
 	r.unmark(w)
@@ -712,7 +717,7 @@ func (r *durableRoute) leave(w *work, delay time.Duration, attempt uint32, lost 
 
 // giveBack asks the server to deliver w again after a delay.
 func (r *durableRoute) giveBack(w *work, delay time.Duration) {
-	if r.order != nil && delay > 0 && delay < unsettledRest {
+	if r.order != nil && delay < unsettledRest {
 		if w.rests = r.env.intake.Err() == nil; !w.rests {
 			delay = 0 // it is another process's
 		}
@@ -832,6 +837,9 @@ func (r *durableRoute) keepResting(w *work) {
 		r.history.ranNothing(w.id)
 	} else {
 		r.delayed.push(w.due)
+	}
+	if r.stopped {
+		w.due = w.ended // what waits may be given back already: the next tick gives it back
 	}
 	r.count(w)
 	r.order.rest(w)

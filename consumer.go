@@ -568,7 +568,7 @@ func (r *durableRoute) runCheck() {
 	p := r.env.pool
 	for {
 		p.mu.Lock()
-		still := r.orderIsStill()
+		still, received := r.orderIsStill(), r.stats.Received
 		p.mu.Unlock()
 		info, ok := r.inspect()
 		r.awaitCallbacks()
@@ -591,7 +591,7 @@ func (r *durableRoute) runCheck() {
 			}
 			c.lost, c.suspended, c.gone = false, false, nil
 			if info != nil {
-				r.judgeOrder(info, still, now)
+				r.judgeOrder(info, still && received == r.stats.Received, now)
 			}
 			r.releaseHeld(now)
 		}

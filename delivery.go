@@ -142,6 +142,7 @@ type work struct {
 	copied
 	key string // its order key; see keyedQueue
 
+	unchecked bool // it is held until the consumer was checked
 	rests     bool // it is kept until its retry is due; see sequencer
 	first     bool // it is the one of its key that may run; see sequencer
 	alone     bool // it is to run in isolation

@@ -57,7 +57,9 @@ func (r *durableRoute) demand(now int64) demand {
 	}
 	mayHold := -1
 	if r.breaker != nil {
-		if _, mayHold = r.breaker.now(now); mayHold == 0 {
+		if _, mayHold = r.breaker.now(now); r.order != nil && r.order.unsure {
+			mayHold = -1 // nothing starts before the doubt is over
+		} else if mayHold == 0 {
 			return d
 		}
 	}
@@ -100,7 +102,7 @@ func (r *durableRoute) demand(now int64) demand {
 		d = r.order.limit(now, d, r.leases.count, r.puller.size, r.puller.pin != "")
 	}
 	if mayHold > 0 {
-		d.messages, d.refill = min(d.messages, mayHold-r.inHand()), 0
+		d.messages, d.refill = min(d.messages, mayHold-r.waitingMessages()), 0
 	}
 	return d
 }
@@ -166,7 +168,7 @@ func (r *durableRoute) setAlarm(now int64) {
 	if r.open {
 		soonest(r.more)
 		if r.breaker != nil {
-			soonest(r.breaker.wake())
+			soonest(r.breaker.wake(now))
 		}
 	}
 	if r.needsKeepAlive() {
@@ -416,6 +418,7 @@ func (r *durableRoute) giveBackAll(back []*work) {
 	for _, w := range back {
 		r.recycle(w)
 	}
+	p.checkDrained()
 	p.mu.Unlock()
 }
 
@@ -439,16 +442,18 @@ func (r *durableRoute) giveBackWaiting() {
 
 // hold keeps a message until the consumer was checked. The pool is locked.
 func (r *durableRoute) hold(w *work, now int64) {
-	r.doubtful.push(w)
-	r.env.pool.held++
+	w.unchecked = true
 	r.requestCheck(now, true)
+	r.enqueue(w, &r.lane.first, now)
 }
 
 // releaseHeld queues the messages that were held. The pool is locked.
 func (r *durableRoute) releaseHeld(now int64) {
 	for r.doubtful.len() > 0 {
+		w := r.doubtful.pop()
+		w.unchecked = false
 		r.env.pool.held--
-		r.enqueue(r.doubtful.pop(), &r.lane.first, now)
+		r.enqueue(w, &r.lane.first, now)
 	}
 }
 
@@ -582,6 +587,9 @@ func (r *durableRoute) enqueue(w *work, q *fifo[*work], now int64) {
 // dispatch queues a message that may run. The pool is locked.
 func (r *durableRoute) dispatch(w *work, q *fifo[*work], now int64) {
 	switch {
+	case w.unchecked:
+		r.doubtful.push(w)
+		r.env.pool.held++
 	case w.alone:
 		r.suspects.push(w)
 		r.env.pool.held++
@@ -640,6 +648,8 @@ func (r *durableRoute) gather(w *work, now int64) {
 	}
 	if full || r.stopped {
 		r.queueBatch(now)
+	} else if b.gathered.len() == 1 {
+		r.setAlarm(now)
 	}
 }
 
@@ -706,7 +716,7 @@ func (r *durableRoute) brake(now int64, j judgement, err error, cut bool) (rest 
 
 // giveBackNow gives back all messages that no worker has taken. It may be called on nil.
 func (r *durableRoute) giveBackNow(now int64) {
-	if r == nil {
+	if r == nil || r.order != nil { // others would not get what is ordered
 		return
 	}
 	p := r.env.pool

@@ -408,6 +408,13 @@ func (p *pool) turn() *lane {
 	share := p.share()
 	for range p.ready.len() {
 		l := p.ready.pop()
+		if l.rate != nil { // which two lanes may share
+			if at := l.rate.next(p.clock()); at != 0 {
+				l.listed = false
+				l.later(at)
+				continue
+			}
+		}
 		switch {
 		case !p.mayRun(l):
 		case l.holds() < share:

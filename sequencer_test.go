@@ -134,6 +134,41 @@ func TestSequencerDemand(t *testing.T) {
 	}
 }
 
+// An outage that opens the breaker of an ordered route ends without a message out of order,
+// and soon, however many wait for their keys; a retry at once comes back before its key.
+func TestOrderThroughAnOutage(t *testing.T) {
+	t.Parallel()
+	const keys, each = 20, 20
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	orders(t, nc, inMemory)
+	publishMany(t, nc, keys*each, func(i int) *nats.Msg { return numbered("orders." + strconv.Itoa(i%keys))(i) })
+	j := newJournal()
+	var out atomic.Bool
+	out.Store(true)
+	b := NewBroker(connect(t, s.ClientURL()), WithWorkers(8))
+	r := runBroker(t, b, Route("orders.*").Durable("d").OrderedBy(SubjectToken(1)).Breaker(3, 50*time.Millisecond).
+		Handle(func(_ context.Context, m *Msg) error {
+			key := m.Token(1)
+			j.begin(t, key)
+			fails := out.Load() || m.Attempt() == 1 && m.Sequence()%10 == 0
+			j.end(key, m.Sequence(), !fails)
+			if fails {
+				return RetryAfter(0, errors.New("not yet"))
+			}
+			return nil
+		}))
+	eventually(t, "the breaker is open", func() bool { return b.Stats().Routes[0].Breaker == BreakerOpen })
+	eventually(t, "it has probed", func() bool { return b.Stats().Routes[0].Returned > 3 })
+	out.Store(false)
+	eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
+	j.check(t, keys, each)
+	began := time.Now()
+	if err := r.stop(t); err != nil || time.Since(began) > testLimit/4 {
+		t.Errorf("Run: %v after %v", err, time.Since(began))
+	}
+}
+
 // What rests is given back when it is due, the first first, and with all else at a stop.
 func TestSequencerRests(t *testing.T) {
 	t.Parallel()
