@@ -202,7 +202,7 @@ func TestHungWorkersAreTold(t *testing.T) {
 		return nil
 	}))
 	publishMany(t, nc, 10, numbered("orders.x"))
-	eventually(t, "it is told", func() bool { return errors.Is(b.Health(), errHung) })
+	eventually(t, "it is told", func() bool { return errors.Is(b.Health(), errHung) && len(book.alarms("all workers hang")) > 0 })
 	if n := len(book.alarms("all workers hang")); n != 1 {
 		t.Errorf("it was logged %d times, want once", n)
 	}
