@@ -124,13 +124,22 @@ func testContext(t testing.TB) context.Context {
 	return ctx
 }
 
+// codeStoreFailed is the server's code for files that it could not create.
+const codeStoreFailed = 10049
+
 // createStream makes a stream with plain nats.go.
 func createStream(t testing.TB, nc *nats.Conn, cfg jetstream.StreamConfig) jetstream.Stream {
 	t.Helper()
-	s, err := answered(t, func(ctx context.Context) (jetstream.Stream, error) { return jetStream(t, nc).CreateStream(ctx, cfg) })
-	if err != nil {
-		t.Fatalf("create stream %s: %v", cfg.Name, err)
-	}
+	var s jetstream.Stream
+	eventually(t, "stream "+cfg.Name+" is created", func() bool {
+		var err error
+		s, err = answered(t, func(ctx context.Context) (jetstream.Stream, error) { return jetStream(t, nc).CreateStream(ctx, cfg) })
+		// A server that removes the files of another one of that name may fail once.
+		if err != nil && !hasCode(err, codeStoreFailed) {
+			t.Fatalf("create stream %s: %v", cfg.Name, err)
+		}
+		return err == nil
+	})
 	return s
 }
 

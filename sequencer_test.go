@@ -169,6 +169,32 @@ func TestOrderThroughAnOutage(t *testing.T) {
 	}
 }
 
+// Keys that have no message in hand cost nothing.
+func TestSequencerForgetsIdleKeys(t *testing.T) {
+	t.Parallel()
+	s := newSequencer(SubjectKey())
+	for i := range 100_000 {
+		w := keyed(uint64(i+1), strconv.Itoa(i))
+		if !s.admit(w) {
+			t.Fatalf("key %d is not the only one of its kind", i)
+		}
+		if i%100 == 0 {
+			s.retry(w, int64(i))
+			again := keyed(uint64(i+1), strconv.Itoa(i))
+			if !s.admit(again) {
+				t.Fatalf("the retry of key %d does not run", i)
+			}
+			w = again
+		}
+		if next := s.ended(w); next != nil {
+			t.Fatalf("something follows key %d", i)
+		}
+		if n := len(s.keys.busy) + len(s.retries) + s.waiting(); n != 0 {
+			t.Fatalf("%d things are kept after key %d", n, i)
+		}
+	}
+}
+
 // What rests is given back when it is due, the first first, and with all else at a stop.
 func TestSequencerRests(t *testing.T) {
 	t.Parallel()
