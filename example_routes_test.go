@@ -140,7 +140,8 @@ func ExampleRouteBuilder_InactiveThreshold() {
 	broker := natsx.NewBroker(nc, quiet, natsx.WithStreams(natsx.Stream("PRICES").Subjects("prices.*")))
 	go func() {
 		<-broker.Ready()
-		if _, err := natsx.NewPublisher(nc).Publish(ctx, natsx.To("prices.tea").Data([]byte("250"))); err != nil {
+		// It is handled, and ends ctx, before its ack may be here.
+		if _, err := natsx.NewPublisher(nc).Publish(context.WithoutCancel(ctx), natsx.To("prices.tea").Data([]byte("250"))); err != nil {
 			fmt.Println(err)
 		}
 	}()
