@@ -85,7 +85,7 @@ func (r *durableRoute) setUp(e *env, spec Spec) {
 	r.alarm.ring = r.tick
 	r.puller.budget = &e.link.budget
 	r.passer.route, r.passer.key = &r.route, new(atomic.Pointer[string])
-	r.letters = letterBox{route: &r.route, owner: r}
+	r.letters.init(&r.route, r)
 	if spec.route.set&optOrderedBy != 0 {
 		r.order = newSequencer(spec.route.order)
 	}
@@ -291,15 +291,8 @@ func (r *durableRoute) receive(m *nats.Msg) {
 	p := r.env.pool
 	p.mu.Lock()
 	pinned := r.puller.pinned(pin)
-	if pinned && r.order != nil && len(r.order.retries) > 0 {
-		r.doubtOrder(now) // others may have had what was given back
-		r.order.forgetRetries()
-	}
-	if r.order != nil && r.order.arrived(info.consumerSeq) {
-		r.doubtOrder(now)
-	}
-	if r.order != nil && r.order.unsure && pinned {
-		r.requestCheck(now, true)
+	if r.order != nil {
+		r.watchOrder(info.consumerSeq, pinned, now)
 	}
 	r.stats.Received++
 	// The server's ack wait began between the pull and the arrival. When that is a
@@ -385,8 +378,7 @@ func (r *durableRoute) redelivered(w *work, now int64) (handled bool) {
 		r.hold(w, now)
 	case !w.again && r.suspicious(w):
 		w.msg.attempt = uint32(r.spec.route.attempts())
-		w.alone = true
-		fallthrough
+		r.suspect(w, now)
 	default:
 		r.enqueue(w, &r.lane.first, now)
 	}
@@ -441,7 +433,7 @@ func (r *durableRoute) recycle(w *work) {
 	w.claim()
 	w.delivery.work = nil
 	w.delivery, w.raw = nil, nil
-	w.copy, w.again = nil, false
+	w.copy, w.again, w.outbox = nil, false, nil
 	w.key, w.first, w.rests, w.unchecked, w.alone, w.marked, w.confirmed, w.outcome, w.reason, w.late = "", false, false, false, false, false, false, "", "", ""
 	w.began, w.ended, w.err, w.due, w.answer, w.redrive, w.letter, w.shared, w.peers = 0, 0, nil, 0, nil, nil, nil, false, 0
 	if len(r.free) < deepest {
@@ -817,17 +809,25 @@ func (r *durableRoute) bookAll(done []*work) pullRequest {
 				other.workerFree() // it may pull again
 			}
 		}
-		switch {
-		case w.rests:
-			r.keepResting(w)
-		case !w.held():
-			r.book(w)
-		}
+		r.bookOne(w)
 	}
 	r.started = now
 	r.window.add(now, ran)
 	r.release(now)
 	return r.plan(now)
+}
+
+// bookOne books a work that its worker has left, unless it is not settled yet. The pool is
+// locked.
+func (r *durableRoute) bookOne(w *work) {
+	switch {
+	case w.outbox != nil:
+		w.outbox.take(w)
+	case w.rests:
+		r.keepResting(w)
+	default:
+		r.book(w)
+	}
 }
 
 // keepResting books an attempt whose message is kept until its retry is due. The pool is
@@ -852,9 +852,7 @@ func (r *durableRoute) finishBatch(batch *work) (ran int) {
 		if w.ended != w.began {
 			ran++
 		}
-		if !w.held() {
-			r.book(w)
-		}
+		r.bookOne(w)
 	}
 	if ran > 0 {
 		r.stats.HandlerTime += batch.took()

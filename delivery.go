@@ -169,6 +169,7 @@ type work struct {
 	answered atomic.Bool      // the request was answered
 
 	redrive *redriveCopy // a proven redrive for this durable; owned by passover.go
+	outbox  taker        // takes it when its worker has left it, to pass it on; nil for none
 	letter  *heldLetter  // on its way to the DLQ; owned by dlq.go
 	copy    *heldCopy    // on its way to the retry stream; owned by retrystream.go
 	again   bool         // it was delivered before, and is to be moved to the retry stream
@@ -197,10 +198,8 @@ func (c *copied) life() string {
 	return fmt.Sprintf("%d@%d", c.source.seq, c.source.time)
 }
 
-// held reports whether the letter box or the mover has w and books it.
-func (w *work) held() bool {
-	return w.letter != nil && w.letter.held || w.copy != nil && w.copy.held
-}
+// taker takes a work that its worker could not settle.
+type taker interface{ take(w *work) }
 
 // took is how long the handler ran.
 func (w *work) took() time.Duration { return time.Duration(w.ended - w.began) }

@@ -14,9 +14,8 @@ import (
 )
 
 const (
-	letterTry     = 2 * time.Second        // timeout of one try to publish a letter
-	letterPause   = 250 * time.Millisecond // before the first retry, then doubled
-	letterPauseUp = 5 * time.Second        // the longest pause
+	letterTry   = 2 * time.Second        // timeout of one try to publish a letter
+	letterPause = 250 * time.Millisecond // before the first retry, then doubled
 	// lettersNight is the shortest MaxAge of a DLQ without a warning: an operator needs
 	// time to see a letter.
 	lettersNight = 24 * time.Hour
@@ -25,24 +24,26 @@ const (
 	unsettledRest = 10 * 365 * 24 * time.Hour
 )
 
-// letterBox moves the dead messages of one route to its DLQ, and holds those that the DLQ
-// has not accepted yet.
+// letterBox moves the dead messages of one route to its DLQ. While its outbox is active,
+// the route does not pull.
 type letterBox struct {
-	route   *route
+	outbox
 	owner   letterOwner
 	stream  string // of the route
 	durable string
 	retries string // name of the retry stream, empty for none
 
-	// Guarded by the pool's mutex.
-	queue  fifo[*work]
-	down   bool // the last try failed: the route does not pull
-	active bool // a goroutine writes
-	target letterTarget
+	target letterTarget // guarded by the pool's mutex
+}
+
+func (b *letterBox) init(r *route, owner letterOwner) {
+	b.owner = owner
+	b.outbox = outbox{route: r, owner: owner, kind: "dlq", pause: letterPause, pass: b.moveLetter, again: b.refreshDLQ}
 }
 
 // letterOwner settles the messages whose letters are stored.
 type letterOwner interface {
+	outboxOwner
 	// confirm settles a message, and reports whether the server has confirmed it.
 	confirm(ctx context.Context, w *work, ack []byte) bool
 	// lapse leaves a message for redelivery.
@@ -53,10 +54,6 @@ type letterOwner interface {
 	source() *jetstream.StreamConfig
 	// consumerCreated is when the durable was created, as far as known. The pool is locked.
 	consumerCreated() time.Time
-	// book records the outcome of a message whose letter was held. The pool is locked.
-	book(w *work)
-	// flow plans the next pull once no letter is held.
-	flow()
 }
 
 // letterTarget is the stream that captures a route's DLQ subject, as far as the
@@ -167,71 +164,12 @@ func transformed(c *jetstream.StreamConfig, subject string) string {
 }
 
 // bury moves a dead message to the DLQ on the worker and returns true. If the DLQ does not
-// accept it, bury returns false: the message is held with its lease, the route stops
-// pulling, and one goroutine retries until the DLQ accepts it. An acknowledgement without
-// a stored letter would lose the message.
+// accept it, bury returns false: the message waits in the outbox and the route stops
+// pulling. An acknowledgement without a stored letter would lose the message.
 func (b *letterBox) bury(w *work) bool {
-	r, p := b.route, b.route.env.pool
-	w.letter = &heldLetter{text: r.env.textOf(w.err)}
+	w.letter = &heldLetter{text: b.route.env.textOf(w.err)}
 	w.letter.msg = b.letter(w)
-	p.mu.Lock()
-	down := b.down
-	p.mu.Unlock()
-	if !down {
-		err := b.moveLetter(r.env.closing, w)
-		if err == nil {
-			return true
-		}
-		r.trouble("dlq", err)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	w.letter.held = true
-	p.held++
-	b.queue.push(w)
-	b.down = true
-	if !b.active {
-		b.active = true
-		r.env.spawn(b.writeLetters)
-	}
-	return false
-}
-
-// writeLetters moves held letters, the oldest first, until none is left.
-func (b *letterBox) writeLetters() {
-	r, p := b.route, b.route.env.pool
-	for {
-		p.mu.Lock()
-		if b.queue.len() == 0 {
-			b.active, b.down = false, false
-			p.mu.Unlock()
-			r.clear("dlq")
-			b.owner.flow()
-			return
-		}
-		w := b.queue.pop()
-		p.mu.Unlock()
-		pause := backoff{first: letterPause, most: letterPauseUp}
-		for {
-			err := b.moveLetter(r.env.closing, w)
-			if err == nil {
-				break
-			}
-			r.trouble("dlq", err)
-			if !pause.wait(r.env.closing) {
-				return
-			}
-			b.refreshDLQ()
-		}
-		for _, o := range r.env.observers {
-			r.env.callUserApart(r.observing(), func() { o.Observe(w.delivery, r.event(w)) })
-		}
-		p.mu.Lock()
-		p.held--
-		b.owner.book(w)
-		p.checkDrained()
-		p.mu.Unlock()
-	}
+	return b.send(w)
 }
 
 // moveLetter publishes the letter of w and settles w once it is stored. It also returns nil

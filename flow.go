@@ -52,7 +52,7 @@ const (
 func (r *durableRoute) demand(now int64) demand {
 	p := r.env.pool
 	d := demand{stay: min(max(time.Duration(now-r.openedAt)/2, leastStay), mostStay, r.ackWait/4)}
-	if r.letters.down || r.mover.full() || r.checks.suspended || r.isolating() || r.other().isolating() {
+	if r.letters.active || r.mover.full() || r.checks.suspended || r.isolating() || r.other().isolating() {
 		return d
 	}
 	mayHold := -1
@@ -296,6 +296,21 @@ func (r *durableRoute) unqueue() []*work {
 	p := r.env.pool
 	all := func(*work) bool { return true }
 	return append(p.drop(&r.lane, &r.lane.first, all), p.drop(&r.lane, &r.lane.queue, all)...)
+}
+
+// watchOrder follows the order of deliveries: this one has a consumer sequence, and may be
+// the first to a newly pinned client. The pool is locked.
+func (r *durableRoute) watchOrder(seq uint64, pinned bool, now int64) {
+	if pinned && len(r.order.retries) > 0 {
+		r.doubtOrder(now) // others may have had what was given back
+		r.order.forgetRetries()
+	}
+	if r.order.arrived(seq) {
+		r.doubtOrder(now)
+	}
+	if r.order.unsure && pinned {
+		r.requestCheck(now, true)
+	}
 }
 
 // doubtOrder starts nothing any more until the order is known again. The pool is locked.

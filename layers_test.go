@@ -35,7 +35,7 @@ var layers = []struct {
 	{"publishing",
 		"publisher.go recent.go denied.go digest.go outgoing.go lookup.go schedule.go publish.go publish_all.go publish_fast.go atomic.go replies.go request.go publish_hook.go"},
 	{"running", // what a route does
-		"route.go settle.go adopt.go breaker.go batch.go sequencer.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
+		"route.go settle.go adopt.go outbox.go breaker.go batch.go sequencer.go consume.go flow.go consumer.go alone.go passover.go dlq.go retrystream.go retries.go core.go reply.go"},
 	{"tools", // the day after
 		"deadletters.go redrive.go redrive_retry.go redrive_marks.go replay.go replay_run.go replay_source.go kit.go"},
 	{"face", // options and Run: start, run, drain

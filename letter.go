@@ -369,7 +369,6 @@ type heldLetter struct {
 	form   uint8  // see letterBox.letter
 	text   string // of the error, from one call of users' code
 	stored bool   // the DLQ has it
-	held   bool   // in the letter box, no longer on a worker
 }
 
 // messageID identifies a message: a stream may reuse a sequence, as after the restore of a

@@ -23,7 +23,7 @@ func (r *durableRoute) moveTo(to *retryStream) {
 	r.retries, part.breaker, part.rate = part, r.breaker, r.rate
 	r.lane.peer, part.lane.peer = &part.lane, &r.lane
 	for _, d := range []*durableRoute{r, part} {
-		d.mover, d.letters.retries = &mover{route: &d.route, owner: d, to: to}, to.name
+		d.mover, d.letters.retries = newMover(&d.route, d, to), to.name
 	}
 }
 

@@ -213,5 +213,4 @@ func splitMessage(joined []byte) (nats.Header, []byte, error) {
 type heldCopy struct {
 	msg    *nats.Msg
 	stored bool // the retry stream has it
-	held   bool // in the mover: its worker has left it
 }

@@ -18,10 +18,9 @@ import (
 
 const (
 	// copyTry is for one try to store a copy, and copyPause before the first retry, then
-	// doubled up to copyPauseUp.
-	copyTry     = 2 * time.Second
-	copyPause   = 100 * time.Millisecond
-	copyPauseUp = 5 * time.Second
+	// doubled.
+	copyTry   = 2 * time.Second
+	copyPause = 100 * time.Millisecond
 	// mostHeldCopies is how many messages a route holds which the retry stream does not
 	// take, before it stops pulling.
 	mostHeldCopies = 1000
@@ -131,8 +130,7 @@ func (s *retryStream) judge(c *jetstream.StreamConfig, log *slog.Logger, sources
 	return nil
 }
 
-// mover moves the messages of one durable to its broker's retry stream, and holds those
-// that the stream did not take yet.
+// mover moves the messages of one durable to its broker's retry stream.
 //
 // A message is moved in two steps, each of which is confirmed: the copy is stored, then
 // the message is settled where it was. Whoever dies between the two leaves both. The copy
@@ -141,27 +139,26 @@ func (s *retryStream) judge(c *jetstream.StreamConfig, log *slog.Logger, sources
 // unless a copy of it is in the retry stream, and by the copy's message id that happens
 // once. So of all places that hold a message, one is handled.
 type mover struct {
-	route *route
+	outbox
 	owner moverOwner
 	to    *retryStream
 	retryPlace
 	floors [2]atomic.Uint64 // up to where the durable, and that of the copies, have settled all
+}
 
-	// Guarded by the pool's mutex.
-	queue  fifo[*work]
-	active bool // a goroutine stores what is held
+func newMover(r *route, owner moverOwner, to *retryStream) *mover {
+	v := &mover{owner: owner, to: to}
+	v.outbox = outbox{route: r, owner: owner, kind: "retryStream", pause: copyPause, pass: v.moveCopy}
+	return v
 }
 
 // moverOwner settles the messages that are moved.
 type moverOwner interface {
+	outboxOwner
 	// confirm settles a message until the server confirms that, and reports whether it did.
 	confirm(ctx context.Context, w *work, ack []byte) bool
 	// lapse leaves a message to its next delivery.
 	lapse(w *work)
-	// book ends the engine's part in a message whose copy was held. The pool is locked.
-	book(w *work)
-	// flow plans the next pull when nothing is held any more.
-	flow()
 }
 
 // takes reports whether a message can be moved. One that is nearly as large as the server
@@ -195,8 +192,8 @@ func (v *mover) copyOf(w *work, attempt uint32, lost uint64) retryCopy {
 	return c
 }
 
-// move moves w, on the worker while the retry stream takes copies, and returns true. Else
-// w is held, its lease kept, and one goroutine tries until the stream takes it.
+// move moves w, on the worker while the retry stream accepts copies, and returns true. If
+// it does not, w waits in the outbox.
 func (v *mover) move(w *work, delay time.Duration, attempt uint32, lost uint64) bool {
 	c := v.copyOf(w, attempt, lost)
 	at := time.Time{}
@@ -205,69 +202,11 @@ func (v *mover) move(w *work, delay time.Duration, attempt uint32, lost uint64) 
 		at = time.Now().Add(delay)
 	}
 	w.copy = &heldCopy{msg: v.message(&c, w.raw, at)}
-	r, p := v.route, v.route.env.pool
-	p.mu.Lock()
-	down := v.active
-	p.mu.Unlock()
-	if !down {
-		err := v.moveCopy(r.env.closing, w)
-		if err == nil {
-			return true
-		}
-		r.trouble("retryStream", err)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	w.copy.held = true
-	p.held++
-	v.queue.push(w)
-	if !v.active {
-		v.active = true
-		r.env.spawn(v.moveHeld)
-	}
-	return false
+	return v.send(w)
 }
 
-// full reports that more is held than the route may add to. The pool is locked.
+// full reports that as much waits as the route may hold. The pool is locked.
 func (v *mover) full() bool { return v != nil && v.queue.len() >= mostHeldCopies }
-
-// moveHeld moves what is held, the oldest first, until nothing is left.
-func (v *mover) moveHeld() {
-	r, p := v.route, v.route.env.pool
-	for {
-		p.mu.Lock()
-		if v.queue.len() == 0 {
-			v.active = false
-			p.mu.Unlock()
-			r.clear("retryStream")
-			v.owner.flow()
-			return
-		}
-		w := v.queue.pop()
-		p.mu.Unlock()
-		pause := backoff{first: copyPause, most: copyPauseUp}
-		for {
-			err := v.moveCopy(r.env.closing, w)
-			if err == nil {
-				break
-			}
-			r.trouble("retryStream", err)
-			if !pause.wait(r.env.closing) {
-				return
-			}
-		}
-		for _, o := range r.env.observers {
-			if w.outcome != "" { // else it did not run
-				r.env.callUserApart(r.observing(), func() { o.Observe(w.delivery, r.event(w)) })
-			}
-		}
-		p.mu.Lock()
-		p.held--
-		v.owner.book(w)
-		p.checkDrained()
-		p.mu.Unlock()
-	}
-}
 
 // moveCopy stores the copy of w and then settles w. Nil means that nothing is left to do,
 // also since the lease is lost or the route is over: the next delivery is moved in its
