@@ -63,8 +63,16 @@ func TestDrainWaitsForRunningHandlers(t *testing.T) {
 	}
 	// What was pulled was finished and acknowledged: nothing is naked. The server
 	// answers the last flush before its consumer has worked off the acks.
-	eventually(t, "the acks are booked", func() bool { return consumerInfo(t, nc, "DRAIN", "d").NumAckPending == 0 })
-	info := consumerInfo(t, nc, "DRAIN", "d")
+	var info *jetstream.ConsumerInfo
+	defer func() {
+		if t.Failed() {
+			t.Logf("%d finished, the consumer: %+v, the route: %+v", finished.sum(), info, r.Stats().Routes[0])
+		}
+	}()
+	eventually(t, "the acks are booked", func() bool {
+		info = consumerInfo(t, nc, "DRAIN", "d")
+		return info.NumAckPending == 0
+	})
 	if got := finished.sum(); info.NumAckPending != 0 || info.Delivered.Consumer != uint64(got) {
 		t.Errorf("%d delivered and %d not acknowledged, want %d and 0", info.Delivered.Consumer, info.NumAckPending, got)
 	}
