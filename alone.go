@@ -90,8 +90,9 @@ type aloneNotes struct {
 	stream, consumer string
 }
 
-// mark raises the count of a message in the consumer's metadata by add, unless the count
-// has reached aloneProof; with add 0 it removes the mark. It returns the count before.
+// mark changes the count of a message in the consumer's metadata by add, but does not raise
+// one that has reached aloneProof; with add 0 it removes the mark. It returns the count
+// before.
 func (n aloneNotes) mark(ctx context.Context, id messageID, add int) (before int, err error) {
 	err = retry{limit: apiTimeout}.do(ctx, func(ctx context.Context) error {
 		info, err := n.api.consumerInfo(ctx, n.stream, n.consumer)
@@ -101,14 +102,12 @@ func (n aloneNotes) mark(ctx context.Context, id messageID, add int) (before int
 		cfg := info.Config
 		marks := parseAloneMarks(cfg.Metadata[metadataAlone])
 		before = marks.count(id)
-		next := 0
-		if add > 0 {
-			if before >= aloneProof {
-				return nil
-			}
-			next = before + add
-		} else if before == 0 {
+		if add > 0 && before >= aloneProof || add <= 0 && before == 0 {
 			return nil
+		}
+		next := 0
+		if add != 0 {
+			next = before + add
 		}
 		cfg.Name = n.consumer
 		cfg.Metadata = withMetadata(cfg.Metadata, metadataAlone, marks.with(id, next, time.Now().Unix()).String())

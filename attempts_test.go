@@ -344,3 +344,31 @@ func crashesOf(t *testing.T, mode string, messages, bombs, kills int) {
 	}
 	t.Logf("%d processes ended", ended)
 }
+
+// A message that loses its lease before its isolated run has not run: what was recorded of
+// the run is taken back, and it never counts as crashed for that.
+func TestSuspectThatLapsesHasNotRun(t *testing.T) {
+	t.Parallel()
+	nc := connect(t, startServer(t).ClientURL())
+	orders(t, nc)
+	r := runBroker(t, NewBroker(nc), Route("orders.*").Durable("d").Retry(0).DLQ("dlq.x").Handle(succeed))
+	d := r.ran.Load().durables[0]
+	m := &nats.Msg{Subject: "orders.x"}
+	id := messageID{1, 1}
+	marks := func() string { return consumerInfo(t, nc, "ORDERS", "d").Config.Metadata[metadataAlone] }
+	if _, err := d.notes().mark(t.Context(), id, 1); err != nil {
+		t.Fatal(err)
+	}
+	before := parseAloneMarks(marks()).count(id)
+	for range aloneProof + 1 {
+		w := &work{delivery: &delivery{msg: Msg{Subject: m.Subject, seq: id.seq, time: id.time}}, raw: m, id: id, count: 2, alone: true}
+		w.source = id
+		w.begin(1, 1) // over long ago
+		if d.mayRunAlone(w) || w.outcome != OutcomeLapsed {
+			t.Fatalf("outcome %q, want it lapsed", w.outcome)
+		}
+		if n := parseAloneMarks(marks()).count(id); n != before {
+			t.Fatalf("%d isolated runs are recorded, want the %d of before", n, before)
+		}
+	}
+}

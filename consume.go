@@ -542,6 +542,9 @@ func (r *durableRoute) mayRunAlone(w *work) bool {
 	switch {
 	case now >= w.ends.Load():
 		r.lapse(w)
+		if err == nil && !proven { // it was counted, and did not run
+			r.lowerMark(w, -1)
+		}
 		return false
 	case proven:
 		r.conclude(w, errCrashed)
@@ -557,7 +560,12 @@ func (r *durableRoute) unmark(w *work) {
 	if !w.marked || w.confirmed && w.copy == nil {
 		return
 	}
-	if _, err := r.notes().mark(r.env.closing, w.source, 0); err != nil {
+	r.lowerMark(w, 0)
+}
+
+// lowerMark takes isolated runs of a message back, as [aloneNotes.mark] does.
+func (r *durableRoute) lowerMark(w *work, by int) {
+	if _, err := r.notes().mark(r.env.closing, w.source, by); err != nil {
 		r.env.log.Warn("natsx: record of an isolated run not removed", r.about(w, "error", err)...)
 	}
 }
@@ -711,7 +719,7 @@ func (r *durableRoute) leave(w *work, delay time.Duration, attempt uint32, lost 
 func (r *durableRoute) giveBack(w *work, delay time.Duration) {
 	if r.order != nil && delay < unsettledRest {
 		if w.rests = r.env.intake.Err() == nil; !w.rests {
-			delay = 0 // it is another process's
+			delay = min(delay, r.ackWaitNow()) // another process waits for it
 		}
 	}
 	w.due = w.ended + int64(delay)

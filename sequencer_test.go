@@ -195,6 +195,42 @@ func TestSequencerForgetsIdleKeys(t *testing.T) {
 	}
 }
 
+// What fails while its route drains holds up its key all the same.
+func TestOrderOfAFailureInADrain(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	nc := connect(t, s.ClientURL())
+	orders(t, nc)
+	publishMany(t, nc, 3, numbered("orders.x"))
+	began := make(chan struct{}, 10)
+	b := NewBroker(connect(t, s.ClientURL()))
+	spec := Route("orders.*").Durable("d").OrderedBy(SubjectKey()).AckWait(2 * time.Second).Retry(1).Backoff(time.Hour, time.Hour).DLQ("dlq.x")
+	r := runBroker(t, b, spec.Handle(func(_ context.Context, m *Msg) error {
+		if m.Sequence() != 1 {
+			t.Errorf("message %d runs behind a failure", m.Sequence())
+		}
+		began <- struct{}{}
+		<-b.ran.Load().intake.Done()
+		return errors.New("not yet")
+	}))
+	receive(t, began, "the first")
+	eventually(t, "the others wait for it", func() bool { return b.Stats().Routes[0].Waiting == 2 })
+	if err := r.stop(t); err != nil {
+		t.Error(err)
+	}
+	j := newJournal()
+	runBroker(t, NewBroker(connect(t, s.ClientURL())), spec.Handle(func(_ context.Context, m *Msg) error {
+		j.begin(t, "x")
+		j.end("x", m.Sequence(), true)
+		return nil
+	}))
+	eventually(t, "all are settled", func() bool { return settled(t, nc, "ORDERS", "d") })
+	j.check(t, 1, 3)
+	if n := len(began); n != 0 {
+		t.Errorf("it ran %d times more while the route drained", n)
+	}
+}
+
 // What rests is given back when it is due, the first first, and with all else at a stop.
 func TestSequencerRests(t *testing.T) {
 	t.Parallel()
