@@ -506,6 +506,17 @@ func inactiveThreshold(stream *jetstream.StreamConfig, want time.Duration) time.
 	return want
 }
 
+// acknowledge acknowledges the message of an ack subject until the server confirms it. It
+// gives up after limit, 0 for none, or when ctx ends.
+func (a *api) acknowledge(ctx context.Context, subject string, limit time.Duration) error {
+	return retry{limit: limit}.do(ctx, func(ctx context.Context) error {
+		return requestWith(ctx, a.nc, subject, func(ctx context.Context) error {
+			_, err := a.nc.RequestWithContext(ctx, subject, ackAck)
+			return err
+		})
+	})
+}
+
 // requestWith runs fn, which makes a request on subject, within apiTimeout. A
 // permission that the user lacks ends it at once: the server refuses such a
 // request with an asynchronous error only.

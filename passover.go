@@ -283,11 +283,5 @@ func releaseOriginal(ctx context.Context, a *api, l *DeadLetter) error {
 		return err
 	}
 	// The server uses only the stream sequence of the ack subject.
-	subject := ackSubject(l.Stream, l.Durable, l.Sequence, m.time.UnixNano())
-	return retry{limit: readPatience}.do(ctx, func(ctx context.Context) error {
-		return requestWith(ctx, a.nc, subject, func(ctx context.Context) error {
-			_, err := a.nc.RequestWithContext(ctx, subject, ackAck)
-			return err
-		})
-	})
+	return a.acknowledge(ctx, ackSubject(l.Stream, l.Durable, l.Sequence, m.time.UnixNano()), readPatience)
 }

@@ -355,10 +355,5 @@ func (v *mover) settleAt(ctx context.Context, reply string) error {
 	if err != nil && !errors.Is(err, ErrPermission) {
 		return err
 	}
-	return retry{}.do(ctx, func(ctx context.Context) error {
-		return requestWith(ctx, a.nc, reply, func(ctx context.Context) error {
-			_, err := a.nc.RequestWithContext(ctx, reply, ackAck)
-			return err
-		})
-	})
+	return a.acknowledge(ctx, reply, 0)
 }

@@ -204,7 +204,7 @@ func TestOrderOfAFailureInADrain(t *testing.T) {
 	publishMany(t, nc, 3, numbered("orders.x"))
 	began := make(chan struct{}, 10)
 	b := NewBroker(connect(t, s.ClientURL()))
-	spec := Route("orders.*").Durable("d").OrderedBy(SubjectKey()).AckWait(2 * time.Second).Retry(1).Backoff(time.Hour, time.Hour).DLQ("dlq.x")
+	spec := Route("orders.*").Durable("d").OrderedBy(SubjectKey()).AckWait(2*time.Second).Retry(1).Backoff(time.Hour, time.Hour).DLQ("dlq.x")
 	r := runBroker(t, b, spec.Handle(func(_ context.Context, m *Msg) error {
 		if m.Sequence() != 1 {
 			t.Errorf("message %d runs behind a failure", m.Sequence())

@@ -152,14 +152,21 @@ func (r *Routes) streamsFor(specs []natsx.Spec) []natsx.StreamSpec {
 	return specified
 }
 
-// captured reports whether the server has the stream already, or another for the subject.
-func (r *Routes) captured(stream, subject string) bool {
+// jetStream is the server's JetStream, and a context for what is asked of it.
+func (r *Routes) jetStream() (js jetstream.JetStream, ctx context.Context, cancel context.CancelFunc) {
 	r.t.Helper()
 	js, err := jetstream.New(r.Conn)
 	if err != nil {
 		r.t.Fatalf("natsxtest: %v", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), r.limit)
+	ctx, cancel = context.WithTimeout(context.Background(), r.limit)
+	return js, ctx, cancel
+}
+
+// captured reports whether the server has the stream already, or another for the subject.
+func (r *Routes) captured(stream, subject string) bool {
+	r.t.Helper()
+	js, ctx, cancel := r.jetStream()
 	defer cancel()
 	names := js.StreamNames(ctx, jetstream.WithStreamListSubject(subject))
 	found := false
@@ -170,7 +177,7 @@ func (r *Routes) captured(stream, subject string) bool {
 		r.t.Fatalf("natsxtest: streams of %q: %v", subject, err)
 	}
 	if !found {
-		_, err = js.Stream(ctx, stream)
+		_, err := js.Stream(ctx, stream)
 		found = err == nil
 	}
 	return found
@@ -214,11 +221,7 @@ func (r observer) Observe(_ context.Context, e natsx.Event) {
 // NATS. What fails ends the test.
 func (r *Routes) Publish(es ...natsx.Envelope) {
 	r.t.Helper()
-	js, err := jetstream.New(r.Conn)
-	if err != nil {
-		r.t.Fatalf("natsxtest: %v", err)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), r.limit)
+	js, ctx, cancel := r.jetStream()
 	defer cancel()
 	for _, e := range es {
 		_, err := js.StreamNameBySubject(ctx, e.Subject())

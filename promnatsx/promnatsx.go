@@ -151,7 +151,7 @@ var statistics = []statistic{
 		func(st natsx.RouteStats) uint64 { return st.Retried }),
 	counter("natsx_discarded_total", "Messages terminated since the handler returned Discard.",
 		func(st natsx.RouteStats) uint64 { return st.Discarded }),
-	counter("natsx_returned_total", "Attempts cut off by the drain timeout and given back.",
+	counter("natsx_returned_total", "Messages given back whose attempt does not count: at the drain timeout, or while a breaker was not closed.",
 		func(st natsx.RouteStats) uint64 { return st.Returned }),
 	counter("natsx_lapsed_total", "Leases lost before the message was settled.",
 		func(st natsx.RouteStats) uint64 { return st.Lapsed }),
